@@ -1,0 +1,119 @@
+"""The command line that all experiments share: a config file, overrides of its fields, a directory."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+import configs
+from switchmoe.settings import Settings, from_config
+
+GROUPS = {
+    group.name: {field.name: field for field in dataclasses.fields(group.type)}
+    for group in dataclasses.fields(Settings)
+}
+
+
+def parse(argv: Sequence[str], default_config: str, doc: str) -> tuple[Settings, str]:
+    """Settings and ``--workdir`` (default: runs/NAME for configs/NAME.py).
+
+    Raises:
+      ValueError: one line that names the argument, its value and what would be accepted.
+      SystemExit: after ``--help``.
+    """
+    if {"--help", "-h", "-help"} & set(argv[1:]):
+        print(_help(doc))
+        raise SystemExit(0)
+    argv = [argv[0], *(_check(argument) for argument in argv[1:])]
+    values = flags.FlagValues()
+    path = _resolve(default_config)
+    config = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", "", "the run's directory", flag_values=values)
+    try:
+        rest = values(argv)[1:]
+        found = config.value
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(_wrong_type(argv, error)) from error
+    except flags.Error as error:
+        raise ValueError(f"{str(error).splitlines()[0]}; see --help") from error
+    except Exception as error:
+        raise ValueError(f"--config: {_last_line(error)}") from error
+    if rest:
+        raise ValueError(f"argument {rest[0]}: accepted are --config=, --workdir= and --config.GROUP.FIELD=")
+    name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
+    return from_config(found), values.workdir or f"runs/{name}"
+
+
+def _check(argument: str) -> str:
+    """Refuses what absl and ml_collections would answer with a traceback, or not at all."""
+    name, equals, value = argument.removeprefix("-").removeprefix("-").partition("=")
+    if not argument.startswith("-"):
+        return argument
+    if name == "config" and equals:
+        return f"--config={_resolve(value)}"
+    if not name.startswith("config."):
+        return argument
+    group, _, field = name.removeprefix("config.").partition(".")
+    if group not in GROUPS:
+        raise ValueError(
+            f"--{name}: no group {group}{_meant(group, GROUPS)}; accepted are {', '.join(GROUPS)}"
+        )
+    if not field:
+        raise ValueError(
+            f"--{name}={value}: a whole group can't be overwritten; accepted is --{name}.FIELD=VALUE"
+        )
+    if field not in GROUPS[group]:
+        raise ValueError(
+            f"--{name}: config.{group} has no field {field}{_meant(field, GROUPS[group])};"
+            f" accepted are {', '.join(GROUPS[group])}"
+        )
+    return argument
+
+
+def _resolve(value: str) -> str:
+    """FILE.py[:ARGS], where FILE.py is looked for here, then among the configs that came with the package."""
+    path, colon, arguments = value.partition(":")
+    if Path(path).is_file():
+        return value
+    packaged = Path(configs.__file__).parent / Path(path).name
+    if Path(path).parent == Path("configs") and packaged.is_file():
+        return f"{packaged}{colon}{arguments}"
+    known = sorted(p.stem for p in packaged.parent.glob("[a-z]*.py"))
+    raise ValueError(
+        f"--config={value}: no such file; accepted is a file, or configs/NAME.py with NAME of {', '.join(known)}"
+    )
+
+
+def _wrong_type(argv: Sequence[str], error: Exception) -> str:
+    message = str(error).splitlines()[0]
+    for argument in argv[1:]:
+        name, _, value = argument.lstrip("-").partition("=")
+        parts = name.split(".")
+        if f"--{name}=" in message and len(parts) == 3:
+            return f"--{name}={value}: accepted is a value of type {GROUPS[parts[1]][parts[2]].type.__name__}"
+    return message
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _meant(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _help(doc: str) -> str:
+    fields = [
+        f"  --config.{group}.{field.name}={field.default!r}"
+        for group in GROUPS
+        for field in GROUPS[group].values()
+    ]
+    return "\n".join(
+        [doc.strip(), "", "Fields and their library defaults (a config file may set others):", *fields]
+    )

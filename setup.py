@@ -1,0 +1,54 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="switchmoe",
+    version="0.1.0",
+    description="Switch Transformers in JAX and Flax: sparse mixture-of-experts pre-training, small enough to read",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.11",
+    packages=find_packages(include=["switchmoe*", "experiments*", "configs*"]),
+    package_data={"switchmoe": ["data/wiki_vital_en/*.jsonl.xz", "data/wiki_vital_en/*.md"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "jax>=0.10",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "array-record>=0.8",
+        "etils[epath]>=1.5",
+        "importlib_resources",  # tensorflow-datasets needs it and does not declare it
+        "ml-collections>=1.1",
+        "sentencepiece>=0.2.1",
+        "tensorboardX>=2.6.2",
+        "matplotlib>=3.8",
+        "numpy>=2.0",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff==0.17.*",  # the formatter's style changes between minor versions
+            "nbclient>=0.10",
+            "nbformat>=5.10",
+            "ipykernel>=6.29",
+        ],
+        "gpu": ["jax[cuda12]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "hf": ["transformers>=4.40", "torch>=2.2", "safetensors>=0.4"],
+    },
+)

@@ -1,0 +1,1 @@
+"""Corpora, vocabulary, span corruption, batches."""

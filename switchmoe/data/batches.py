@@ -1,0 +1,228 @@
+"""Batches of span-corrupted text: an endless, resumable iterator for training, a fixed list to evaluate.
+
+Documents are tokenised, joined without a separator and cut into pieces of the raw length that fills
+`data.input_length` once corrupted, as T5 does. A batch is ``dict(inputs_BL, targets_BL)`` under the
+names `inputs` and `targets`, int32.
+
+Letters: B sequences a batch, N sequences in all, L tokens, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import grain
+import grain.experimental
+import numpy as np
+
+from switchmoe.data import span_corruption
+from switchmoe.data.errors import DataError
+from switchmoe.data.vocabulary import Vocabulary
+from switchmoe.settings import DataSettings
+
+EVAL_SEED = 20170612  # the same held-out examples whatever the run's seed
+
+Batch = dict[str, np.ndarray]
+
+
+def target_length(settings: DataSettings) -> int:
+    """Decoder tokens a sequence: what span corruption writes, or `data.target_length` where that is more.
+
+    Raises:
+      DataError: `data.target_length` is too small.
+    """
+    _, written = span_corruption.lengths(
+        settings.input_length, settings.noise_density, settings.mean_span_length
+    )
+    if 0 < settings.target_length < written:
+        raise DataError(
+            f"data.target_length={settings.target_length}: span corruption of data.input_length="
+            f"{settings.input_length} writes {written} target tokens; accepted is 0 or an integer >= {written}"
+        )
+    return max(settings.target_length, written)
+
+
+def document_order(
+    documents: Sequence[str], seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.MapDataset:
+    """One process's endless share of the documents, shuffled anew each epoch.
+
+    Within an epoch the processes' shares are disjoint, and together they hold every document once.
+    """
+    # Grain adds the epoch to the seed: neighbouring seeds would share their epochs.
+    (shuffle_seed,) = np.random.SeedSequence(seed).generate_state(1)
+    return (
+        grain.MapDataset.source(documents).shuffle(int(shuffle_seed)).repeat()[process_index::process_count]
+    )
+
+
+def train_batches(
+    settings: DataSettings,
+    vocabulary: Vocabulary,
+    documents: Sequence[str],
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """An endless iterator of this process's batches, made ahead in a background thread.
+
+    The batches depend on the arguments only. ``get_state`` / ``set_state`` resume exactly; the state is
+    JSON, small, and belongs to one (process_index, process_count). ``close`` ends the thread.
+
+    Returns:
+      an iterator of dict(inputs=[B / process_count, input_length], targets=[.., target_length(settings)]).
+
+    Raises:
+      DataError: `data.batch_size` is not a multiple of the processes, `data.target_length` is too small,
+        no document has any token; ValueError as ``span_corruption.lengths``.
+    """
+    if settings.batch_size % process_count:
+        raise DataError(
+            f"data.batch_size={settings.batch_size}: accepted is a multiple of the {process_count} processes"
+        )
+    raw_length = _raw_length(settings)
+    corrupt = _corrupter(settings, vocabulary)
+    if not any(len(vocabulary.encode(text)) for text in _items(documents)):
+        raise DataError(f"data.source={settings.source}: none of its {len(documents)} documents has any text")
+
+    def example(position: int, tokens_L: np.ndarray) -> Batch:
+        return corrupt(tokens_L, np.random.default_rng((seed, process_index, position)))
+
+    # Threads hide a bucket's latency; on a local disk they only get in one another's way.
+    threads = 16 if "://" in settings.data_dir else 0
+    read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
+    tokens = document_order(documents, seed, process_index, process_count).map(vocabulary.encode)
+    pieces = _Pieces(tokens.to_iter_dataset(read_options), raw_length)
+    batches = pieces.map_with_index(example).batch(settings.batch_size // process_count)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=settings.prefetch))
+
+
+def eval_batches(
+    settings: DataSettings, vocabulary: Vocabulary, documents: Sequence[str], num_batches: int
+) -> list[Batch]:
+    """The first ``num_batches`` full batches of the documents, in their order: always the same ones.
+
+    All processes get the same, global batches. Fewer come back where the documents hold no more.
+
+    Raises:
+      DataError: the documents do not fill one batch.
+    """
+    raw_length = _raw_length(settings)
+    corrupt = _corrupter(settings, vocabulary)
+    wanted = num_batches * settings.batch_size * raw_length
+    parts, total = [], 0
+    for text in _items(documents):
+        parts.append(vocabulary.encode(text))
+        total += len(parts[-1])
+        if total >= wanted:
+            break
+    sequences = min(total, wanted) // raw_length
+    full = sequences // settings.batch_size
+    if not full:
+        raise DataError(
+            f"data.batch_size={settings.batch_size}: the {len(documents)} validation documents of "
+            f"{settings.source} fill {sequences} sequences of {raw_length} tokens; accepted is "
+            + (f"at most {sequences}" if sequences else "a smaller data.input_length, or more text")
+        )
+    pieces_NL = np.concatenate(parts)[: full * settings.batch_size * raw_length].reshape(-1, raw_length)
+    examples = [
+        corrupt(piece_L, np.random.default_rng((EVAL_SEED, n))) for n, piece_L in enumerate(pieces_NL)
+    ]
+    joined = {name: np.stack([example[name] for example in examples]) for name in ("inputs", "targets")}
+    starts = range(0, len(examples), settings.batch_size)
+    return [{name: rows[n : n + settings.batch_size] for name, rows in joined.items()} for n in starts]
+
+
+def unigram_cross_entropy(
+    train: Iterable[Batch], evaluation: Iterable[Batch], vocab_size: int, num_batches: int
+) -> float:
+    """Cross-entropy of a model that knows only how frequent tokens are: a baseline.
+
+    ``p(v) = (n_v + 1) / (n + V)``, counted over the target tokens of the first ``num_batches`` batches of
+    ``train`` (a fresh iterator, as they are consumed), applied to the target tokens of ``evaluation``;
+    pads count nowhere.
+
+    Returns:
+      nats per target token.
+    """
+    counts_V = np.ones(vocab_size)
+    for batch in itertools.islice(train, num_batches):
+        counts_V += _target_counts(batch, vocab_size)
+    seen_V = sum(_target_counts(batch, vocab_size) for batch in evaluation)
+    # The pad's row keeps its 1: it is an id like any other, only never seen.
+    return float(-(seen_V @ np.log(counts_V / counts_V.sum())) / seen_V.sum())
+
+
+def _target_counts(batch: Batch, vocab_size: int) -> np.ndarray:
+    targets = batch["targets"]
+    return np.bincount(targets[targets != Vocabulary.pad_id], minlength=vocab_size)
+
+
+def _raw_length(settings: DataSettings) -> int:
+    return span_corruption.lengths(settings.input_length, settings.noise_density, settings.mean_span_length)[
+        0
+    ]
+
+
+def _items(documents: Sequence[str]) -> Iterator[str]:
+    return (documents[position] for position in range(len(documents)))
+
+
+def _corrupter(settings: DataSettings, vocabulary: Vocabulary) -> Any:
+    """A function from a raw piece and its random generator to an example."""
+    padded = target_length(settings)
+
+    def corrupt(tokens_L: np.ndarray, rng: np.random.Generator) -> Batch:
+        inputs, targets = span_corruption.corrupt(
+            tokens_L, rng, vocabulary, settings.noise_density, settings.mean_span_length
+        )
+        return {"inputs": inputs, "targets": np.pad(targets, (0, padded - len(targets)))}
+
+    return corrupt
+
+
+class _Pieces(grain.IterDataset):
+    """Joins arrays of tokens and cuts the stream into pieces of one length."""
+
+    def __init__(self, parent: grain.IterDataset, length: int):
+        super().__init__(parent)
+        self._length = length
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PieceIterator(iter(self._parent), self._length)
+
+
+class _PieceIterator(grain.DatasetIterator):
+    """Its state is the parent's before the document that is open, and how much of that is used.
+
+    Grain's own ConcatThenSplitIterDataset is not used: it marks "no document is open" with a tuple, which
+    is a list after the JSON of a checkpoint, and then a document is lost.
+    """
+
+    def __init__(self, parent: grain.DatasetIterator, length: int):
+        super().__init__(parent)
+        self._length = length
+        self._before = parent.get_state()
+        self._document = np.zeros(0, np.int32)
+        self._used = 0
+
+    def __next__(self) -> np.ndarray:
+        parts, missing = [], self._length
+        while missing:
+            if self._used == len(self._document):
+                self._before = self._parent.get_state()
+                self._document, self._used = next(self._parent), 0
+            parts.append(self._document[self._used : self._used + missing])
+            self._used += len(parts[-1])
+            missing -= len(parts[-1])
+        return np.concatenate(parts)
+
+    def get_state(self) -> dict[str, Any]:
+        if self._used == len(self._document):
+            return {"parent": self._parent.get_state(), "used": 0}
+        return {"parent": self._before, "used": self._used}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._before, self._used = state["parent"], state["used"]
+        self._document = next(self._parent) if self._used else np.zeros(0, np.int32)

@@ -1,0 +1,232 @@
+"""SentencePiece vocabulary with T5's ids: pad 0, eos 1, unk 2, 100 sentinels at the top."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import math
+import re
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import sentencepiece
+from etils import epath
+
+from switchmoe.data import local_files, sources
+from switchmoe.data.errors import DataError
+from switchmoe.settings import NUM_SENTINELS, DataSettings
+
+TRAINING_BYTES = 50_000_000  # of text; more changes little and takes minutes
+TRAINER = {
+    "model_type": "unigram",
+    "byte_fallback": True,
+    "pad_id": 0,
+    "eos_id": 1,
+    "unk_id": 2,
+    "bos_id": -1,
+    "num_threads": 8,  # the model depends on it, so it does not follow the machine
+    "max_sentence_length": 2**30,  # the default drops documents above 4,192 bytes
+    "minloglevel": 2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """A SentencePiece model and the sentinels above its pieces.
+
+    Made by ``from_bytes``. Text that holds the letters of a sentinel is encoded as ordinary pieces.
+    """
+
+    model_bytes: bytes = dataclasses.field(repr=False)
+
+    pad_id = 0
+    eos_id = 1
+    unk_id = 2
+
+    @classmethod
+    def from_bytes(cls, model_bytes: bytes, name: str = "model") -> "Vocabulary":
+        """Reads a serialised SentencePiece model; ``name`` is what an error calls it.
+
+        Raises:
+          DataError: not a SentencePiece model, or its pad, eos and unk are not T5's 0, 1 and 2.
+        """
+        vocabulary = cls(model_bytes)
+        try:
+            processor = vocabulary._processor
+        except RuntimeError as error:
+            raise DataError(
+                f"data.vocab={name}: truncated, or not a SentencePiece model; accepted is a file such as "
+                "T5's spiece.model"
+            ) from error
+        ids = processor.pad_id(), processor.eos_id(), processor.unk_id()
+        if ids != (cls.pad_id, cls.eos_id, cls.unk_id):
+            raise DataError(
+                f"data.vocab={name}: pad, eos and unk are {ids[0]}, {ids[1]} and {ids[2]}; accepted is "
+                "a model with T5's 0, 1 and 2"
+            )
+        return vocabulary
+
+    @functools.cached_property
+    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(self.model_bytes)
+        return processor
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.model_bytes).hexdigest()
+
+    @functools.cached_property
+    def pieces(self) -> int:
+        """How many pieces the SentencePiece model has: `data.vocab_size`."""
+        return self._processor.vocab_size()
+
+    @property
+    def size(self) -> int:
+        """Pieces and sentinels: every id is below it."""
+        return self.pieces + NUM_SENTINELS
+
+    def sentinel(self, index: int) -> int:
+        """The id of `<extra_id_{index}>`: ``size - 1 - index``, as in T5.
+
+        Raises:
+          ValueError: the index is not in 0..99.
+        """
+        if not 0 <= index < NUM_SENTINELS:
+            raise ValueError(f"sentinel {index}: accepted is 0 to {NUM_SENTINELS - 1}")
+        return self.size - 1 - index
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, int32 [L], without EOS."""
+        return np.array(self._processor.encode(text), np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text up to the first EOS, without pads; sentinels are shown as `<extra_id_0>`.
+
+        Ids from ``size`` up, which a padded embedding table has, are shown as unknown.
+        """
+        shown = []
+        for token in (int(token) for token in ids):
+            if token == self.eos_id:
+                break
+            if self.pieces <= token < self.size:
+                shown.append(f"<extra_id_{self.size - 1 - token}>")
+            elif token != self.pad_id:
+                shown.append(self._processor.id_to_piece(token if token < self.pieces else self.unk_id))
+        return self._processor.decode_pieces(shown)
+
+
+def load_vocabulary(settings: DataSettings, documents: Sequence[str]) -> Vocabulary:
+    """The model file that `data.vocab` names, or one trained on ``documents``, once per corpus.
+
+    A trained model is kept beside the corpus: in `vocabularies/` of `data.data_dir` (or of the default
+    cache), or in the directory of local files where no `data_dir` is set. Its name has the vocabulary
+    size and a fingerprint of the train documents, so that a changed corpus never meets a stale model.
+
+    Args:
+      settings: vocab, vocab_size, source and data_dir are read.
+      documents: the train split, as ``sources.load`` gives it.
+
+    Raises:
+      DataError: the model file is missing, foreign, or has not `data.vocab_size` pieces; the corpus
+        has too little text for a vocabulary of that size.
+    """
+    if settings.vocab:
+        return _checked(epath.Path(settings.vocab).expanduser(), settings)
+    name = f"vocabulary-{settings.vocab_size}-{_fingerprint(documents)}.model"
+    folders = [epath.Path(sources.cache_directory(settings)).expanduser() / "vocabularies"]
+    if settings.source.endswith(local_files.SUFFIXES) and not settings.data_dir:
+        folders.insert(0, epath.Path(getattr(documents, "directory", "") or folders[0]))
+    for folder in folders:
+        if (folder / name).exists():
+            return _checked(folder / name, settings)
+    vocabulary = Vocabulary.from_bytes(train(documents, settings.vocab_size), name)
+    _keep(vocabulary.model_bytes, [folder / name for folder in folders])
+    return vocabulary
+
+
+def train(documents: Sequence[str], vocab_size: int) -> bytes:
+    """Trains a unigram SentencePiece model of ``vocab_size`` pieces, the same bytes each time.
+
+    A corpus above ``TRAINING_BYTES`` of UTF-8 is represented by documents spread evenly over it.
+
+    Raises:
+      DataError: ``vocab_size`` is larger or smaller than what the text allows.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sample(documents), model_writer=model, vocab_size=vocab_size, **TRAINER
+        )
+    except RuntimeError as error:
+        too_large = re.search(r"value <= (\d+)", str(error))
+        too_small = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        if too_large:
+            accepted = f"at most {too_large[1]} for this corpus, or more text"
+        elif too_small:
+            accepted = f"at least {too_small[1]}, what the characters of this corpus take"
+        else:
+            accepted = f"what SentencePiece can train ({error})"
+        raise DataError(f"data.vocab_size={vocab_size}: accepted is {accepted}") from error
+    return model.getvalue()
+
+
+def _sample(documents: Sequence[str]) -> Iterator[str]:
+    """Each document once, in even strides over the corpus, until there is text enough."""
+    count = len(documents)
+    stride = max(1, int(count * 0.618))
+    while math.gcd(stride, count) > 1:
+        stride -= 1
+    taken = 0
+    for position in range(count):
+        if taken > TRAINING_BYTES:
+            return
+        text = documents[position * stride % count]
+        taken += len(text.encode())
+        yield text
+
+
+def _fingerprint(documents: Sequence[str]) -> str:
+    known = getattr(documents, "fingerprint", None) or sources.fingerprint(documents)
+    return hashlib.sha256(
+        f"{known} {TRAINER} {TRAINING_BYTES} {sentencepiece.__version__}".encode()
+    ).hexdigest()[:16]
+
+
+def _checked(path: epath.Path, settings: DataSettings) -> Vocabulary:
+    try:
+        model_bytes = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"data.vocab={path}: cannot be read ({error.strerror or error}); accepted is a SentencePiece "
+            "model file, or '' to train one"
+        ) from error
+    vocabulary = Vocabulary.from_bytes(model_bytes, str(path))
+    if vocabulary.pieces != settings.vocab_size:
+        raise DataError(
+            f"data.vocab_size={settings.vocab_size}: {path} has {vocabulary.pieces} pieces; accepted is "
+            f"data.vocab_size={vocabulary.pieces}"
+        )
+    return vocabulary
+
+
+def _keep(model_bytes: bytes, paths: Sequence[epath.Path]) -> None:
+    """Writes to the first path that can be written, whole or not at all."""
+    reasons = []
+    for path in paths:
+        temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(model_bytes)
+            temporary.rename(path)
+            return
+        except OSError as error:
+            reasons.append(str(error))
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    warnings.warn(
+        f"the vocabulary is not cached and will be trained again: {'; '.join(reasons)}", stacklevel=3
+    )

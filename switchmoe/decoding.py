@@ -1,0 +1,37 @@
+"""Greedy decoding.
+
+Letters: B batch, L length, D model.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from switchmoe.settings import Settings
+from switchmoe.transformer import PAD_ID, Transformer
+
+
+def greedy(params: Any, inputs_BL: jax.Array, length: int, settings: Settings, eos_id: int = 1) -> jax.Array:
+    """The most probable next token, ``length`` times; 0 after the first ``eos_id``.
+
+    Each step runs the whole decoder over ``length`` positions: a causal stack with first-come slots
+    gives a position the same output whatever follows it, as in teacher forcing.
+
+    Returns:
+      tokens_BL, int32, of shape [B, length].
+    """
+    model = Transformer(settings)
+    variables = {"params": params}
+    encoded_BLD, _ = model.apply(variables, inputs_BL, method="encode")
+    real_BL = jnp.ones((inputs_BL.shape[0], length), bool)
+
+    def step(position: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+        logits_BLV, _ = model.apply(
+            variables, encoded_BLD, inputs_BL != PAD_ID, tokens_BL, real_BL, method="decode"
+        )
+        next_B = jnp.argmax(jax.lax.dynamic_index_in_dim(logits_BLV, position, 1, keepdims=False), axis=-1)
+        ended_B = (tokens_BL == eos_id).any(axis=1)
+        return tokens_BL.at[:, position].set(jnp.where(ended_B, PAD_ID, next_B).astype(jnp.int32))
+
+    return jax.lax.fori_loop(0, length, step, jnp.full(real_BL.shape, PAD_ID, jnp.int32))

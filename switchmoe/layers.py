@@ -1,0 +1,158 @@
+"""The dense parts of a T5 block: RMSNorm, attention with relative positions, feed-forward.
+
+No biases anywhere. Kernels are float32 parameters, cast to the activations' type where they are used.
+
+Letters: B batch, L length (Q of the queries, M of the keys), D model, H heads, K width of a head,
+F feed-forward.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from switchmoe.settings import ModelSettings
+
+Initializer = Callable[..., jax.Array]
+
+
+def kernel_init(
+    scale: float,
+    in_axis: int | Sequence[int],
+    out_axis: int | Sequence[int],
+    batch_axis: Sequence[int] | int = (),
+) -> Initializer:
+    """Truncated normal with variance scale / fan-in (Switch, 2.4: scale 0.1 instead of 1).
+
+    The standard deviation is that after truncation at two of the untruncated ones.
+    """
+    return nn.initializers.variance_scaling(
+        scale, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis, batch_axis=batch_axis
+    )
+
+
+def param(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    names: tuple[str | None, ...],
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """A float32 parameter with logical axis names, as ``dtype``."""
+    return module.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32).astype(dtype)
+
+
+def activate(activation: str, up: Callable[[str], jax.Array]) -> jax.Array:
+    """``relu(up(wi))``, or ``gelu(up(wi_gate)) * up(wi)`` for GEGLU (Shazeer 2020)."""
+    if activation == "relu":
+        return jax.nn.relu(up("wi"))
+    return jax.nn.gelu(up("wi_gate"), approximate=True) * up("wi")
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x**2) + 1e-6) * scale``, computed in float32."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale_D = param(self, "scale", nn.initializers.ones, ("embed",), x.shape[-1:], jnp.float32)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + 1e-6)
+        return (normed * jnp.expand_dims(scale_D, range(x.ndim - 1))).astype(x.dtype)
+
+
+def relative_bucket(distance: jax.Array, bidirectional: bool, buckets: int, max_distance: int) -> jax.Array:
+    """T5's bucket of a relative position, key minus query: exact when near, logarithmic when far.
+
+    Of the buckets of one direction, half are exact; the other half grow with the logarithm up to
+    ``max_distance``, beyond which all share the last. Both directions have their own half if
+    ``bidirectional``; otherwise keys ahead of the query share bucket 0 with the query's own.
+    """
+    offset = 0
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance > 0, buckets, 0)
+        behind = jnp.abs(distance)
+    else:
+        behind = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    log_ratio = jnp.log(jnp.maximum(behind, 1) / exact) / math.log(max_distance / exact)
+    far = exact + (log_ratio * (buckets - exact)).astype(jnp.int32)
+    return offset + jnp.where(behind < exact, behind, jnp.minimum(far, buckets - 1))
+
+
+class RelativeBias(nn.Module):
+    """A learned scalar per head and bucket, added to the attention logits; one for a whole stack."""
+
+    model: ModelSettings
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, length: int) -> jax.Array:
+        """Returns bias_HLL, float32."""
+        model = self.model
+        init = nn.initializers.normal(model.d_model**-0.5)
+        shape = (model.num_heads, model.relative_buckets)
+        table_HR = param(self, "table", init, ("heads", None), shape, jnp.float32)
+        position_L = jnp.arange(length)
+        bucket_LL = relative_bucket(
+            position_L[None, :] - position_L[:, None],
+            self.bidirectional,
+            model.relative_buckets,
+            model.relative_max_distance,
+        )
+        return table_HR[:, bucket_LL]
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases; the logits' scale is folded into the query's init (T5)."""
+
+    model: ModelSettings
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x_BQD: jax.Array, kv_BMD: jax.Array, bias_BHQM: jax.Array) -> jax.Array:
+        """Args: queries' and keys' inputs; bias, float32, broadcast over B and H, -inf-like where masked."""
+        model = self.model
+        shape = (model.d_model, model.num_heads, model.d_kv)
+
+        def project(name: str, x_BLD: jax.Array, scale: float) -> jax.Array:
+            init = kernel_init(scale, in_axis=0, out_axis=(1, 2))
+            kernel_DHK = param(self, name, init, ("embed", "heads", "kv"), shape, x_BLD.dtype)
+            return jnp.einsum("BLD,DHK->BLHK", x_BLD, kernel_DHK)
+
+        query_BQHK = project("query", x_BQD, model.init_scale / model.d_kv)
+        key_BMHK = project("key", kv_BMD, model.init_scale)
+        value_BMHK = project("value", kv_BMD, model.init_scale)
+        logits_BHQM = jnp.einsum("BQHK,BMHK->BHQM", query_BQHK, key_BMHK, preferred_element_type=jnp.float32)
+        weight_BHQM = jax.nn.softmax(logits_BHQM + bias_BHQM, axis=-1).astype(x_BQD.dtype)
+        weight_BHQM = nn.Dropout(model.dropout_rate, deterministic=not self.train)(weight_BHQM)
+        mixed_BQHK = jnp.einsum("BHQM,BMHK->BQHK", weight_BHQM, value_BMHK)
+        init = kernel_init(model.init_scale, in_axis=(0, 1), out_axis=2)
+        out_HKD = param(self, "out", init, ("heads", "kv", "embed"), (*shape[1:], shape[0]), x_BQD.dtype)
+        return jnp.einsum("BQHK,HKD->BQD", mixed_BQHK, out_HKD)
+
+
+class FeedForward(nn.Module):
+    """``wo(activation(wi(x)))``."""
+
+    model: ModelSettings
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        d, f = self.model.d_model, self.model.d_ff
+        init = kernel_init(self.model.init_scale, in_axis=0, out_axis=1)
+
+        def up(name: str) -> jax.Array:
+            return jnp.einsum(
+                "BLD,DF->BLF", x_BLD, param(self, name, init, ("embed", "mlp"), (d, f), x_BLD.dtype)
+            )
+
+        h_BLF = activate(self.model.activation, up)
+        h_BLF = nn.Dropout(self.model.dropout_rate, deterministic=not self.train)(h_BLF)
+        return jnp.einsum(
+            "BLF,FD->BLD", h_BLF, param(self, "wo", init, ("mlp", "embed"), (f, d), x_BLD.dtype)
+        )

@@ -1,0 +1,356 @@
+"""The run: data, state, steps, evaluation, checkpoints, signals, report.
+
+A run lives in a directory and is what its `config.json` says. The same call on the same directory
+goes on from the last checkpoint and gives what the uninterrupted run would have given.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import math
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import switchmoe
+from switchmoe import checkpoints, decoding, flops, optimizers, sharding, training, transformer
+from switchmoe.analysis import report
+from switchmoe.data import batches, sources, vocabulary
+from switchmoe.reporting import MetricsWriter, Progress
+from switchmoe.rundir import check, claim, read_run, update_run
+from switchmoe.settings import Settings, to_dict
+
+NUM_EXAMPLES = 5
+UNIGRAM_BATCHES = 200
+VOCABULARY_FILE = "vocabulary.model"
+VERSIONS_OF = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training stopped at a loss or gradient that is not a number; one line."""
+
+
+class Stopped(RuntimeError):
+    """A signal asked the run to stop; its state is saved. ``args``: message, signal number."""
+
+
+def run(settings: Settings, workdir: Path, progress: Progress) -> Path:
+    """Trains to ``train.num_steps`` in ``workdir`` and writes its report.
+
+    Returns:
+      the path of report.html.
+
+    Raises:
+      ValueError: settings or data that can't work; nothing was written to the directory's run.
+      NonFiniteLoss, Stopped, checkpoints.CheckpointError: see there.
+    """
+    check(workdir, settings)
+    with _stop_signals() as stop:
+        return _Run(settings, workdir, progress, stop).train()
+
+
+class _Run:
+    """What the steps of `run` share."""
+
+    def __init__(self, settings: Settings, workdir: Path, progress: Progress, stop: list[int]):
+        self.settings, self.workdir, self.progress, self.stop = settings, workdir, progress, stop
+        length = batches.target_length(settings.data)
+        lengths = {"encoder": settings.data.input_length, "decoder": length}
+        self.mesh = sharding.make_mesh()
+        self.group_tokens = sharding.check(settings, lengths, self.mesh.size)
+        self.target_length = length
+        documents = {split: sources.load(settings.data, split) for split in ("train", "validation")}
+        self.vocabulary = _vocabulary(settings, workdir, documents["train"])
+        self.evaluation = batches.eval_batches(
+            settings.data, self.vocabulary, documents["validation"], settings.train.eval_batches
+        )
+        arguments = (settings.data, self.vocabulary, documents["train"], settings.train.seed)
+        self.unigram = read_run(workdir).get("unigram_cross_entropy")
+        if self.unigram is None:
+            with contextlib.closing(batches.train_batches(*arguments)) as fresh:
+                self.unigram = batches.unigram_cross_entropy(
+                    fresh,
+                    self.evaluation,
+                    settings.embedding_rows,
+                    _unigram_batches(settings, documents["train"]),
+                )
+        self.iterator = batches.train_batches(*arguments)
+        claim(workdir, settings)
+        _keep_vocabulary(self.vocabulary, workdir)
+        self.layers = transformer.sparse_layer_names(settings)
+        self.validation: float | None = None
+
+    def train(self) -> Path:
+        with (
+            jax.set_mesh(self.mesh),
+            sharding.rules(self.settings),
+            contextlib.closing(self.iterator),
+            contextlib.closing(
+                checkpoints.Checkpoints(self.workdir / "checkpoints", self.settings.checkpoint)
+            ) as self.saved,
+        ):
+            state = self._compile()
+            start = int(state.step)
+            self._describe(start)
+            self.writer = MetricsWriter(self.workdir, resume_step=start)
+            with contextlib.closing(self.writer):
+                state = self._steps(state, start)
+            self._finish(state.params)
+        return report.write_report(self.workdir)
+
+    def _compile(self) -> training.TrainState:
+        """Compiles both steps ahead of time; returns the first state, or the last saved one."""
+        settings, mesh = self.settings, self.mesh
+        tx = optimizers.create(settings.optimizer, settings.train.num_steps, training.axis_names(settings))
+        self.schedule = optimizers.schedule(settings.optimizer, settings.train.num_steps)
+        params = sharding.param_shardings(training.abstract_variables(settings)["params"], settings, mesh)
+        init = functools.partial(training.init_state, settings, tx)
+        out = training.TrainState(sharding.replicated(mesh), params, None)
+        started = time.monotonic()
+        init = jax.jit(init, out_shardings=out).lower().compile()
+        abstract = jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+            jax.eval_shape(functools.partial(training.init_state, settings, tx)),
+            init.output_shardings,
+        )
+        batch = self._put(self.evaluation[0])
+        step = functools.partial(training.train_step, settings=settings, tx=tx)
+        step = jax.jit(step, donate_argnums=0, out_shardings=(init.output_shardings, None))
+        self.step = step.lower(abstract, batch).compile()
+        evaluate = functools.partial(training.eval_step, settings=settings)
+        self.evaluate = jax.jit(evaluate).lower(abstract.params, batch).compile()
+        self.compile_seconds = time.monotonic() - started
+        if self.saved.latest() is not None:
+            return self.saved.restore(abstract, self.iterator)
+        return init()
+
+    def _describe(self, start: int) -> None:
+        settings = self.settings
+        total, active = training.parameter_counts(settings)
+        self.peak = flops.matmul_peak(settings.model.dtype)
+        device = jax.devices()[0]
+        update_run(
+            self.workdir,
+            parameters=total,
+            parameters_active=active,
+            unigram_cross_entropy=self.unigram,
+            matmul_peak_flops=self.peak,
+            platform=device.platform,
+            device=f"{jax.device_count()} x {device.device_kind}",
+            group_tokens=self.group_tokens,
+            compile_seconds=self.compile_seconds,
+            vocabulary_sha256=self.vocabulary.sha256,
+            versions={"switchmoe": switchmoe.__version__, "python": platform.python_version()}
+            | {name: importlib.metadata.version(name) for name in VERSIONS_OF},
+        )
+        say = self.progress.note
+        experts = (
+            f"{settings.moe.num_experts} experts in each of {len(self.layers)} layers"
+            if self.layers
+            else "dense"
+        )
+        say(f"model: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M for a token, {experts}")
+        for stack, tokens in self.group_tokens.items():
+            say(f"{stack}: groups of {tokens} tokens compete for the experts (moe.group_size)")
+        say(
+            f"device: {jax.device_count()} x {device.device_kind}, matrix products {self.peak / 1e9:,.0f} GFLOP/s"
+        )
+        say(
+            f"unigram baseline: {self.unigram:.3f} nats a target token; compiled in {self.compile_seconds:.0f} s"
+        )
+        if start:
+            say(f"resuming from the checkpoint of step {start} in {self.workdir}")
+
+    def _steps(self, state: training.TrainState, start: int) -> training.TrainState:
+        """Steps start + 1 ... num_steps; a step's metrics are read when the next one is under way."""
+        train, every = self.settings.train, self.settings.checkpoint.every
+        clock = _Clock()
+        running: tuple[int, dict] | None = None
+        for step in range(start + 1, train.num_steps + 1):
+            if self.stop:
+                break
+            with clock.waiting():
+                batch = self._put(next(self.iterator))
+            state, metrics = self.step(state, batch)
+            if running:
+                self._read(*running, clock)
+            running = step, metrics
+            last = step == train.num_steps
+            evaluates, saves = step % train.eval_every == 0 or last, step % every == 0 or last
+            if evaluates or saves:
+                self._read(*running, clock)
+                running = None
+                with clock.paused():
+                    if evaluates:
+                        self._evaluate(step, state.params)
+                    if saves:
+                        self._save(step, state)
+        if running:
+            self._read(*running, clock)
+        update_run(self.workdir, add=clock.totals())
+        if self.stop and int(state.step) < train.num_steps:
+            self._leave(state)
+        self.saved.wait()
+        return state
+
+    def _read(self, step: int, metrics: dict, clock: "_Clock") -> None:
+        """Waits for a step; stops the run if it went wrong; logs it if it is due."""
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            size, good = self.settings.data.batch_size, self.saved.latest()
+            raise NonFiniteLoss(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}. Batch {step} of the data's order (sequences"
+                f" {(step - 1) * size} to {step * size - 1}); last good checkpoint:"
+                f" {'none' if good is None else self.saved.directory / str(good)}"
+            )
+        clock.step()
+        train = self.settings.train
+        if step % train.log_every and step not in (1, train.num_steps):
+            return
+        seconds, waited = clock.lap()
+        record = self._record(step, "train", jax.device_get(metrics))
+        work = flops.train_flops(self.settings, self.target_length)
+        tokens = self.settings.data.batch_size * (self.settings.data.input_length + self.target_length)
+        record |= {
+            "learning_rate": float(self.schedule(step - 1)),
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "input_wait_share": waited / seconds,
+            "model_flops": work,
+            "peak_share": work / seconds / (self.peak * jax.device_count()),
+        }
+        self.writer.write(record)
+        self.progress.update(record)
+
+    def _evaluate(self, step: int, params: Any) -> None:
+        started = time.monotonic()
+        parts = [self.evaluate(params, self._put(batch)) for batch in self.evaluation]
+        sums, counts = jax.tree.map(lambda *values: sum(values), *jax.device_get(parts))
+        record = self._record(
+            step, "validation", jax.device_get(training.summarize(sums, counts, self.settings))
+        )
+        record["seconds"] = time.monotonic() - started
+        self.validation = record["cross_entropy"]
+        self.writer.write(record)
+        self.progress.update(record)
+
+    def _record(self, step: int, split: str, metrics: dict[str, np.ndarray]) -> dict:
+        record = {"step": step, "split": split, "layers": self.layers}
+        record |= {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        # Capped: an untrained model's perplexity is no use, and exp overflows.
+        return record | {"perplexity": math.exp(min(record["cross_entropy"], 700.0))}
+
+    def _save(self, step: int, state: training.TrainState) -> None:
+        self.saved.save(step, state, self.iterator, to_dict(self.settings), self.validation)
+
+    def _leave(self, state: training.TrainState) -> None:
+        step = int(state.step)
+        if step:
+            self._save(step, state)
+            self.saved.wait()
+        raise Stopped(
+            f"stopped by {signal.Signals(self.stop[0]).name} after step {step}, saved in {self.workdir};"
+            " the same command goes on from there",
+            self.stop[0],
+        )
+
+    def _finish(self, params: Any) -> None:
+        """The model's own fill-ins of the first held-out examples."""
+        batch = self.evaluation[0]
+        inputs = batch["inputs"][:NUM_EXAMPLES]
+        decode = jax.jit(
+            functools.partial(decoding.greedy, length=self.target_length, settings=self.settings)
+        )
+        # Outside the mesh: a handful of examples need not divide among its devices.
+        predictions = jax.device_get(decode(jax.device_get(params), inputs))
+        examples = [
+            dict(zip(("input", "target", "prediction"), map(self.vocabulary.decode, texts), strict=True))
+            for texts in zip(inputs, batch["targets"][:NUM_EXAMPLES], predictions, strict=True)
+        ]
+        update_run(self.workdir, examples=examples)
+
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        where = sharding.batch_sharding(self.mesh)
+        return {name: jax.device_put(value, where) for name, value in batch.items()}
+
+
+class _Clock:
+    """Seconds a step and seconds of waiting for input, without evaluations and checkpoints."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._steps, self._waited = 0, 0.0
+        self._total = {"steps_timed": 0, "train_seconds": 0.0, "input_wait_seconds": 0.0}
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._waited += time.monotonic() - started
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._start += time.monotonic() - started
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds, seconds waited) a step since the last lap."""
+        seconds, steps, waited = time.monotonic() - self._start, max(self._steps, 1), self._waited
+        self._total["steps_timed"] += self._steps
+        self._total["train_seconds"] += seconds
+        self._total["input_wait_seconds"] += waited
+        self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
+        return seconds / steps, waited / steps
+
+    def totals(self) -> dict[str, float]:
+        if self._steps:
+            self.lap()
+        return self._total
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that gets the number of SIGTERM or SIGINT when one comes; a second one acts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _vocabulary(settings: Settings, workdir: Path, documents: Any) -> vocabulary.Vocabulary:
+    """The run's own copy, so that a run never changes its vocabulary; else the corpus's."""
+    path = workdir / VOCABULARY_FILE
+    if path.exists():
+        return vocabulary.Vocabulary.from_bytes(path.read_bytes(), str(path))
+    return vocabulary.load_vocabulary(settings.data, documents)
+
+
+def _keep_vocabulary(found: vocabulary.Vocabulary, workdir: Path) -> None:
+    path = workdir / VOCABULARY_FILE
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(found.model_bytes)
+        temporary.replace(path)
+
+
+def _unigram_batches(settings: Settings, documents: Any) -> int:
+    """Enough batches to count about one pass over a small corpus, and no more than it is worth."""
+    return max(1, min(UNIGRAM_BATCHES, len(documents) // settings.data.batch_size))

@@ -1,0 +1,118 @@
+"""Adafactor as T5 uses it, AdamW, and learning-rate schedules.
+
+Adafactor (Shazeer & Stern 2018) sees each parameter as a batch of matrices: the layer axis of a scan
+and the expert axis are batch axes, heads and their width are one axis. Factors, clipping and scale
+are those of one matrix, so the update of an expert never depends on another.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from switchmoe.settings import OptimizerSettings
+
+BATCH_AXES = ("layers", "expert")
+
+
+def schedule(settings: OptimizerSettings, num_steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate by step, counted from 0. With f = learning_rate, w = warmup_steps:
+
+    - rsqrt: ``f / sqrt(max(step, w))``, T5's, flat until w;
+    - warmup_rsqrt: ``f / sqrt(w) * min(step / w, sqrt(w / step))``, ST-MoE's;
+    - warmup_cosine: up to f over w steps, then by a half cosine to 0 at num_steps;
+    - constant: f.
+    """
+    f, w = settings.learning_rate, settings.warmup_steps
+
+    def rsqrt(step: jax.Array) -> jax.Array:
+        return f / jnp.sqrt(jnp.maximum(step, w))
+
+    def warmup_rsqrt(step: jax.Array) -> jax.Array:
+        return rsqrt(step) * jnp.minimum(1.0, (step + 1) / w)
+
+    return {
+        "rsqrt": rsqrt,
+        "warmup_rsqrt": warmup_rsqrt,
+        "warmup_cosine": optax.warmup_cosine_decay_schedule(f / w, f, w, max(num_steps, w + 1)),
+        "constant": optax.constant_schedule(f),
+    }[settings.schedule]
+
+
+def create(settings: OptimizerSettings, num_steps: int, names: dict) -> optax.GradientTransformation:
+    """The optimizer.
+
+    Args:
+      names: a tree like the parameters' with a tuple of logical axis names at each leaf.
+    """
+    # Norm scales and position biases are left out of weight decay.
+    decayed = jax.tree.map(lambda n: "embed" in n and len(n) - _batch_axes(n) > 1, names, is_leaf=_is_names)
+    if settings.name == "adamw":
+        core = optax.scale_by_adam(settings.beta1, settings.beta2)
+    else:
+        core = _per_matrix(
+            optax.chain(
+                optax.scale_by_factored_rms(decay_rate=settings.decay_rate),
+                optax.clip_by_block_rms(1.0),
+                optax.scale_by_param_block_rms(),
+            ),
+            names,
+        )
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity(),
+        core,
+        optax.add_decayed_weights(settings.weight_decay, decayed)
+        if settings.weight_decay
+        else optax.identity(),
+        optax.scale_by_learning_rate(schedule(settings, num_steps)),
+    )
+
+
+def _per_matrix(tx: optax.GradientTransformation, names: dict) -> optax.GradientTransformation:
+    """Applies ``tx`` to each matrix of each parameter by itself."""
+
+    def lift(function: Callable, leaf_names: tuple[str, ...]) -> Callable:
+        for _ in range(_batch_axes(leaf_names)):
+            function = jax.vmap(function)
+        return function
+
+    def init(params):
+        def leaf(n, p):
+            return lift(tx.init, n)(_as_matrices(p, n))
+
+        return jax.tree.map(leaf, names, params, is_leaf=_is_names)
+
+    def update(updates, state, params):
+        def leaf(n, u, s, p):
+            new_u, new_s = lift(tx.update, n)(_as_matrices(u, n), s, _as_matrices(p, n))
+            return new_u.reshape(u.shape), new_s
+
+        # A leaf's state is a tree of its own, which tree.map hands over whole: names is the prefix.
+        pairs = jax.tree.map(leaf, names, updates, state, params, is_leaf=_is_names)
+        return tuple(
+            jax.tree.map(lambda _, pair, i=i: pair[i], names, pairs, is_leaf=_is_names) for i in (0, 1)
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_names(node) -> bool:
+    return isinstance(node, tuple)
+
+
+def _batch_axes(names: tuple[str, ...]) -> int:
+    return sum(name in BATCH_AXES for name in names)
+
+
+def _as_matrices(p: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Batch axes, then the matrix; (heads, kv) is one axis of it, as in T5's kernels."""
+    shape, sizes = [], dict(zip(names, p.shape, strict=True))
+    for name in names:
+        if name == "kv":
+            continue
+        shape.append(
+            math.prod((sizes["heads"], sizes["kv"])) if name == "heads" and "kv" in sizes else sizes[name]
+        )
+    return p.reshape(shape)

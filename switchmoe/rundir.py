@@ -1,0 +1,60 @@
+"""A run's directory: who it belongs to (`config.json`) and what is known of it (`run.json`)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from switchmoe.checkpoints import write_json
+from switchmoe.settings import Settings, to_dict
+
+
+def check(workdir: Path, settings: Settings) -> None:
+    """Refuses a directory that another run lives in.
+
+    Raises:
+      ValueError: names the fields that differ.
+    """
+    asked = to_dict(settings)
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    try:
+        there = _flat(json.loads(path.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"--workdir={workdir}: its config.json is not a run's ({error})") from error
+    here = _flat(asked)
+    different = [
+        f"{name} ({there.get(name, 'none')} there, {here.get(name, 'none')} asked)"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"--workdir={workdir} holds a run with other settings: {', '.join(different)};"
+            " accepted is the same settings, or another --workdir"
+        )
+
+
+def claim(workdir: Path, settings: Settings) -> None:
+    """Makes the directory this run's; called when settings and data are known to be good."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "config.json").exists():
+        write_json(workdir / "config.json", to_dict(settings))
+
+
+def read_run(workdir: Path) -> dict[str, Any]:
+    """`run.json`, {} if there is none."""
+    path = workdir / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def update_run(workdir: Path, add: dict[str, float] | None = None, **values: Any) -> None:
+    """Sets values in `run.json`; those in ``add`` are added to what is there."""
+    known = read_run(workdir) | values
+    for name, value in (add or {}).items():
+        known[name] = known.get(name, 0) + value
+    write_json(workdir / "run.json", known)
+
+
+def _flat(groups: dict) -> dict[str, Any]:
+    return {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}

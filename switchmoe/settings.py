@@ -1,0 +1,275 @@
+"""Settings of a run: frozen dataclasses, built from a ConfigDict and validated once.
+
+Each field is documented where it is declared; `configs/*.py` only name what differs from these
+defaults. A ``ValueError`` raised here is one line: the field, its value, what would be accepted.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+NUM_SENTINELS = 100
+ACTIVATIONS = ("relu", "geglu")
+DTYPES = ("float32", "bfloat16")
+
+
+def _bad(field: str, value: Any, accepted: str) -> ValueError:
+    return ValueError(f"{field}={value}: accepted is {accepted}")
+
+
+def _at_least(group: str, settings: Any, field: str, least: int) -> None:
+    if getattr(settings, field) < least:
+        raise _bad(f"{group}.{field}", getattr(settings, field), f"an integer >= {least}")
+
+
+def _positive(group: str, settings: Any, field: str) -> None:
+    if not getattr(settings, field) > 0:
+        raise _bad(f"{group}.{field}", getattr(settings, field), "a number > 0")
+
+
+def _not_negative(group: str, settings: Any, field: str) -> None:
+    if not getattr(settings, field) >= 0:
+        raise _bad(f"{group}.{field}", getattr(settings, field), "a number >= 0")
+
+
+def _rate(group: str, settings: Any, field: str) -> None:
+    if not 0 <= getattr(settings, field) < 1:
+        raise _bad(f"{group}.{field}", getattr(settings, field), "a number >= 0 and < 1")
+
+
+def _one_of(group: str, settings: Any, field: str, accepted: tuple[str, ...]) -> None:
+    if getattr(settings, field) not in accepted:
+        raise _bad(f"{group}.{field}", getattr(settings, field), f"one of {', '.join(accepted)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """A T5 encoder-decoder (Raffel et al. 2020), version 1.1 feed-forwards with `geglu`."""
+
+    d_model: int = 768
+    d_ff: int = 2048  # width of a feed-forward and of each expert
+    d_kv: int = 64  # width of one attention head
+    num_heads: int = 12
+    num_layers: int = 12  # per stack
+    activation: str = "geglu"  # relu | geglu
+    dtype: str = "bfloat16"  # activations; parameters, router, softmax, losses are float32
+    dropout_rate: float = 0.0
+    tie_embeddings: bool = True  # share input and output embeddings, logits scaled by d_model**-0.5
+    init_scale: float = 0.1  # s of the truncated normal with variance s / fan_in (Switch, 2.4)
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    remat: bool = False  # recompute each block's activations in the backward pass
+
+    def __post_init__(self) -> None:
+        for field in ("d_model", "d_ff", "d_kv", "num_heads", "num_layers"):
+            _at_least("model", self, field, 1)
+        _at_least("model", self, "relative_buckets", 4)
+        _at_least("model", self, "relative_max_distance", self.relative_buckets)
+        _one_of("model", self, "activation", ACTIVATIONS)
+        _one_of("model", self, "dtype", DTYPES)
+        _rate("model", self, "dropout_rate")
+        _positive("model", self, "init_scale")
+        if self.d_model % self.num_heads:
+            raise _bad("model.num_heads", self.num_heads, f"a divisor of model.d_model={self.d_model}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoESettings:
+    """Where the sparse layers are, how they route, and how they move tokens."""
+
+    num_experts: int = 8  # 1: a dense model, no router at all
+    every: int = 2  # the last of each `every` blocks is sparse
+    router: str = "switch"
+    dispatch: str = "gather"  # einsum | gather
+    capacity_factor: float = 1.25
+    eval_capacity_factor: float = 2.0
+    group_size: int = 4096  # at most so many tokens compete for capacity: whole sequences, or parts
+    eval_group_size: int = 0  # the same at evaluation; 0: a sequence, so neighbours never matter
+    balance_loss_weight: float = 1e-2  # alpha, for each sparse layer; the layers are summed
+    z_loss_weight: float = 1e-3  # ST-MoE's router z-loss, likewise; 0 leaves it out
+    jitter: float = 1e-2  # router input times U(1 - jitter, 1 + jitter) in training
+    expert_dropout_rate: float = 0.0  # dropout inside the experts, instead of model.dropout_rate
+    router_init_stddev: float = 0.02
+
+    def __post_init__(self) -> None:
+        for field in ("num_experts", "every", "group_size"):
+            _at_least("moe", self, field, 1)
+        _at_least("moe", self, "eval_group_size", 0)
+        for field in ("capacity_factor", "eval_capacity_factor", "router_init_stddev"):
+            _positive("moe", self, field)
+        for field in ("balance_loss_weight", "z_loss_weight"):
+            _not_negative("moe", self, field)
+        for field in ("jitter", "expert_dropout_rate"):
+            _rate("moe", self, field)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Text, its vocabulary, and span corruption (T5, 3.1.4)."""
+
+    # `wiki_vital_en` (embedded), a tfds name such as `c4/en`, or a glob of .txt / .jsonl files
+    # (also .gz / .xz)
+    source: str = "wiki_vital_en"
+    data_dir: str = ""  # prepared tfds data and trained vocabularies; "": ~/.cache/switchmoe
+    text_field: str = "text"  # the field of a tfds or .jsonl record that holds the text
+    documents: str = "line"  # in .txt files: `line`, or `block` (blank line between documents)
+    validation_share: float = 0.05  # of local files' documents, by a hash of the document
+    batch_size: int = 128  # sequences a step, over all devices
+    input_length: int = 512  # encoder tokens, all of them used
+    target_length: int = 0  # decoder tokens; 0: just what span corruption writes
+    vocab: str = ""  # a SentencePiece model file such as T5's spiece.model; "": train one
+    vocab_size: int = 32000  # SentencePiece pieces; 100 sentinels join them at the top
+    noise_density: float = 0.15
+    mean_span_length: float = 3.0
+    prefetch: int = 8  # batches made ahead
+
+    def __post_init__(self) -> None:
+        for field, least in (("batch_size", 1), ("input_length", 4), ("target_length", 0)):
+            _at_least("data", self, field, least)
+        _at_least("data", self, "vocab_size", 300)
+        _at_least("data", self, "prefetch", 1)
+        _one_of("data", self, "documents", ("line", "block"))
+        if not self.source:
+            raise _bad("data.source", "''", "wiki_vital_en, a tfds name, or a glob of text files")
+        for field in ("noise_density", "validation_share"):
+            if not 0 < getattr(self, field) < 1:
+                raise _bad(f"data.{field}", getattr(self, field), "a number between 0 and 1, both excluded")
+        if self.mean_span_length < 1:
+            raise _bad("data.mean_span_length", self.mean_span_length, "a number >= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """Adafactor with T5's settings, or AdamW."""
+
+    name: str = "adafactor"  # adafactor | adamw
+    learning_rate: float = 1.0  # the schedule's factor; for rsqrt the rate is factor / sqrt(step)
+    schedule: str = "rsqrt"  # rsqrt | warmup_rsqrt | warmup_cosine | constant
+    warmup_steps: int = 10000
+    clip_norm: float = 0.0  # global gradient norm; 0: off
+    decay_rate: float = 0.8  # Adafactor: second-moment decay 1 - step**-decay_rate
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.98  # AdamW
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer", self, "name", ("adafactor", "adamw"))
+        _one_of("optimizer", self, "schedule", ("rsqrt", "warmup_rsqrt", "warmup_cosine", "constant"))
+        _positive("optimizer", self, "learning_rate")
+        _at_least("optimizer", self, "warmup_steps", 1)
+        for field in ("clip_norm", "weight_decay"):
+            _not_negative("optimizer", self, field)
+        for field in ("decay_rate", "beta1", "beta2"):
+            if not 0 < getattr(self, field) < 1:
+                raise _bad(
+                    f"optimizer.{field}", getattr(self, field), "a number between 0 and 1, both excluded"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    num_steps: int = 524288
+    log_every: int = 100
+    eval_every: int = 1000
+    eval_batches: int = 16  # the same ones each time
+    accumulate: int = 1  # microbatches a step; gradients are those of the whole batch
+    label_smoothing: float = 0.0
+    output_z_loss_weight: float = 1e-4  # on the vocabulary logits; 0 leaves it out
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("num_steps", "log_every", "eval_every", "eval_batches", "accumulate"):
+            _at_least("train", self, field, 1)
+        _at_least("train", self, "seed", 0)
+        _rate("train", self, "label_smoothing")
+        _not_negative("train", self, "output_z_loss_weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    layout: str = "data"  # the rules in sharding.LAYOUTS
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    every: int = 1000  # steps
+    keep: int = 2  # the newest so many
+    keep_best: int = 1  # and the best so many by validation cross-entropy
+
+    def __post_init__(self) -> None:
+        for field, least in (("every", 1), ("keep", 1), ("keep_best", 0)):
+            _at_least("checkpoint", self, field, least)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All groups; the checks that need more than one group are here."""
+
+    model: ModelSettings = ModelSettings()
+    moe: MoESettings = MoESettings()
+    data: DataSettings = DataSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    train: TrainSettings = TrainSettings()
+    mesh: MeshSettings = MeshSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    def __post_init__(self) -> None:
+        if self.moe.num_experts > 1 and self.model.num_layers % self.moe.every:
+            raise _bad("moe.every", self.moe.every, f"a divisor of model.num_layers={self.model.num_layers}")
+        if self.data.batch_size % self.train.accumulate:
+            raise _bad(
+                "train.accumulate",
+                self.train.accumulate,
+                f"a divisor of data.batch_size={self.data.batch_size}",
+            )
+
+    @property
+    def sparse(self) -> bool:
+        return self.moe.num_experts > 1
+
+    @property
+    def embedding_rows(self) -> int:
+        """Pieces + sentinels, rounded up to a multiple of 128 (T5: 32,000 + 100 -> 32,128)."""
+        return math.ceil((self.data.vocab_size + NUM_SENTINELS) / 128) * 128
+
+
+def from_config(config: Mapping[str, Any]) -> Settings:
+    """Builds and validates settings from a ConfigDict or a plain nested mapping.
+
+    Raises:
+      ValueError: a group or field that does not exist, a wrong type, an impossible value.
+    """
+    groups = {field.name: field.type for field in dataclasses.fields(Settings)}
+    for name in config:
+        if name not in groups:
+            raise _bad(name, config[name], f"one of the groups {', '.join(groups)}")
+    return Settings(**{name: _group(name, groups[name], config.get(name) or {}) for name in groups})
+
+
+def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
+    return dataclasses.asdict(settings)
+
+
+def _group(group: str, cls: type, values: Mapping[str, Any]) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    arguments = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise _bad(f"{group}.{name}", value, f"one of the fields {', '.join(fields)}")
+        wanted = fields[name].type
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise _bad(f"{group}.{name}", value, f"a value of type {wanted.__name__}")
+        if wanted is float and not math.isfinite(value):
+            raise _bad(f"{group}.{name}", value, "a finite number")
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def default_config() -> Any:
+    """The defaults as a ConfigDict, for config files to start from."""
+    from ml_collections import ConfigDict
+
+    return ConfigDict(to_dict(Settings()))

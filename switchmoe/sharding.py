@@ -1,0 +1,89 @@
+"""Sharding as data: logical axis names on arrays, and per layout a table that maps them to mesh axes.
+
+Model code names logical axes only. A layout is one entry of `LAYOUTS`; an axis that it leaves out is
+replicated. Parameters' names: layers, vocab, embed, heads, kv, mlp, expert. Activations': batch,
+group (groups of tokens), expert_group (groups inside the experts' buffers).
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from switchmoe.moe import group_shape
+from switchmoe.settings import Settings
+
+LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {
+    "data": (("batch", "data"), ("group", "data"), ("expert_group", "data")),
+    "data_expert": (("batch", "data"), ("group", "data"), ("expert", "data")),
+}
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices (or the given ones) along the axis ``data``."""
+    devices = jax.devices() if devices is None else list(devices)
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def check(settings: Settings, lengths: dict[str, int], num_devices: int) -> dict[str, int]:
+    """Refuses batches, groups and experts that the mesh or the router cannot hold.
+
+    Args:
+      lengths: tokens per sequence in each stack, ``{"encoder": ..., "decoder": ...}``.
+
+    Returns:
+      The tokens of a group in training, for each stack that has sparse layers.
+
+    Raises:
+      ValueError: one line with field, value and what would be accepted.
+    """
+    layout, data, moe = settings.mesh.layout, settings.data, settings.moe
+    if layout not in LAYOUTS:
+        raise ValueError(f"mesh.layout={layout}: accepted is one of {', '.join(LAYOUTS)}")
+    batch = data.batch_size // settings.train.accumulate
+    if batch % num_devices:
+        raise ValueError(
+            f"data.batch_size={data.batch_size}: accepted is a multiple of {num_devices * settings.train.accumulate}"
+            f" ({num_devices} devices x train.accumulate={settings.train.accumulate})"
+        )
+    if not settings.sparse:
+        return {}
+    if dict(LAYOUTS[layout]).get("expert") and moe.num_experts % num_devices:
+        raise ValueError(
+            f"moe.num_experts={moe.num_experts}: accepted with mesh.layout={layout} is a multiple of the"
+            f" {num_devices} devices"
+        )
+    tokens = {}
+    for stack, length in lengths.items():
+        groups, tokens[stack] = group_shape(batch, length, moe.group_size)
+        if moe.num_experts > tokens[stack]:
+            raise ValueError(
+                f"moe.num_experts={moe.num_experts}: accepted is at most {tokens[stack]}, the tokens of one of the"
+                f" {stack}'s groups (moe.group_size={moe.group_size}, {batch} sequences of {length} tokens)"
+            )
+        if groups % num_devices:
+            raise ValueError(
+                f"moe.group_size={moe.group_size}: accepted is a size that gives the {stack} a multiple of"
+                f" {num_devices} groups, one or more a device; this gives {groups} of {tokens[stack]} tokens"
+            )
+    return tokens
+
+
+def param_shardings(abstract_variables: dict, settings: Settings, mesh: Mesh) -> dict:
+    """NamedShardings of the parameters, from their logical names."""
+    specs = nn.get_partition_spec(abstract_variables)
+    return nn.logical_to_mesh_sharding(specs, mesh, LAYOUTS[settings.mesh.layout])
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def rules(settings: Settings):
+    """Context in which `flax.linen.with_logical_constraint` follows the layout."""
+    return nn.logical_axis_rules(LAYOUTS[settings.mesh.layout])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

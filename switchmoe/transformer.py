@@ -1,0 +1,182 @@
+"""T5 encoder-decoder with sparse feed-forwards, as the Switch Transformer.
+
+A stack is a scan over super-blocks of ``moe.every`` blocks, the last of them sparse; a dense model is
+a scan over single blocks. Compile time does not grow with depth, and a stack's parameters carry a
+leading layer axis.
+
+Letters: B batch, L length, D model, V vocabulary rows, H heads.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from switchmoe.layers import Attention, FeedForward, RelativeBias, RMSNorm, param
+from switchmoe.moe import MoELayer, group_shape
+from switchmoe.settings import Settings
+
+PAD_ID = 0
+MASKED = -1e9  # added to a float32 attention logit: its weight is exactly 0
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention in a decoder, feed-forward or experts; pre-norm residuals."""
+
+    settings: Settings
+    sparse: bool
+    train: bool
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, context: dict) -> tuple[jax.Array, dict]:
+        """Returns (x_BLD, aux); aux is {} in a dense block. ``context`` is `Stack`'s."""
+        model = self.settings.model
+
+        def dropout(y_BLD: jax.Array) -> jax.Array:
+            return nn.Dropout(model.dropout_rate, deterministic=not self.train)(y_BLD)
+
+        normed_BLD = RMSNorm(name="self_norm")(x_BLD)
+        attended_BLD = Attention(model, self.train, name="self")(normed_BLD, normed_BLD, context["self_bias"])
+        x_BLD += dropout(attended_BLD)
+        if "encoded" in context:
+            normed_BLD = RMSNorm(name="cross_norm")(x_BLD)
+            attend = Attention(model, self.train, name="cross")
+            x_BLD += dropout(attend(normed_BLD, context["encoded"], context["cross_bias"]))
+        normed_BLD = RMSNorm(name="ff_norm")(x_BLD)
+        if self.sparse:
+            y_BLD, aux = self._experts(normed_BLD, context["mask"])
+        else:
+            y_BLD, aux = FeedForward(model, self.train, name="ff")(normed_BLD), {}
+        return x_BLD + dropout(y_BLD), aux
+
+    def _experts(self, x_BLD: jax.Array, mask_BL: jax.Array) -> tuple[jax.Array, dict]:
+        moe = self.settings.moe
+        groups = group_shape(*mask_BL.shape, moe.group_size if self.train else moe.eval_group_size)
+        layer = MoELayer(self.settings.model, moe, self.train, name="moe")
+        y_GSD, aux = layer(x_BLD.reshape(*groups, -1), mask_BL.reshape(groups))
+        return y_GSD.reshape(x_BLD.shape), aux
+
+
+class SuperBlock(nn.Module):
+    """What a stack repeats: dense blocks and one sparse block, or a dense block alone."""
+
+    settings: Settings
+    train: bool
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array, context: dict) -> tuple[jax.Array, dict]:
+        aux = {}
+        for i in range(blocks_per_scan(self.settings)):
+            sparse = self.settings.sparse and i == self.settings.moe.every - 1
+            x_BLD, aux = Block(self.settings, sparse, self.train, name=f"block_{i}")(x_BLD, context)
+        return x_BLD, aux
+
+
+def blocks_per_scan(settings: Settings) -> int:
+    return settings.moe.every if settings.sparse else 1
+
+
+def sparse_layer_names(settings: Settings) -> list[str]:
+    """``encoder/1``, ..., ``decoder/1``, ...: the order in which per-layer metrics are listed."""
+    if not settings.sparse:
+        return []
+    blocks = range(settings.moe.every - 1, settings.model.num_layers, settings.moe.every)
+    return [f"{stack}/{block}" for stack in ("encoder", "decoder") for block in blocks]
+
+
+class Stack(nn.Module):
+    """Encoder, or decoder where ``encoded_BMD`` is given: blocks, then a last norm."""
+
+    settings: Settings
+    causal: bool
+    train: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        mask_BL: jax.Array,
+        encoded_BMD: jax.Array | None = None,
+        encoded_mask_BM: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict]:
+        """Args: embeddings; True where a token is real; the encoder's output and its mask.
+
+        Returns (x_BLD, aux), aux with the values of `MoELayer`'s along a leading layer axis.
+        """
+        model = self.settings.model
+        length = x_BLD.shape[1]
+        bias_HLL = RelativeBias(model, bidirectional=not self.causal, name="relative_bias")(length)
+        if self.causal:
+            # Real tokens come first, so the causal mask alone keeps padding from them.
+            visible_BHLL = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        else:
+            visible_BHLL = mask_BL[:, None, None, :]
+        context = {"self_bias": bias_HLL[None] + jnp.where(visible_BHLL, 0.0, MASKED), "mask": mask_BL}
+        if encoded_BMD is not None:
+            context["encoded"] = encoded_BMD
+            context["cross_bias"] = jnp.where(encoded_mask_BM[:, None, None, :], 0.0, MASKED)
+        block = nn.remat(SuperBlock, prevent_cse=False) if model.remat else SuperBlock
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True, "router": True},
+            in_axes=nn.broadcast,
+            length=model.num_layers // blocks_per_scan(self.settings),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.settings, self.train, name="blocks")
+        dropout = nn.Dropout(model.dropout_rate, deterministic=not self.train)
+        x_BLD, aux = blocks(dropout(x_BLD), context)
+        return dropout(RMSNorm(name="norm")(x_BLD)), aux
+
+
+class Transformer(nn.Module):
+    """Encoder-decoder. Randomness in training: streams ``dropout`` and ``router``."""
+
+    settings: Settings
+    train: bool = False
+
+    def setup(self) -> None:
+        model = self.settings.model
+        rows = (self.settings.embedding_rows, model.d_model)
+        init = nn.initializers.normal(1.0)
+        self.embedding_VD = param(self, "embedding", init, ("vocab", "embed"), rows, jnp.float32)
+        if not model.tie_embeddings:
+            init = nn.initializers.normal(model.d_model**-0.5)
+            self.output_VD = param(self, "output", init, ("vocab", "embed"), rows, jnp.float32)
+        self.encoder = Stack(self.settings, causal=False, train=self.train)
+        self.decoder = Stack(self.settings, causal=True, train=self.train)
+
+    def __call__(self, inputs_BL: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, dict]:
+        """Teacher-forced logits of the targets.
+
+        Args:
+          inputs_BL: encoder tokens, 0 where padded.
+          targets_BL: decoder targets, 0 where padded; the decoder reads them shifted right by one.
+
+        Returns:
+          (logits_BLV, aux): float32 logits; aux maps ``encoder`` and ``decoder`` to `Stack`'s aux.
+        """
+        encoded_BLD, encoder_aux = self.encode(inputs_BL)
+        logits_BLV, decoder_aux = self.decode(
+            encoded_BLD, inputs_BL != PAD_ID, targets_BL, targets_BL != PAD_ID
+        )
+        return logits_BLV, {"encoder": encoder_aux, "decoder": decoder_aux}
+
+    def encode(self, inputs_BL: jax.Array) -> tuple[jax.Array, dict]:
+        return self.encoder(self._embed(inputs_BL), inputs_BL != PAD_ID)
+
+    def decode(
+        self, encoded_BMD: jax.Array, encoded_mask_BM: jax.Array, targets_BL: jax.Array, mask_BL: jax.Array
+    ) -> tuple[jax.Array, dict]:
+        """Logits of each target given those before it; ``mask_BL`` says which positions are real."""
+        shifted_BL = jnp.pad(targets_BL[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
+        x_BLD, aux = self.decoder(self._embed(shifted_BL), mask_BL, encoded_BMD, encoded_mask_BM)
+        if self.settings.model.tie_embeddings:
+            x_BLD *= self.settings.model.d_model**-0.5
+        table_VD = self.embedding_VD if self.settings.model.tie_embeddings else self.output_VD
+        logits_BLV = jnp.einsum(
+            "BLD,VD->BLV", x_BLD, table_VD.astype(x_BLD.dtype), preferred_element_type=jnp.float32
+        )
+        return logits_BLV, aux
+
+    def _embed(self, tokens_BL: jax.Array) -> jax.Array:
+        return self.embedding_VD.astype(self.settings.model.dtype)[tokens_BL]

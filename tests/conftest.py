@@ -1,0 +1,53 @@
+"""The room every test runs in: eight virtual CPU devices, strict ranks, and caches of its own.
+
+The environment is set before anything imports JAX, so this file imports it last. Tests of one device
+use device 0; tests of sharding build their mesh over the first few.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_XLA_FLAGS = os.environ.get("XLA_FLAGS")
+_CACHE = tempfile.mkdtemp(prefix="switchmoe-tests-")
+
+os.environ["XLA_FLAGS"] = f"{_XLA_FLAGS or ''} --xla_force_host_platform_device_count=8".strip()
+os.environ["XDG_CACHE_HOME"] = _CACHE
+os.environ["MPLBACKEND"] = "agg"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A program loaded from a cache may have been compiled for another machine: not bitwise the same.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+with contextlib.suppress(ImportError):
+    import hypothesis
+
+    # The first example pays for compilation: a deadline would say nothing.
+    hypothesis.settings.register_profile("switchmoe", deadline=None, derandomize="CI" in os.environ)
+    hypothesis.settings.load_profile("switchmoe")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture
+def user_environment():
+    """Environment variables for a subprocess that stands for a user's command: one CPU device.
+
+    Prepared data and vocabularies are the session's, so only the first such command makes them. The
+    source tree is on its path, so it works in any directory and where nothing is installed.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    if _XLA_FLAGS is not None:
+        environment["XLA_FLAGS"] = _XLA_FLAGS
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return environment
