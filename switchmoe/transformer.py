@@ -121,6 +121,7 @@ class Stack(nn.Module):
             split_rngs={"params": True, "dropout": True, "router": True},
             in_axes=nn.broadcast,
             length=model.num_layers // blocks_per_scan(self.settings),
+            unroll=model.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.settings, self.train, name="blocks")
         dropout = nn.Dropout(model.dropout_rate, deterministic=not self.train)

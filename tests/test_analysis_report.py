@@ -28,8 +28,8 @@ RUN = {
     "examples": [
         {
             "input": "A <extra_id_0> & <b>bold</b> <extra_id_1> <script>alert(1)</script>",
-            "target": "<extra_id_0> cat<extra_id_1> house",
-            "prediction": "well <extra_id_0>cat <extra_id_0> dog<extra_id_2> <i>x</i>",
+            "target": "<extra_id_0> cat<extra_id_1> house<extra_id_3> mat",
+            "prediction": "well <extra_id_0> cat<extra_id_0> dog<extra_id_1>house<extra_id_2> <i>x</i>",
         }
     ],
 }
@@ -108,11 +108,12 @@ def test_examples_have_marked_sentinels_and_fill_ins_beside_their_targets(tmp_pa
     html = html_of(directory_of(tmp_path, records_of(["encoder/1"], 4, 3)))
     rows = re.findall(r"<tr><td><mark>(.*?)</mark></td><td>(.*?)</td><td.*?>(.*?)</td></tr>", html)
     assert rows == [
-        ("&lt;extra_id_0&gt;", "cat", "cat &#10003;"),
-        ("&lt;extra_id_1&gt;", "house", "—"),
-        ("&lt;extra_id_2&gt;", "—", "&lt;i&gt;x&lt;/i&gt;"),
+        ("&lt;extra_id_0&gt;", " cat", " cat &#10003;"),
+        ("&lt;extra_id_1&gt;", " house", "house"),  # would go on with the word before the sentinel
+        ("&lt;extra_id_3&gt;", " mat", "—"),
+        ("&lt;extra_id_2&gt;", "—", " &lt;i&gt;x&lt;/i&gt;"),
     ]
-    assert "1 of these 2 spans" in html
+    assert "1 of these 3 spans" in html
     assert html.split("<blockquote>")[1].startswith("A <mark>&lt;extra_id_0&gt;</mark> &amp; ")
 
 
@@ -122,8 +123,8 @@ def test_examples_have_marked_sentinels_and_fill_ins_beside_their_targets(tmp_pa
         ("", {}),
         ("no sentinel", {}),
         ("<extra_id_0>", {0: ""}),
-        ("x<extra_id_0> a b <extra_id_12>c", {0: "a b", 12: "c"}),
-        ("<extra_id_1> a<extra_id_1> b", {1: "a"}),
+        ("x<extra_id_0> a b <extra_id_12>c", {0: " a b ", 12: "c"}),
+        ("<extra_id_1> a<extra_id_1> b", {1: " a"}),
     ],
 )
 def test_fill_ins(text, found):
@@ -169,8 +170,8 @@ def test_layer_rows_are_means_over_the_last_tenth_of_training_and_the_last_valid
         record(19, "train", [0.5, 0.25, 0.23, 0.02], 0.01),
         record(20, "train", [0.5, 0.15, 0.35, 0.0], 0.03),
     ]
-    validation = [record(10, "validation", [1, 0, 0, 0], 0.5), record(20, "validation", [0.25] * 4, 0.0)]
-    records = early + validation[:1] + late + validation[1:]
+    validations = [record(step, "validation", [1, 0, 0, 0], 0.5) for step in range(1, 20)]
+    records = early + validations + late + [record(20, "validation", [0.25] * 4, 0.0)]
     assert layer_rows(records, "train") == [["2.00%", "0.04", "2.00", "1", "0.69 (50%)"]]
     assert layer_rows(records, "validation") == [["0.00%", "1.00", "1.00", "0", "0.69 (50%)"]]
     assert layer_rows(early, "validation") == []

@@ -126,7 +126,7 @@ def test_bf16_equals_float32_to_rounding(back_end):
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_a_dropped_token_gives_zero_and_an_empty_slot_holds_zeros(back_end):
     logits_GSE = jnp.array([[[5.0, 0.0]] * 3])
-    routing = jax.vmap(lambda l, m: switch(l, m, None, RouterSettings(capacity=2)))(
+    routing = jax.vmap(lambda x, m: switch(x, m, None, RouterSettings(capacity=2)))(
         logits_GSE, jnp.ones((1, 3), bool)
     )
     dispatcher = DISPATCHERS[back_end](routing)

@@ -120,7 +120,7 @@ def expert_load(records: Sequence[Record]) -> Figure:
     ticks = [1 / 4, 1 / 2, 1, 2, 4]
     bar.set_ticks(ticks, labels=["1/4", "1/2", "fair", "2", "4"], fontsize=8)
     bar.minorticks_off()
-    bar.set_label("load, multiples of the fair share (black: under 1/4)", fontsize=9)
+    bar.set_label("load / fair share (black: < 1/4)", fontsize=9)
     return figure
 
 

@@ -145,11 +145,14 @@ def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, A
 
 
 def fill_ins(text: str) -> dict[int, str]:
-    """The text after each sentinel `<extra_id_k>` by k, stripped; the first one counts where k repeats."""
+    """The text after each sentinel `<extra_id_k>` by k; the first one counts where k repeats.
+
+    Spaces stay: a span that starts without one goes on with the word before its sentinel.
+    """
     _, *parts = SENTINEL.split(text)
     found: dict[int, str] = {}
     for number, words in zip(parts[::2], parts[1::2], strict=True):
-        found.setdefault(int(number), words.strip())
+        found.setdefault(int(number), words)
     return found
 
 
