@@ -41,6 +41,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3",
             "hypothesis>=6.100",
             "ruff==0.17.*",  # the formatter's style changes between minor versions
             "nbclient>=0.10",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 import configs
 from switchmoe.settings import Settings, from_config
@@ -44,6 +44,8 @@ def parse(argv: Sequence[str], default_config: str, doc: str) -> tuple[Settings,
         raise ValueError(f"--config: {_last_line(error)}") from error
     if rest:
         raise ValueError(f"argument {rest[0]}: accepted are --config=, --workdir= and --config.GROUP.FIELD=")
+    if not isinstance(found, ConfigDict):
+        raise ValueError(f"--config: get_config() returned {found!r}; accepted is a ConfigDict")
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
     return from_config(found), values.workdir or f"runs/{name}"
 
@@ -89,13 +91,13 @@ def _resolve(value: str) -> str:
 
 
 def _wrong_type(argv: Sequence[str], error: Exception) -> str:
-    message = str(error).splitlines()[0]
+    message = str(error)
     for argument in argv[1:]:
         name, _, value = argument.lstrip("-").partition("=")
         parts = name.split(".")
         if f"--{name}=" in message and len(parts) == 3:
             return f"--{name}={value}: accepted is a value of type {GROUPS[parts[1]][parts[2]].type.__name__}"
-    return message
+    return f"--config: {_last_line(error)}"
 
 
 def _last_line(error: BaseException) -> str:

@@ -245,7 +245,7 @@ def from_config(config: Mapping[str, Any]) -> Settings:
     for name in config:
         if name not in groups:
             raise _bad(name, config[name], f"one of the groups {', '.join(groups)}")
-    return Settings(**{name: _group(name, groups[name], config.get(name) or {}) for name in groups})
+    return Settings(**{name: _group(name, groups[name], config.get(name, {})) for name in groups})
 
 
 def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -253,6 +253,8 @@ def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def _group(group: str, cls: type, values: Mapping[str, Any]) -> Any:
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise _bad(group, values, "a mapping of fields")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     arguments = {}
     for name, value in values.items():

@@ -11,7 +11,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from switchmoe.dispatch import DISPATCHERS
 from switchmoe.moe import group_shape
+from switchmoe.routing import ROUTERS
 from switchmoe.settings import Settings
 
 LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -39,8 +41,13 @@ def check(settings: Settings, lengths: dict[str, int], num_devices: int) -> dict
       ValueError: one line with field, value and what would be accepted.
     """
     layout, data, moe = settings.mesh.layout, settings.data, settings.moe
-    if layout not in LAYOUTS:
-        raise ValueError(f"mesh.layout={layout}: accepted is one of {', '.join(LAYOUTS)}")
+    for field, value, known in (
+        ("mesh.layout", layout, LAYOUTS),
+        ("moe.router", moe.router, ROUTERS),
+        ("moe.dispatch", moe.dispatch, DISPATCHERS),
+    ):
+        if value not in known:
+            raise ValueError(f"{field}={value}: accepted is one of {', '.join(known)}")
     batch = data.batch_size // settings.train.accumulate
     if batch % num_devices:
         raise ValueError(

@@ -15,7 +15,9 @@ import pytest
 _XLA_FLAGS = os.environ.get("XLA_FLAGS")
 _CACHE = tempfile.mkdtemp(prefix="switchmoe-tests-")
 
-os.environ["XLA_FLAGS"] = f"{_XLA_FLAGS or ''} --xla_force_host_platform_device_count=8".strip()
+# Most of a test's time is compilation, so code is generated without optimisation.
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{_XLA_FLAGS or ''} {_FLAGS}".strip()
 os.environ["XDG_CACHE_HOME"] = _CACHE
 os.environ["MPLBACKEND"] = "agg"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -1,0 +1,82 @@
+"""The command line: what users of ml_collections expect, and one line for each mistake."""
+
+import sys
+
+import pytest
+
+from experiments import command_line
+from switchmoe.settings import to_dict
+
+
+def parse(*arguments):
+    return command_line.parse(["run", *arguments], "configs/quickstart.py", "A doc.")
+
+
+def test_no_arguments_run_the_quickstart():
+    settings, workdir = parse()
+    assert workdir == "runs/quickstart"
+    assert settings.sparse and settings.data.source == "wiki_vital_en"
+
+
+def test_overrides_arguments_of_configs_and_workdir():
+    settings, workdir = parse(
+        "--config=configs/switch_base.py:relu", "--workdir=/tmp/x", "--config.moe.num_experts=16",
+        "--config.moe.capacity_factor=2", "--config.optimizer.learning_rate", "0.5", "--noconfig.model.remat",
+    )  # fmt: skip
+    assert workdir == "/tmp/x"
+    assert (settings.model.activation, settings.moe.num_experts) == ("relu", 16)
+    assert (settings.moe.capacity_factor, settings.optimizer.learning_rate) == (2.0, 0.5)
+    assert parse("--config", "configs/t5_base.py")[1] == "runs/t5_base"
+
+
+def test_parsing_twice_starts_afresh():
+    changed = parse("--config.train.seed=7")[0]
+    assert to_dict(changed)["train"]["seed"] == 7
+    assert parse()[0].train.seed == 0
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.moe.num_expert=4", "--config.moe.num_expert: config.moe has no field num_expert (did you mean num_experts?)"),
+        ("--config.mow.num_experts=4", "no group mow (did you mean moe?)"),
+        ("--config.moe.num_experts=four", "--config.moe.num_experts=four: accepted is a value of type int"),
+        ("--config.train.seed=0.1", "--config.train.seed=0.1: accepted is a value of type int"),
+        ("--config.model.remat=perhaps", "--config.model.remat=perhaps: accepted is a value of type bool"),
+        ("--config.model={'d_model': 4}", "a whole group can't be overwritten; accepted is --config.model.FIELD=VALUE"),
+        ("--config.model", "a whole group can't be overwritten"),
+        ("--config=configs/nothing.py", "--config=configs/nothing.py: no such file; accepted is a file, or configs/NAME.py"),
+        ("--config=configs/switch_base.py:swish", "argument swish: accepted is geglu, or relu"),
+        ("--wrkdir=x", "Unknown command line flag 'wrkdir'"),
+        ("quickstart", "argument quickstart: accepted are --config=, --workdir= and --config.GROUP.FIELD="),
+        ("--config.moe.capacity_factor=0", "moe.capacity_factor=0.0: accepted is a number > 0"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_line(argument, message):
+    with pytest.raises(ValueError) as error:
+        parse(argument)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_file_that_fails_is_named(tmp_path, monkeypatch):
+    broken = tmp_path / "broken.py"
+    for text in ("def get_config(:\n", "x = 1\n", "def get_config():\n    return 1 / 0\n"):
+        broken.write_text(text)
+        # ml_collections loads every config as one module name, over what an earlier test left there.
+        monkeypatch.delitem(sys.modules, "config_config", raising=False)
+        with pytest.raises(ValueError, match="--config") as error:
+            parse(f"--config={broken}")
+        assert "\n" not in str(error.value)
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse("--help")
+    assert done.value.code == 0
+    out = capsys.readouterr().out
+    assert "--config.moe.num_experts=8" in out and "--config.data.vocab_size=32000" in out
+
+
+def test_packaged_configs_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse("--config=configs/t5_base.py")[0].moe.num_experts == 1

@@ -1,0 +1,173 @@
+"""The main job as a user runs it: whole, killed, stopped, resumed, and fed with mistakes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import run as command
+from switchmoe import loop
+from switchmoe.reporting import read_metrics
+
+TINY = [
+    "--config.model.d_model=16", "--config.model.d_ff=16", "--config.model.d_kv=8", "--config.model.num_heads=2",
+    "--config.moe.num_experts=4", "--config.moe.group_size=128", "--config.data.batch_size=4",
+    "--config.data.input_length=32", "--config.data.vocab_size=600", "--config.train.num_steps=24",
+    "--config.train.log_every=1", "--config.train.eval_every=8", "--config.train.eval_batches=2",
+    "--config.checkpoint.every=5",
+]  # fmt: skip
+
+
+@pytest.fixture
+def environment(user_environment):
+    # Compiled without optimisation: the same program in every process, and sooner.
+    return user_environment | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+
+
+def start(workdir, environment, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.run", f"--workdir={workdir}", *TINY, *arguments],
+        env=environment,
+        cwd=workdir.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, (process.returncode, out, err)
+    return out, err
+
+
+def wait_for_step(process, workdir, step):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and any(f'"step": {step},' in line for line in path.read_text().splitlines()):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was never reached: {process.communicate()}")
+
+
+def losses(workdir):
+    """All that a step computes, but not its times."""
+    timed = {"step_seconds", "tokens_per_second", "input_wait_share", "peak_share", "seconds"}
+    return [
+        {k: v for k, v in record.items() if k not in timed}
+        for record in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.slow
+def test_a_killed_and_a_stopped_run_end_like_an_undisturbed_one(tmp_path, environment):
+    """SIGKILL after step 7 (checkpoint at 5), SIGTERM later, the same command each time: bitwise the same."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    out, _ = finish(start(whole, environment))
+    assert "\r" not in out and "step 24/24" in out, "a pipe gets plain lines"
+    for name in ("config.json", "metrics.jsonl", "run.json", "report.html", "plots/loss.png", "tensorboard"):
+        assert (whole / name).exists(), name
+    run = json.loads((whole / "run.json").read_text())
+    assert len(run["examples"]) == 4 and all("<extra_id_0>" in e["input"] for e in run["examples"])
+
+    process = start(broken, environment)
+    wait_for_step(process, broken, 7)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    process = start(broken, environment)
+    wait_for_step(process, broken, 9)
+    process.send_signal(signal.SIGTERM)
+    _, err = finish(process, command.EXIT_STOPPED)
+    assert "stopped by SIGTERM after step" in err and "the same command goes on" in err
+    out, _ = finish(start(broken, environment))
+    assert "resuming from the checkpoint of step" in out
+    assert losses(broken) == losses(whole)
+    assert [r["step"] for r in losses(broken) if r["split"] == "train"] == list(range(1, 25))
+
+    # Once more on a finished run: nothing to train, nothing lost.
+    before = losses(whole)
+    out, _ = finish(start(whole, environment))
+    assert "done:" in out and losses(whole) == before
+    _, err = finish(
+        start(whole, environment, "--config.train.seed=5", "--config.moe.jitter=0"), command.EXIT_BAD_INPUT
+    )
+    assert "moe.jitter (0.01 there, 0.0 asked), train.seed (0 there, 5 asked)" in err and err.count("\n") == 1
+    assert losses(whole) == before
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    make_mesh = loop.sharding.make_mesh
+    monkeypatch.setattr(loop.sharding, "make_mesh", lambda: make_mesh(loop.jax.devices()[:1]))
+
+
+def run_here(tmp_path, capsys, *arguments):
+    code = command.main(["run", f"--workdir={tmp_path / 'run'}", *TINY, *arguments])
+    return code, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.data.source=/nowhere/*.txt"], "data.source=/nowhere/*.txt"),
+        (["--config.data.source=c4/en"], "data.source=c4/en"),
+        (["--config.data.vocab=/nowhere/spiece.model"], "data.vocab=/nowhere/spiece.model"),
+        (["--config.data.batch_size=100000"], "data.batch_size=100000"),
+        (
+            ["--config.data.batch_size=6", "--config.train.accumulate=4"],
+            "train.accumulate=4: accepted is a divisor",
+        ),
+        (["--config.moe.num_experts=512"], "moe.num_experts=512: accepted is at most"),
+        (["--config.data.target_length=3"], "data.target_length=3"),
+    ],
+)
+@pytest.mark.usefixtures("one_device")
+def test_mistakes_leave_nothing_behind(tmp_path, capsys, arguments, message):
+    code, captured = run_here(tmp_path, capsys, "--config.data.data_dir=", *arguments)
+    assert code == command.EXIT_BAD_INPUT
+    assert message in captured.err and captured.err.count("\n") == 1, captured.err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_directory_that_is_not_a_runs(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("[1, 2")
+    code, captured = run_here(tmp_path, capsys)
+    assert code == command.EXIT_BAD_INPUT and "config.json is not a run's" in captured.err
+    assert (tmp_path / "run" / "config.json").read_text() == "[1, 2"
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_directory_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    code = command.main(["run", f"--workdir={tmp_path / 'file' / 'run'}", *TINY])
+    assert code == command.EXIT_IO
+    assert "Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys):
+    """A learning rate that is far too high; the message names the step, the batch and the checkpoint."""
+    code, captured = run_here(
+        tmp_path, capsys, "--config.optimizer.name=adamw", "--config.optimizer.schedule=constant",
+        "--config.optimizer.learning_rate=1e30", "--config.checkpoint.every=1",
+    )  # fmt: skip
+    assert code == command.EXIT_NON_FINITE
+    assert (
+        "Batch" in captured.err and "last good checkpoint" in captured.err and captured.err.count("\n") == 1
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_too(tmp_path, environment):
+    workdir = tmp_path / "run"
+    process = start(workdir, environment, "--config.train.num_steps=100000")
+    wait_for_step(process, workdir, 2)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, command.EXIT_INTERRUPTED)
+    assert "stopped by SIGINT after step" in err
+    assert any((workdir / "checkpoints").iterdir())

@@ -1,0 +1,80 @@
+"""Settings: every impossible value is refused in one line with field, value and what is accepted."""
+
+import pytest
+
+from switchmoe import sharding
+from switchmoe.settings import Settings, default_config, from_config, to_dict
+
+IMPOSSIBLE = [
+    ({"model": {"num_heads": 5}}, "model.num_heads=5: accepted is a divisor of model.d_model=768"),
+    ({"model": {"activation": "swish"}}, "model.activation=swish: accepted is one of relu, geglu"),
+    ({"model": {"dtype": "float16"}}, "model.dtype=float16: accepted is one of float32, bfloat16"),
+    ({"model": {"num_layers": 0}}, "model.num_layers=0: accepted is an integer >= 1"),
+    ({"model": {"dropout_rate": 1.0}}, "model.dropout_rate=1.0: accepted is a number >= 0 and < 1"),
+    ({"model": {"d_model": "768"}}, "model.d_model=768: accepted is a value of type int"),
+    ({"model": {"width": 3}}, "model.width=3: accepted is one of the fields d_model"),
+    ({"modle": {}}, "modle={}: accepted is one of the groups model, moe"),
+    ({"moe": {"capacity_factor": 0.0}}, "moe.capacity_factor=0.0: accepted is a number > 0"),
+    ({"moe": {"capacity_factor": float("nan")}}, "moe.capacity_factor=nan: accepted is a finite number"),
+    ({"moe": {"num_experts": 0}}, "moe.num_experts=0: accepted is an integer >= 1"),
+    ({"moe": {"every": 5}}, "moe.every=5: accepted is a divisor of model.num_layers=12"),
+    ({"moe": {"router": "best"}}, "moe.router=best: accepted is one of switch"),
+    ({"moe": {"dispatch": "magic"}}, "moe.dispatch=magic: accepted is one of einsum"),
+    ({"data": {"batch_size": 0}}, "data.batch_size=0: accepted is an integer >= 1"),
+    ({"data": {"noise_density": 1.5}}, "data.noise_density=1.5: accepted is a number between 0 and 1"),
+    ({"optimizer": {"name": "sgd"}}, "optimizer.name=sgd: accepted is one of adafactor, adamw"),
+    ({"train": {"accumulate": 3}}, "train.accumulate=3: accepted is a divisor of data.batch_size=128"),
+    ({"train": {"seed": -1}}, "train.seed=-1: accepted is an integer >= 0"),
+    ({"mesh": {"layout": "ring"}}, "mesh.layout=ring: accepted is one of data, data_expert"),
+    ({"checkpoint": {"keep": 0}}, "checkpoint.keep=0: accepted is an integer >= 1"),
+]
+
+
+@pytest.mark.parametrize("config, message", IMPOSSIBLE, ids=[m.split(":")[0] for _, m in IMPOSSIBLE])
+def test_impossible_values_are_refused(config, message):
+    with pytest.raises(ValueError) as error:
+        sharding.check(from_config(config), {"encoder": 512, "decoder": 114}, 1)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+LENGTHS = {"encoder": 512, "decoder": 114}
+
+
+@pytest.mark.parametrize(
+    "config, devices, message",
+    [
+        ({}, 3, "data.batch_size=128: accepted is a multiple of 3 (3 devices x train.accumulate=1)"),
+        ({"moe": {"group_size": 100, "num_experts": 101}}, 1, "moe.num_experts=101: accepted is at most"),
+        (
+            {"moe": {"group_size": 65536}},
+            8,
+            "moe.group_size=65536: accepted is a size that gives the encoder",
+        ),
+        (
+            {"moe": {"num_experts": 6}, "mesh": {"layout": "data_expert"}},
+            8,
+            "moe.num_experts=6: accepted with mesh.layout=data_expert is a multiple of the 8 devices",
+        ),
+    ],
+)
+def test_what_the_mesh_or_the_groups_cannot_hold(config, devices, message):
+    with pytest.raises(ValueError) as error:
+        sharding.check(from_config(config), LENGTHS, devices)
+    assert message in str(error.value)
+
+
+def test_check_returns_the_tokens_of_a_group():
+    assert sharding.check(from_config({}), LENGTHS, 1) == {"encoder": 4096, "decoder": 3648}
+
+
+def test_defaults_round_trip():
+    assert from_config(default_config()) == Settings()
+    assert from_config(to_dict(Settings())) == Settings()
+
+
+def test_whole_numbers_are_good_for_float_fields():
+    assert from_config({"moe": {"capacity_factor": 2}}).moe.capacity_factor == 2.0
+
+
+def test_t5s_embedding_rows():
+    assert from_config({}).embedding_rows == 32128
