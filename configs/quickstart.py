@@ -1,4 +1,23 @@
-"""A small Switch Transformer on the embedded Wikipedia summaries, for a laptop's CPU."""
+"""A small Switch Transformer on the embedded Wikipedia summaries, for a laptop's CPU.
+
+    python -m experiments.run
+
+3.3 M parameters (1.4 M for a token), 8 experts in one layer of the encoder and one of the decoder, 4.9 M
+tokens (about four passes over the text). Adafactor as T5's, but with a rate that falls to 0 over the run.
+
+Measured on 2 cores of an AMD EPYC (x86-64, no accelerator), Python 3.13, jax 0.12.0.1, seed 0, 1,300 steps;
+held-out cross-entropy in nats per target token:
+
+    unigram baseline                         5.863
+    this config                              4.525
+    with --config.moe.num_experts=1          4.517
+
+So at this size and in these few minutes the experts bring nothing: 0.008 is within what a seed changes. An
+expert sees an eighth of the tokens, 384 of a batch in the encoder and 88 in the decoder, and for the first
+half of the run the routers still swing (up to a third of the tokens dropped in the first 100 steps).
+At the end the load is even: no expert under 0.86 of its fair share on the held-out text, in training under
+1 % of the tokens dropped at factor 1.25.
+"""
 
 from ml_collections import ConfigDict
 
@@ -7,12 +26,11 @@ from switchmoe.settings import default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.model.update(
-        d_model=128, d_ff=512, d_kv=32, num_heads=4, num_layers=2, dtype="float32", init_scale=1.0
-    )
+    config.model.update(d_model=128, d_ff=512, d_kv=32, num_heads=4, num_layers=2, activation="relu")
+    config.model.update(dtype="float32", init_scale=1.0, scan_unroll=2)
     config.moe.update(num_experts=8, group_size=1024)
     config.data.update(batch_size=32, input_length=96, vocab_size=3996)
-    config.optimizer.update(schedule="rsqrt", warmup_steps=100, learning_rate=0.1)
-    config.train.update(num_steps=300, log_every=10, eval_every=100, eval_batches=8)
-    config.checkpoint.update(every=100)
+    config.optimizer.update(schedule="warmup_cosine", learning_rate=0.05, warmup_steps=50)
+    config.train.update(num_steps=1300, log_every=20, eval_every=260, eval_batches=8)
+    config.checkpoint.update(every=260)
     return config

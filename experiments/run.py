@@ -11,6 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
+from absl import logging
+
 from experiments import command_line
 
 DEFAULT_CONFIG = "configs/quickstart.py"
@@ -22,6 +24,8 @@ def main(argv: list[str]) -> int:
         settings, workdir = command_line.parse(argv, DEFAULT_CONFIG, __doc__)
     except ValueError as error:
         return _fail(error, EXIT_BAD_INPUT)
+    # Orbax logs what it also raises, with its stack; what concerns the user is raised.
+    logging.set_verbosity(logging.FATAL)
     # Imported once the settings are known to be good: an error in them shows at once.
     from switchmoe import checkpoints, loop
     from switchmoe.reporting import Progress

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-_XLA_FLAGS = os.environ.get("XLA_FLAGS")
+# Kept under a name of its own, as pytest-xdist's workers inherit what is set below.
+_XLA_FLAGS = os.environ.setdefault("SWITCHMOE_USER_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
 _CACHE = tempfile.mkdtemp(prefix="switchmoe-tests-")
 
 # Most of a test's time is compilation, so code is generated without optimisation.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{_XLA_FLAGS or ''} {_FLAGS}".strip()
+os.environ["XLA_FLAGS"] = f"{_XLA_FLAGS} {_FLAGS}".strip()
 os.environ["XDG_CACHE_HOME"] = _CACHE
 os.environ["MPLBACKEND"] = "agg"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -48,7 +49,7 @@ def user_environment():
     source tree is on its path, so it works in any directory and where nothing is installed.
     """
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    if _XLA_FLAGS is not None:
+    if _XLA_FLAGS:
         environment["XLA_FLAGS"] = _XLA_FLAGS
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

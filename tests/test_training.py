@@ -107,7 +107,8 @@ def test_accumulation_changes_nothing(parts):
 @functools.cache
 def in_training_mode(layout):
     """(settings, parameters' state) with dropout and jitter on."""
-    return settings(dict(dropout_rate=0.1), dict(num_experts=8, jitter=0.1), mesh=dict(layout=layout))
+    moe = dict(num_experts=8, jitter=0.1)
+    return settings(dict(dropout_rate=0.1), moe, mesh=dict(layout=layout), data=dict(batch_size=16))
 
 
 @pytest.mark.parametrize("layout", ["data", "data_expert"])
@@ -118,7 +119,7 @@ def test_devices_change_nothing(devices, layout):
     Adafactor divides by the root of tiny second moments: rounding shows as up to 1e-3 in a parameter.
     """
     s = in_training_mode(layout)
-    wanted, wanted_metrics = after(in_training_mode("data"), 2, batch())
+    wanted, wanted_metrics = after(in_training_mode("data"), 2, batch(16))
     mesh = sharding.make_mesh(jax.devices()[:devices])
     sharding.check(s, {"encoder": 12, "decoder": 6}, mesh.size)
     where = sharding.param_shardings(training.abstract_variables(s)["params"], s, mesh)
@@ -126,9 +127,10 @@ def test_devices_change_nothing(devices, layout):
     with jax.set_mesh(mesh), sharding.rules(s):
         rest = jax.device_put((state.step, state.opt_state), sharding.replicated(mesh))
         state = training.TrainState(rest[0], jax.device_put(state.params, where), rest[1])
-        data = jax.device_put(batch(), sharding.batch_sharding(mesh))
-        step = jax.jit(functools.partial(training.train_step, settings=s, tx=optimizer(s)), donate_argnums=0)
-        step = step.lower(state, data).compile()
+        data = jax.device_put(batch(16), sharding.batch_sharding(mesh))
+        stays = (jax.tree.map(lambda x: x.sharding, state), None)
+        step = functools.partial(training.train_step, settings=s, tx=optimizer(s))
+        step = jax.jit(step, donate_argnums=0, out_shardings=stays)
         state, _ = step(state, data)
         state, metrics = step(state, data)
     assert_close(jax.device_get(metrics), jax.device_get(wanted_metrics), rtol=1e-3, atol=1e-4)
