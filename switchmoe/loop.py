@@ -254,8 +254,9 @@ class _Run:
         if step:
             self._save(step, state)
             self.saved.wait()
+        kept = f"saved in {self.workdir}" if step else "with nothing to save yet"
         raise Stopped(
-            f"stopped by {signal.Signals(self.stop[0]).name} after step {step}, saved in {self.workdir};"
+            f"stopped by {signal.Signals(self.stop[0]).name} after step {step}, {kept};"
             " the same command goes on from there",
             self.stop[0],
         )
