@@ -18,6 +18,10 @@ swing while the rate is high: up to 44 % of the encoder's tokens are dropped (st
 end: no expert under 0.86 of its fair share on the held-out text, and from step 1,150 on 1 % of the tokens or
 less dropped in training (factor 1.25). Held-out drops are 2.2 % (encoder) and 0.3 % (decoder) at factor 2, where
 each sequence is a group of its own.
+
+The command of the README took 309 s, installation included (packages in pip's cache): 241 s of training,
+21,185 tokens/s, 37 % of the measured matrix-product peak (medians), 1.5 % of the time waiting for input.
+The dense twin was not timed alone.
 """
 
 from ml_collections import ConfigDict
