@@ -15,8 +15,8 @@ held-out cross-entropy in nats per target token:
 So in these few minutes the experts bring nothing yet: one seed each, and at this scale seeds differ by about
 0.01. An expert sees an eighth of the tokens, 384 of a batch in the encoder and 88 in the decoder, and the routers
 swing while the rate is high: up to 44 % of the encoder's tokens are dropped (step 150). The load is even at the
-end: no expert under 0.86 of its fair share on the held-out text, and from step 1,150 on 1 % of the tokens or
-less dropped in training (factor 1.25). Held-out drops are 2.2 % (encoder) and 0.3 % (decoder) at factor 2, where
+end: no expert under 0.86 of its fair share on the held-out text, and from step 1,150 on under 1.5 % of the
+tokens dropped in training (factor 1.25). Held-out drops are 2.2 % (encoder) and 0.3 % (decoder) at factor 2, where
 each sequence is a group of its own.
 
 The command of the README took 309 s, installation included (packages in pip's cache): 241 s of training,
