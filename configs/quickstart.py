@@ -12,8 +12,8 @@ held-out cross-entropy in nats per target token:
     this config                              4.525
     with --config.moe.num_experts=1          4.517
 
-So in these few minutes the experts bring nothing yet: one seed each, and at this scale seeds differ by about
-0.01. An expert sees an eighth of the tokens, 384 of a batch in the encoder and 88 in the decoder, and the routers
+So in these few minutes the experts bring nothing yet; with one seed each, 0.008 is too little to order the
+two. An expert sees an eighth of the tokens, 384 of a batch in the encoder and 88 in the decoder, and the routers
 swing while the rate is high: up to 44 % of the encoder's tokens are dropped (step 150). The load is even at the
 end: no expert under 0.86 of its fair share on the held-out text, and from step 1,150 on under 1.5 % of the
 tokens dropped in training (factor 1.25). Held-out drops are 2.2 % (encoder) and 0.3 % (decoder) at factor 2, where
