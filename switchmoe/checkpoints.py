@@ -6,6 +6,7 @@ they were. Loading executes no code from a checkpoint: arrays and JSON only.
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,13 @@ class Checkpoints:
             "config": ocp.args.JsonSave(config),
         }
         metrics = None if validation is None else {"cross_entropy": validation}
-        self._guard(step, lambda: self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics))
+
+        def start() -> None:
+            self._manager.wait_until_finished()
+            _check_space(self.directory, state)
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+        self._guard(step, start)
 
     def wait(self) -> None:
         """Returns when what was started is written."""
@@ -137,6 +144,15 @@ class Checkpoints:
                 f"{what} can't be written to {self.directory}: {_line(error)};"
                 f" last complete: {good[-1] if good else 'none'}"
             ) from error
+
+
+def _check_space(directory: Path, state: Any) -> None:
+    """Before Orbax starts: a disk that fills up under its threads ends in pages of their tracebacks."""
+    needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(
+            f"it takes up to {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free on that disk"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

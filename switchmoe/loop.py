@@ -97,6 +97,8 @@ class _Run:
         ):
             state = self._compile()
             start = int(state.step)
+            self.peak = flops.matmul_peak(self.settings.model.dtype)
+            self.iterator.start_prefetch()  # only now, as it would have slowed the measurement
             self._describe(start)
             self.writer = MetricsWriter(self.workdir, resume_step=start)
             with contextlib.closing(self.writer):
@@ -133,7 +135,6 @@ class _Run:
     def _describe(self, start: int) -> None:
         settings = self.settings
         total, active = training.parameter_counts(settings)
-        self.peak = flops.matmul_peak(settings.model.dtype)
         device = jax.devices()[0]
         update_run(
             self.workdir,

@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what a wrong or broken one says, and that nothing is overwritten."""
 
 import errno
+import shutil
 from pathlib import Path
 
 import grain
@@ -100,6 +101,14 @@ def test_a_full_disk_names_the_last_complete_step(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints._manager, "save", full)
     with pytest.raises(CheckpointError, match=r"No space left on device; last complete: 1"):
         checkpoints.save(2, state(2), iterator(), {}, None)
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, [1])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(CheckpointError, match=r"step 2 .* are free on that disk; last complete: 1"):
+        checkpoints.save(2, state(2), iterator(), {}, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
 
 
 def test_json_is_whole_or_not_at_all(tmp_path, monkeypatch):
