@@ -28,7 +28,7 @@ def parse(argv: Sequence[str], default_config: str, doc: str) -> tuple[Settings,
     if {"--help", "-h", "-help"} & set(argv[1:]):
         print(_help(doc))
         raise SystemExit(0)
-    argv = [argv[0], *(_check(argument) for argument in argv[1:])]
+    argv = [argv[0], *(_check(argument) for argument in _joined(argv[1:]))]
     values = flags.FlagValues()
     path = _resolve(default_config)
     config = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
@@ -50,6 +50,19 @@ def parse(argv: Sequence[str], default_config: str, doc: str) -> tuple[Settings,
     return from_config(found), values.workdir or f"runs/{name}"
 
 
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """``--name value`` as ``--name=value``, for the names that take one."""
+    joined: list[str] = []
+    for argument in arguments:
+        before = joined[-1].lstrip("-") if joined else ""
+        takes_value = before in ("config", "workdir") or (before.startswith("config.") and "=" not in before)
+        if takes_value and not argument.startswith("--"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def _check(argument: str) -> str:
     """Refuses what absl and ml_collections would answer with a traceback, or not at all."""
     name, equals, value = argument.removeprefix("-").removeprefix("-").partition("=")
@@ -57,9 +70,11 @@ def _check(argument: str) -> str:
         return argument
     if name == "config" and equals:
         return f"--config={_resolve(value)}"
-    if not name.startswith("config."):
+    if name == "flagfile":
+        raise ValueError(f"{argument}: accepted are --config=, --workdir= and --config.GROUP.FIELD=")
+    if not name.startswith(("config.", "noconfig.")):
         return argument
-    group, _, field = name.removeprefix("config.").partition(".")
+    group, _, field = name.partition(".")[2].partition(".")
     if group not in GROUPS:
         raise ValueError(
             f"--{name}: no group {group}{_meant(group, GROUPS)}; accepted are {', '.join(GROUPS)}"
@@ -81,6 +96,8 @@ def _resolve(value: str) -> str:
     path, colon, arguments = value.partition(":")
     if Path(path).is_file():
         return value
+    if not path:
+        raise ValueError("--config=: accepted is a file, FILE.py[:ARGUMENTS]")
     packaged = Path(configs.__file__).parent / Path(path).name
     if Path(path).parent == Path("configs") and packaged.is_file():
         return f"{packaged}{colon}{arguments}"

@@ -84,7 +84,6 @@ class _Run:
         claim(workdir, settings)
         _keep_vocabulary(self.vocabulary, workdir)
         self.layers = transformer.sparse_layer_names(settings)
-        self.validation: float | None = None
 
     def train(self) -> Path:
         with (
@@ -188,10 +187,9 @@ class _Run:
                 self._read(*running, clock)
                 running = None
                 with clock.paused():
-                    if evaluates:
-                        self._evaluate(step, state.params)
+                    quality = self._evaluate(step, state.params) if evaluates else None
                     if saves:
-                        self._save(step, state)
+                        self._save(step, state, quality)
         if running:
             self._read(*running, clock)
         update_run(self.workdir, add=clock.totals())
@@ -229,7 +227,7 @@ class _Run:
         self.writer.write(record)
         self.progress.update(record)
 
-    def _evaluate(self, step: int, params: Any) -> None:
+    def _evaluate(self, step: int, params: Any) -> float:
         started = time.monotonic()
         parts = [self.evaluate(params, self._put(batch)) for batch in self.evaluation]
         sums, counts = jax.tree.map(lambda *values: sum(values), *jax.device_get(parts))
@@ -237,9 +235,9 @@ class _Run:
             step, "validation", jax.device_get(training.summarize(sums, counts, self.settings))
         )
         record["seconds"] = time.monotonic() - started
-        self.validation = record["cross_entropy"]
         self.writer.write(record)
         self.progress.update(record)
+        return record["cross_entropy"]
 
     def _record(self, step: int, split: str, metrics: dict[str, np.ndarray]) -> dict:
         record = {"step": step, "split": split, "layers": self.layers}
@@ -247,8 +245,9 @@ class _Run:
         # Capped: an untrained model's perplexity is no use, and exp overflows.
         return record | {"perplexity": math.exp(min(record["cross_entropy"], 700.0))}
 
-    def _save(self, step: int, state: training.TrainState) -> None:
-        self.saved.save(step, state, self.iterator, to_dict(self.settings), self.validation)
+    def _save(self, step: int, state: training.TrainState, quality: float | None = None) -> None:
+        """``quality``: cross-entropy of this very state, where it was evaluated; an older one would mislead."""
+        self.saved.save(step, state, self.iterator, to_dict(self.settings), quality)
 
     def _leave(self, state: training.TrainState) -> None:
         step = int(state.step)
@@ -341,7 +340,11 @@ def _vocabulary(settings: Settings, workdir: Path, documents: Any) -> vocabulary
     """The run's own copy, so that a run never changes its vocabulary; else the corpus's."""
     path = workdir / VOCABULARY_FILE
     if path.exists():
-        return vocabulary.Vocabulary.from_bytes(path.read_bytes(), str(path))
+        found = vocabulary.Vocabulary.from_bytes(path.read_bytes(), str(path))
+        known = read_run(workdir).get("vocabulary_sha256", found.sha256)
+        if found.sha256 != known:
+            raise ValueError(f"{path}: accepted is the vocabulary that this run began with (SHA-256 {known})")
+        return found
     return vocabulary.load_vocabulary(settings.data, documents)
 
 

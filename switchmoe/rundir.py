@@ -17,6 +17,11 @@ def check(workdir: Path, settings: Settings) -> None:
     asked = to_dict(settings)
     path = workdir / "config.json"
     if not path.exists():
+        if (workdir / "checkpoints").exists():
+            raise ValueError(
+                f"--workdir={workdir} holds checkpoints but no config.json that says whose; accepted is a"
+                " directory with both, or with neither"
+            )
         return
     try:
         there = _flat(json.loads(path.read_text()))
@@ -43,9 +48,21 @@ def claim(workdir: Path, settings: Settings) -> None:
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
-    """`run.json`, {} if there is none."""
+    """`run.json`, {} if there is none.
+
+    Raises:
+      ValueError: it is not what `update_run` writes.
+    """
     path = workdir / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); accepted is JSON") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged; accepted is a JSON object")
+    return values
 
 
 def update_run(workdir: Path, add: dict[str, float] | None = None, **values: Any) -> None:

@@ -159,6 +159,8 @@ class OptimizerSettings:
         _one_of("optimizer", self, "schedule", ("rsqrt", "warmup_rsqrt", "warmup_cosine", "constant"))
         _positive("optimizer", self, "learning_rate")
         _at_least("optimizer", self, "warmup_steps", 1)
+        if self.warmup_steps >= 2**31:
+            raise _bad("optimizer.warmup_steps", self.warmup_steps, "an integer < 2**31")
         for field in ("clip_norm", "weight_decay"):
             _not_negative("optimizer", self, field)
         for field in ("decay_rate", "beta1", "beta2"):
@@ -183,6 +185,8 @@ class TrainSettings:
         for field in ("num_steps", "log_every", "eval_every", "eval_batches", "accumulate"):
             _at_least("train", self, field, 1)
         _at_least("train", self, "seed", 0)
+        if self.seed >= 2**32:  # what a JAX key has room for: larger seeds would repeat smaller ones
+            raise _bad("train.seed", self.seed, "an integer < 2**32")
         _rate("train", self, "label_smoothing")
         _not_negative("train", self, "output_z_loss_weight")
 

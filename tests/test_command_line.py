@@ -48,13 +48,22 @@ def test_parsing_twice_starts_afresh():
         ("--config=configs/nothing.py", "--config=configs/nothing.py: no such file; accepted is a file, or configs/NAME.py"),
         ("--config=configs/switch_base.py:swish", "argument swish: accepted is geglu, or relu"),
         ("--wrkdir=x", "Unknown command line flag 'wrkdir'"),
+        ("--noconfig.modl.remat", "no group modl (did you mean model?)"),
+        ("--noconfig.model.remt", "config.model has no field remt (did you mean remat?)"),
+        ("--flagfile=/nonexistent", "--flagfile=/nonexistent: accepted are --config="),
+        ("--config=", "--config=: accepted is a file"),
+        ("--config configs/nothing.py", "--config=configs/nothing.py: no such file"),
+        ("--config.moe 3", "--config.moe=3: a whole group can't be overwritten"),
+        ("--config.moe.num_experts four", "--config.moe.num_experts=four: accepted is a value of type int"),
+        ("--config.train.seed=4294967296", "train.seed=4294967296: accepted is an integer < 2**32"),
+        ("--config.optimizer.warmup_steps=3000000000", "optimizer.warmup_steps=3000000000: accepted is an integer < 2**31"),
         ("quickstart", "argument quickstart: accepted are --config=, --workdir= and --config.GROUP.FIELD="),
         ("--config.moe.capacity_factor=0", "moe.capacity_factor=0.0: accepted is a number > 0"),
     ],
 )  # fmt: skip
 def test_mistakes_get_one_line(argument, message):
     with pytest.raises(ValueError) as error:
-        parse(argument)
+        parse(*argument.split(" ") if "{" not in argument else [argument])
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

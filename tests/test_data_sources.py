@@ -304,6 +304,8 @@ def test_damaged_files_are_named(tmp_path, name, damage):
     [
         ("a.txt", b"fine\nna\xefve\n", ("a.txt, line 2", "UTF-8")),
         ("a.jsonl", '{"text": "a"}\n{"text": "b', ("a.jsonl, line 2", "not a JSON record")),
+        ("a.jsonl", '{"text": "a"}\n' + "[" * 100_000, ("a.jsonl, line 2", "not a JSON record")),
+        ("a.jsonl", '{"text": "a", "n": ' + "1" * 5000 + "}", ("a.jsonl, line 1", "not a JSON record")),
         ("a.jsonl", '{"text": "a"}\n["b"]', ("a.jsonl, line 2", "JSON object")),
         ("a.jsonl", '{"body": "a", "n": 1}', ("data.text_field=text", "line 1", "one of body")),
         ("a.jsonl", '{"text": null}', ("data.text_field=text", "line 1")),

@@ -10,7 +10,9 @@ import pytest
 
 from experiments import run as command
 from switchmoe import loop
+from switchmoe.data import sources, vocabulary
 from switchmoe.reporting import read_metrics
+from switchmoe.settings import DataSettings
 
 TINY = [
     "--config.model.d_model=16", "--config.model.d_ff=16", "--config.model.d_kv=8", "--config.model.num_heads=2",
@@ -139,6 +141,39 @@ def test_a_directory_that_is_not_a_runs(tmp_path, capsys):
     code, captured = run_here(tmp_path, capsys)
     assert code == command.EXIT_BAD_INPUT and "config.json is not a run's" in captured.err
     assert (tmp_path / "run" / "config.json").read_text() == "[1, 2"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("checkpoints/1/state", "", "holds checkpoints but no config.json"),
+        ("run.json", "[1]", "run.json is damaged"),
+        ("run.json", '{"a": ', "run.json is damaged"),
+    ],
+)
+@pytest.mark.usefixtures("one_device")
+def test_parts_of_a_run_that_do_not_fit(tmp_path, capsys, name, content, message):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    code, captured = run_here(tmp_path, capsys)
+    assert code == command.EXIT_BAD_INPUT
+    assert message in captured.err and captured.err.count("\n") == 1, captured.err
+    assert path.read_text() == content and not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_another_vocabulary_is_refused(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "run.json").write_text('{"vocabulary_sha256": "0"}')
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("".join(f"word{n} and more text\n" for n in range(400)))
+    data = DataSettings(source=str(corpus), data_dir=str(tmp_path / "cache"), vocab_size=300)
+    found = vocabulary.load_vocabulary(data, sources.load(data, "train"))
+    (workdir / "vocabulary.model").write_bytes(found.model_bytes)
+    code, captured = run_here(tmp_path, capsys)
+    assert code == command.EXIT_BAD_INPUT and "vocabulary.model: accepted is the vocabulary" in captured.err
 
 
 @pytest.mark.usefixtures("one_device")

@@ -103,9 +103,10 @@ def _records(path: str, lines: Iterable[tuple[int, str]], settings: DataSettings
         where = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
             raise DataError(
-                f"data.source={settings.source}: {where}: not a JSON record ({error.msg})"
+                f"data.source={settings.source}: {where}: not a JSON record ({reason})"
             ) from error
         if not isinstance(record, dict):
             raise DataError(f"data.source={settings.source}: {where}: accepted is a JSON object, one a line")
