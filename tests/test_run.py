@@ -20,6 +20,7 @@ TINY = [
     "--config.data.input_length=32", "--config.data.vocab_size=600", "--config.train.num_steps=24",
     "--config.train.log_every=1", "--config.train.eval_every=8", "--config.train.eval_batches=2",
     "--config.checkpoint.every=5",
+    "--config.moe.jitter=0.01",
 ]  # fmt: skip
 
 
@@ -95,9 +96,13 @@ def test_a_killed_and_a_stopped_run_end_like_an_undisturbed_one(tmp_path, enviro
     out, _ = finish(start(whole, environment))
     assert "done:" in out and losses(whole) == before
     _, err = finish(
-        start(whole, environment, "--config.train.seed=5", "--config.moe.jitter=0"), command.EXIT_BAD_INPUT
+        start(whole, environment, "--config.train.seed=5", "--config.moe.z_loss_weight=1"),
+        command.EXIT_BAD_INPUT,
     )
-    assert "moe.jitter (0.01 there, 0.0 asked), train.seed (0 there, 5 asked)" in err and err.count("\n") == 1
+    assert (
+        "moe.z_loss_weight (0.0 there, 1.0 asked), train.seed (0 there, 5 asked)" in err
+        and err.count("\n") == 1
+    )
     assert losses(whole) == before
 
 
