@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from switchmoe.settings import CheckpointSettings
+from switchmoe.sharding import path_keys
 
 
 class CheckpointError(RuntimeError):
@@ -167,13 +168,9 @@ def _quality(metrics: dict) -> float:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes by path, alike for dataclasses and tuples and for what Orbax has of them."""
-    return {
-        ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): tuple(
-            v.shape
-        )
-        for path, v in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    """Shapes by path, alike for a train state and for what Orbax has of it."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(path_keys(path)): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _line(error: BaseException) -> str:

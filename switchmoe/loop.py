@@ -110,19 +110,18 @@ class _Run:
         settings, mesh = self.settings, self.mesh
         tx = optimizers.create(settings.optimizer, settings.train.num_steps, training.axis_names(settings))
         self.schedule = optimizers.schedule(settings.optimizer, settings.train.num_steps)
-        params = sharding.param_shardings(training.abstract_variables(settings)["params"], settings, mesh)
         init = functools.partial(training.init_state, settings, tx)
-        out = training.TrainState(sharding.replicated(mesh), params, None)
+        abstract = jax.eval_shape(init)
+        params = training.abstract_variables(settings)["params"]
+        where = sharding.state_shardings(abstract, params, settings, mesh)
         started = time.monotonic()
-        init = jax.jit(init, out_shardings=out).lower().compile()
+        init = jax.jit(init, out_shardings=where).lower().compile()
         abstract = jax.tree.map(
-            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-            jax.eval_shape(functools.partial(training.init_state, settings, tx)),
-            init.output_shardings,
+            lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), abstract, where
         )
         batch = self._put(self.evaluation[0])
         step = functools.partial(training.train_step, settings=settings, tx=tx)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(init.output_shardings, None))
+        step = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
         self.step = step.lower(abstract, batch).compile()
         evaluate = functools.partial(training.eval_step, settings=settings)
         self.evaluate = jax.jit(evaluate).lower(abstract.params, batch).compile()

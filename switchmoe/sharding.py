@@ -6,6 +6,7 @@ group (groups of tokens), expert_group (groups inside the experts' buffers).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from switchmoe.dispatch import DISPATCHERS
 from switchmoe.moe import group_shape
+from switchmoe.optimizers import BATCH_AXES
 from switchmoe.routing import ROUTERS
 from switchmoe.settings import Settings
 
@@ -77,10 +79,36 @@ def check(settings: Settings, lengths: dict[str, int], num_devices: int) -> dict
     return tokens
 
 
-def param_shardings(abstract_variables: dict, settings: Settings, mesh: Mesh) -> dict:
-    """NamedShardings of the parameters, from their logical names."""
-    specs = nn.get_partition_spec(abstract_variables)
-    return nn.logical_to_mesh_sharding(specs, mesh, LAYOUTS[settings.mesh.layout])
+def state_shardings(state: Any, params: dict, settings: Settings, mesh: Mesh) -> Any:
+    """NamedShardings of a train state: what belongs to a parameter lies where the parameter lies.
+
+    A leaf belongs to the parameter whose path its own path contains. A moment of the parameter's shape
+    has all of its axes; a factor or a count has the leading batch axes (layers, experts), and whatever
+    follows them is replicated. Leaves that belong to none are replicated.
+
+    Args:
+      state: a tree of arrays or ShapeDtypeStructs.
+      params: the boxed parameters of `training.abstract_variables`.
+    """
+    boxes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    owners = {path_keys(path): box for path, box in boxes}
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        keys = path_keys(path)
+        parts = (keys[i:j] for i in range(len(keys)) for j in range(len(keys), i, -1))
+        box = next((owners[part] for part in parts if part in owners), None)
+        names: tuple[str | None, ...] = box.names if box else ()
+        if box and leaf.shape != box.value.shape:
+            names = tuple(name for name in names if name in BATCH_AXES)
+        spec = PartitionSpec(*names, *[None] * (leaf.ndim - len(names)))
+        return nn.logical_to_mesh_sharding(spec, mesh, LAYOUTS[settings.mesh.layout])
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def path_keys(path: tuple) -> tuple[str, ...]:
+    """A leaf's path as names, alike for dictionaries, dataclasses and tuples."""
+    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

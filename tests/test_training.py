@@ -15,12 +15,12 @@ from switchmoe.settings import from_config
 from switchmoe.transformer import Transformer
 
 
-def settings(model=None, moe=None, train=None, mesh=None, data=None):
+def settings(model=None, moe=None, train=None, mesh=None, data=None, optimizer=None):
     groups = {
         "model": MODEL | (model or {}),
         "moe": MOE | {"group_size": 12} | (moe or {}),
         "data": DATA | {"batch_size": 8} | (data or {}),
-        "optimizer": {"schedule": "constant", "learning_rate": 0.05},
+        "optimizer": {"schedule": "constant", "learning_rate": 0.05} | (optimizer or {}),
         "train": train or {},
         "mesh": mesh or {},
     }
@@ -122,21 +122,36 @@ def test_devices_change_nothing(devices, layout):
     wanted, wanted_metrics = after(in_training_mode("data"), 2, batch(16))
     mesh = sharding.make_mesh(jax.devices()[:devices])
     sharding.check(s, {"encoder": 12, "decoder": 6}, mesh.size)
-    where = sharding.param_shardings(training.abstract_variables(s)["params"], s, mesh)
     state = jax.device_get(first_state(in_training_mode("data")))
+    where = sharding.state_shardings(state, training.abstract_variables(s)["params"], s, mesh)
     with jax.set_mesh(mesh), sharding.rules(s):
-        rest = jax.device_put((state.step, state.opt_state), sharding.replicated(mesh))
-        state = training.TrainState(rest[0], jax.device_put(state.params, where), rest[1])
+        state = jax.device_put(state, where)
         data = jax.device_put(batch(16), sharding.batch_sharding(mesh))
-        stays = (jax.tree.map(lambda x: x.sharding, state), None)
         step = functools.partial(training.train_step, settings=s, tx=optimizer(s))
-        step = jax.jit(step, donate_argnums=0, out_shardings=stays)
+        step = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
         state, _ = step(state, data)
         state, metrics = step(state, data)
     assert_close(jax.device_get(metrics), jax.device_get(wanted_metrics), rtol=1e-3, atol=1e-4)
     assert_close(jax.device_get(state.params), jax.device_get(wanted.params), rtol=1e-3, atol=1e-3)
     experts = state.params["encoder"]["blocks"]["block_1"]["moe"]["experts"]["wi"]
     assert experts.addressable_shards[0].data.shape[1] == (8 // devices if layout == "data_expert" else 8)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_the_optimizers_state_lies_where_its_parameter_lies(name):
+    """Bytes a device holds of the experts' moments, factors and counts: an eighth, all else in full."""
+    s = settings(moe=dict(num_experts=8), mesh=dict(layout="data_expert"), optimizer=dict(name=name))
+    state = jax.eval_shape(functools.partial(training.init_state, s, optimizer(s)))
+    boxes = training.abstract_variables(s)["params"]
+    where = sharding.state_shardings(state, boxes, s, sharding.make_mesh())
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    sharded = 0
+    for (path, leaf), at in zip(leaves, jax.tree.leaves(where), strict=True):
+        local, full = math.prod(at.shard_shape(leaf.shape)), math.prod(leaf.shape)
+        of_experts = "'experts'" in jax.tree_util.keystr(path)
+        assert local == (full // 8 if of_experts else full), jax.tree_util.keystr(path)
+        sharded += of_experts
+    assert sharded >= 2 * 2 * 3  # two stacks, wi and wo at least, each with two leaves of state or more
 
 
 @pytest.mark.slow
