@@ -142,7 +142,8 @@ def test_a_vocabulary_is_kept_beside_local_files(tmp_path):
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, corpus):
     (tmp_path / "vocabularies").write_text("a file where the directory would be")
     with pytest.warns(UserWarning, match="not cached"):
-        load_vocabulary(settings(tmp_path), corpus)
+        found = load_vocabulary(settings(tmp_path), corpus)
+    assert found == load_vocabulary(settings(tmp_path / "elsewhere"), corpus)
 
 
 def test_a_damaged_cached_model_is_named(tmp_path, corpus):
