@@ -39,13 +39,19 @@ def main(argv: list[str]) -> int:
     except loop.NonFiniteLoss as error:
         progress.close()
         return _fail(error, EXIT_NON_FINITE)
-    except (checkpoints.CheckpointError, OSError) as error:
+    except checkpoints.CheckpointError as error:
         progress.close()
         return _fail(error, EXIT_IO)
+    except OSError as error:
+        progress.close()
+        return _fail(error if error.filename else f"{workdir}: {error}", EXIT_IO)
     except loop.Stopped as stopped:
         progress.close()
         message, number = stopped.args
         return _fail(message, EXIT_STOPPED if number == signal.SIGTERM else EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        progress.close()
+        return _fail("interrupted twice; saved is the last checkpoint", EXIT_INTERRUPTED)
     progress.close()
     print(f"done: {path}")
     return 0

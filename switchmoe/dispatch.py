@@ -20,18 +20,29 @@ from switchmoe.routing import Routing
 class EinsumDispatcher:
     """One-hot masks: the reference, and the form that GSPMD turns into all-to-all (GShard, alg. 2).
 
-    The masks take 2 * S * E * C = 2 * factor * S**2 numbers a group, whatever E is. A NaN in one
-    token spreads to its group, as 0 * NaN is NaN; the gather dispatcher keeps it to itself.
+    The masks take 2 * S * E * C = 2 * factor * S**2 numbers a group, whatever E is.
     """
 
     slot_GSEC: jax.Array  # 1 where token s sits in slot c of expert e
     gate_GSEC: jax.Array  # the gate there
 
     def dispatch(self, x_GSD: jax.Array) -> jax.Array:
-        return jnp.einsum("GSEC,GSD->EGCD", self.slot_GSEC.astype(x_GSD.dtype), x_GSD)
+        return _masked_sum("GSEC,GSD->EGCD", self.slot_GSEC, x_GSD)
 
     def combine(self, y_EGCD: jax.Array) -> jax.Array:
-        return jnp.einsum("GSEC,EGCD->GSD", self.gate_GSEC.astype(y_EGCD.dtype), y_EGCD)
+        return _masked_sum("GSEC,EGCD->GSD", self.gate_GSEC, y_EGCD)
+
+
+def _masked_sum(spec: str, mask_GSEC: jax.Array, rows: jax.Array) -> jax.Array:
+    """The product, but a row that is not finite reaches only those whose mask is not 0.
+
+    As 0 * NaN is NaN, the bare product would spread one bad token to its whole group. (So does still
+    the gradient of a bad gate.)
+    """
+    bad = ~jnp.isfinite(rows).all(axis=-1, keepdims=True)
+    total = jnp.einsum(spec, mask_GSEC.astype(rows.dtype), jnp.where(bad, 0, rows))
+    reached = jnp.einsum(spec, (mask_GSEC != 0).astype(rows.dtype), bad.astype(rows.dtype)) > 0
+    return jnp.where(reached, jnp.nan, total)
 
 
 def einsum_dispatcher(routing: Routing) -> EinsumDispatcher:

@@ -22,9 +22,11 @@ import switchmoe
 from switchmoe import checkpoints, decoding, flops, optimizers, sharding, training, transformer
 from switchmoe.analysis import report
 from switchmoe.data import batches, sources, vocabulary
+from switchmoe.moe import group_shape
 from switchmoe.reporting import MetricsWriter, Progress
+from switchmoe.routing import expert_capacity
 from switchmoe.rundir import check, claim, read_run, update_run
-from switchmoe.settings import Settings, to_dict
+from switchmoe.settings import MoESettings, Settings, to_dict
 
 NUM_EXAMPLES = 5
 UNIGRAM_BATCHES = 200
@@ -58,7 +60,7 @@ def run(settings: Settings, workdir: Path, progress: Progress) -> Path:
 class _Run:
     """What the steps of `run` share."""
 
-    def __init__(self, settings: Settings, workdir: Path, progress: Progress, stop: list[int]):
+    def __init__(self, settings: Settings, workdir: Path, progress: Progress, stop: "_Stop"):
         self.settings, self.workdir, self.progress, self.stop = settings, workdir, progress, stop
         length = batches.target_length(settings.data)
         lengths = {"encoder": settings.data.input_length, "decoder": length}
@@ -80,7 +82,7 @@ class _Run:
                     settings.embedding_rows,
                     _unigram_batches(settings, documents["train"]),
                 )
-        self.iterator = batches.train_batches(*arguments)
+        self.iterator = batches.train_batches(*arguments, jax.process_index(), jax.process_count())
         claim(workdir, settings)
         _keep_vocabulary(self.vocabulary, workdir)
         self.layers = transformer.sparse_layer_names(settings)
@@ -119,7 +121,7 @@ class _Run:
         abstract = jax.tree.map(
             lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), abstract, where
         )
-        batch = self._put(self.evaluation[0])
+        batch = self._put_global(self.evaluation[0])
         step = functools.partial(training.train_step, settings=settings, tx=tx)
         step = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
         self.step = step.lower(abstract, batch).compile()
@@ -156,7 +158,12 @@ class _Run:
         )
         say(f"model: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M for a token, {experts}")
         for stack, tokens in self.group_tokens.items():
-            say(f"{stack}: groups of {tokens} tokens compete for the experts (moe.group_size)")
+            batch, length = self.evaluation[0]["inputs" if stack == "encoder" else "targets"].shape
+            _, held_out = group_shape(batch, length, settings.moe.eval_group_size)
+            say(
+                f"{stack}: {_group(tokens, settings.moe, settings.moe.capacity_factor)} (moe.group_size);"
+                f" held out {_group(held_out, settings.moe, settings.moe.eval_capacity_factor)}"
+            )
         say(
             f"device: {jax.device_count()} x {device.device_kind}, matrix products {self.peak / 1e9:,.0f} GFLOP/s"
         )
@@ -169,10 +176,11 @@ class _Run:
     def _steps(self, state: training.TrainState, start: int) -> training.TrainState:
         """Steps start + 1 ... num_steps; a step's metrics are read when the next one is under way."""
         train, every = self.settings.train, self.settings.checkpoint.every
+        self.stop.deferred = True
         clock = _Clock()
         running: tuple[int, dict] | None = None
         for step in range(start + 1, train.num_steps + 1):
-            if self.stop:
+            if self.stop.number:
                 break
             with clock.waiting():
                 batch = self._put(next(self.iterator))
@@ -192,18 +200,18 @@ class _Run:
         if running:
             self._read(*running, clock)
         update_run(self.workdir, add=clock.totals())
-        if self.stop and int(state.step) < train.num_steps:
+        if self.stop.number and int(state.step) < train.num_steps:
             self._leave(state)
         self.saved.wait()
         return state
 
     def _read(self, step: int, metrics: dict, clock: "_Clock") -> None:
         """Waits for a step; stops the run if it went wrong; logs it if it is due."""
-        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        seen = {name: float(metrics[name]) for name in ("loss", "grad_norm", "update_norm")}
+        if not all(map(math.isfinite, seen.values())):
             size, good = self.settings.data.batch_size, self.saved.latest()
             raise NonFiniteLoss(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}. Batch {step} of the data's order (sequences"
+                f"step {step}: {', '.join(f'{name} {value}' for name, value in seen.items())}. Batch {step} of the data's order (sequences"
                 f" {(step - 1) * size} to {step * size - 1}); last good checkpoint:"
                 f" {'none' if good is None else self.saved.directory / str(good)}"
             )
@@ -228,7 +236,7 @@ class _Run:
 
     def _evaluate(self, step: int, params: Any) -> float:
         started = time.monotonic()
-        parts = [self.evaluate(params, self._put(batch)) for batch in self.evaluation]
+        parts = [self.evaluate(params, self._put_global(batch)) for batch in self.evaluation]
         sums, counts = jax.tree.map(lambda *values: sum(values), *jax.device_get(parts))
         record = self._record(
             step, "validation", jax.device_get(training.summarize(sums, counts, self.settings))
@@ -255,9 +263,8 @@ class _Run:
             self.saved.wait()
         kept = f"saved in {self.workdir}" if step else "with nothing to save yet"
         raise Stopped(
-            f"stopped by {signal.Signals(self.stop[0]).name} after step {step}, {kept};"
-            " the same command goes on from there",
-            self.stop[0],
+            f"stopped by {self.stop.name} after step {step}, {kept}; the same command goes on from there",
+            self.stop.number,
         )
 
     def _finish(self, params: Any) -> None:
@@ -275,9 +282,18 @@ class _Run:
         ]
         update_run(self.workdir, examples=examples)
 
-    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    def _put(self, batch: batches.Batch) -> dict[str, jax.Array]:
+        """The global batch whose part this process has read."""
+        put = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(self.mesh))
+        return {name: put(value) for name, value in batch.items()}
+
+    def _put_global(self, batch: batches.Batch) -> dict[str, jax.Array]:
+        """A batch that every process has in full."""
         where = sharding.batch_sharding(self.mesh)
-        return {name: jax.device_put(value, where) for name, value in batch.items()}
+        return {
+            name: jax.make_array_from_callback(rows.shape, where, rows.__getitem__)
+            for name, rows in batch.items()
+        }
 
 
 class _Clock:
@@ -318,21 +334,39 @@ class _Clock:
         return self._total
 
 
+class _Stop:
+    """The number of the SIGTERM or SIGINT that came, if any; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.deferred = False  # until there is a state to save, the signal itself raises `Stopped`
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name
+
+
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that gets the number of SIGTERM or SIGINT when one comes; a second one acts at once."""
-    received: list[int] = []
+def _stop_signals() -> Iterator[_Stop]:
+    stop = _Stop()
 
     def note(number: int, frame: Any) -> None:
-        received.append(number)
+        stop.number = number
         signal.signal(number, before[number])
+        if not stop.deferred:
+            raise Stopped(f"stopped by {stop.name} before the first step, nothing was changed", number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield received
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _group(tokens: int, moe: MoESettings, factor: float) -> str:
+    slots = expert_capacity(tokens, moe.num_experts, factor)
+    return f"groups of {tokens} tokens, {slots} slots an expert"
 
 
 def _vocabulary(settings: Settings, workdir: Path, documents: Any) -> vocabulary.Vocabulary:

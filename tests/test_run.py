@@ -202,6 +202,25 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys):
     )
 
 
+@pytest.mark.usefixtures("one_device")
+def test_parameters_that_overflow_are_never_saved(tmp_path, capsys):
+    """Loss and gradient of the first step are finite, its update is not."""
+    code, captured = run_here(
+        tmp_path, capsys, "--config.optimizer.schedule=constant",
+        "--config.optimizer.learning_rate=1e39", "--config.checkpoint.every=1",
+    )  # fmt: skip
+    assert code == command.EXIT_NON_FINITE and "step 1: loss" in captured.err and "none" in captured.err
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_signal_before_the_first_step_acts_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop.sources, "load", lambda *_: signal.raise_signal(signal.SIGTERM))
+    code, captured = run_here(tmp_path, capsys)
+    assert code == command.EXIT_STOPPED and "stopped by SIGTERM before the first step" in captured.err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_too(tmp_path, environment):
     workdir = tmp_path / "run"
