@@ -1,18 +1,22 @@
-"""Dispatchers: from a `Routing` to expert buffers, and from the experts' outputs to tokens again.
+"""Dispatchers: from a `Routing` to the experts' rows, and from their outputs to tokens again.
 
-A dispatcher is a pytree with ``dispatch(x_GSD) -> x_EGCD`` and ``combine(y_EGCD) -> y_GSD``. Every
-back end gives the output and gradients of a plain loop over experts: token s of group g sits in slot
-c of expert e, empty slots hold zeros, and the output of a token is the sum over its choices of
-gate * expert output, 0 if all were dropped. It does not know how the choice was made.
+A dispatcher is a pytree with ``dispatch(x_GSD)``, ``matmul(rows, kernel_EDF)``, each row times its expert's
+kernel, and ``combine(rows) -> y_GSD``. Rows are buffers x_EGCD, of which empty slots hold zeros, or
+(ragged) x_ND, sorted by expert. Every back end gives the output and gradients of a plain loop over
+experts: a token's output is the sum over its choices of gate * expert output, 0 if all were dropped.
+A dispatcher does not know how the choice was made.
 
-Letters: G groups, S tokens per group, D model, E experts, C capacity (slots per expert and group),
-K choices per token, T = G * S tokens, N = E * G * C slots.
+Letters: G groups, S tokens per group, D model, F the product's width, E experts, C capacity (slots per
+expert and group), K choices per token, T = G * S tokens, N rows: E * G * C slots, or at most T * K.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from switchmoe.grouped import grouped_matmul
 from switchmoe.routing import Routing
 
 
@@ -23,11 +27,14 @@ class EinsumDispatcher:
     The masks take 2 * S * E * C = 2 * factor * S**2 numbers a group, whatever E is.
     """
 
-    slot_GSEC: jax.Array  # 1 where token s sits in slot c of expert e
+    slot_GSEC: jax.Array  # 1 where token s sits in slot c of expert e; its share of the slot in Soft MoE
     gate_GSEC: jax.Array  # the gate there
 
     def dispatch(self, x_GSD: jax.Array) -> jax.Array:
         return _masked_sum("GSEC,GSD->EGCD", self.slot_GSEC, x_GSD)
+
+    def matmul(self, x_EGCD: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
+        return jnp.einsum("EGCD,EDF->EGCF", x_EGCD, kernel_EDF)
 
     def combine(self, y_EGCD: jax.Array) -> jax.Array:
         return _masked_sum("GSEC,EGCD->GSD", self.gate_GSEC, y_EGCD)
@@ -47,6 +54,9 @@ def _masked_sum(spec: str, mask_GSEC: jax.Array, rows: jax.Array) -> jax.Array:
 
 def einsum_dispatcher(routing: Routing) -> EinsumDispatcher:
     """Masks from the choices' indices, never from ``gate > 0``: a gate may underflow."""
+    if routing.mix_SK is not None:  # every token has a share in every slot: no one-hot needed
+        shape = (*routing.gate_SK.shape[:2], routing.num_experts, routing.capacity)
+        return EinsumDispatcher(routing.mix_SK.reshape(shape), routing.gate_SK.reshape(shape))
     expert_GSKE = jax.nn.one_hot(routing.expert_SK, routing.num_experts) * routing.kept_SK[..., None]
     slot_GSKC = jax.nn.one_hot(routing.slot_SK, routing.capacity)
     return EinsumDispatcher(
@@ -56,64 +66,109 @@ def einsum_dispatcher(routing: Routing) -> EinsumDispatcher:
 
 
 @struct.dataclass
-class GatherDispatcher:
-    """Indices both ways: each slot reads its token, each token reads its slots."""
+class IndexDispatcher:
+    """Indices both ways: each row reads its token, each token reads its rows."""
 
-    slot_GSK: jax.Array  # int32, index into the N slots; N where the choice was dropped
-    choice_EGC: jax.Array  # int32, index into the T * K choices; T * K where the slot is empty
+    row_GSK: jax.Array  # int32, where the choice's row is; N where the choice was dropped
+    choice: jax.Array  # int32 [E, G, C] or [N], the row's index among the T * K choices; T * K if empty
     gate_GSK: jax.Array
+    sizes_E: jax.Array | None = None  # int32, rows of each expert; None: buffers
 
     def dispatch(self, x_GSD: jax.Array) -> jax.Array:
         x_TD = x_GSD.reshape(-1, x_GSD.shape[-1])
-        return _to_slots(x_TD, self.slot_GSK.reshape(x_TD.shape[0], -1), self.choice_EGC)
+        rows_ND = _spread(x_TD, self.row_GSK.reshape(len(x_TD), -1), self.choice.reshape(-1))
+        return rows_ND.reshape(*self.choice.shape, -1)
 
-    def combine(self, y_EGCD: jax.Array) -> jax.Array:
+    def matmul(self, rows: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
+        if self.sizes_E is None:
+            return jnp.einsum("EGCD,EDF->EGCF", rows, kernel_EDF)
+        return grouped_matmul(rows, kernel_EDF, self.sizes_E)
+
+    def combine(self, rows: jax.Array) -> jax.Array:
         groups, tokens, choices = self.gate_GSK.shape
-        y_ND = y_EGCD.reshape(-1, y_EGCD.shape[-1])
-        y_TKD = _to_choices(y_ND, self.slot_GSK.reshape(-1, choices), self.choice_EGC)
-        gate_TK1 = self.gate_GSK.reshape(-1, choices, 1)
-        return (y_TKD * gate_TK1).sum(axis=1).astype(y_EGCD.dtype).reshape(groups, tokens, -1)
+        rows_ND = rows.reshape(-1, rows.shape[-1])
+        gate_TK, row_TK = self.gate_GSK.reshape(-1, choices), self.row_GSK.reshape(-1, choices)
+        return _gather_up(rows_ND, gate_TK, row_TK, self.choice.reshape(-1)).reshape(groups, tokens, -1)
 
 
-def gather_dispatcher(routing: Routing) -> GatherDispatcher:
+def gather_dispatcher(routing: Routing) -> IndexDispatcher:
+    """Buffers of ``capacity`` slots for each expert and group."""
+    groups = routing.expert_SK.shape[0]
+    first_EG = jnp.arange(routing.num_experts * groups, dtype=jnp.int32) * routing.capacity
+    shape = (routing.num_experts, groups, routing.capacity)
+    row_GSK, choice_N = _rows(routing, first_EG.reshape(shape[:2]), shape[0] * shape[1] * shape[2])
+    return IndexDispatcher(row_GSK, choice_N.reshape(shape), routing.gate_SK)
+
+
+def ragged_dispatcher(routing: Routing) -> IndexDispatcher:
+    """Rows sorted by expert, as many as there are kept choices; those left at the end belong to none.
+
+    No sort is needed: a choice's place is the number of rows before its expert and group, and its slot.
+    """
     groups, tokens, choices = routing.expert_SK.shape
-    slots = routing.num_experts * groups * routing.capacity
-    group_G11 = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
-    slot_GSK = (routing.expert_SK * groups + group_G11) * routing.capacity + routing.slot_SK
-    slot_GSK = jnp.where(routing.kept_SK, slot_GSK, slots)
-    choice = jnp.arange(groups * tokens * choices, dtype=jnp.int32)
-    choice_N = jnp.full(slots, choice.size, jnp.int32).at[slot_GSK.reshape(-1)].set(choice, mode="drop")
-    return GatherDispatcher(
-        slot_GSK=slot_GSK,
-        choice_EGC=choice_N.reshape(routing.num_experts, groups, routing.capacity),
-        gate_GSK=routing.gate_SK,
+    kept_GE = jax.vmap(partial(jnp.bincount, length=routing.num_experts + 1))(
+        jnp.where(routing.kept_SK, routing.expert_SK, routing.num_experts).reshape(groups, -1)
     )
+    kept_EG = kept_GE[:, :-1].T.astype(jnp.int32)
+    first_EG = (jnp.cumsum(kept_EG.reshape(-1)) - kept_EG.reshape(-1)).reshape(kept_EG.shape)
+    rows = groups * min(tokens * choices, routing.num_experts * routing.capacity)
+    row_GSK, choice_N = _rows(routing, first_EG, rows)
+    return IndexDispatcher(row_GSK, choice_N, routing.gate_SK, kept_EG.sum(axis=1))
 
 
-# A slot holds at most one choice, so each of the two moves below is the other's transpose. Said here,
-# because XLA's own transpose of a gather is a scatter-add, which is slow.
+def _rows(routing: Routing, first_EG: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """(row_GSK, choice_N), each the inverse of the other, from the first row of each expert and group."""
+    group_G11 = jnp.arange(first_EG.shape[1], dtype=jnp.int32)[:, None, None]
+    row_GSK = first_EG[routing.expert_SK, group_G11] + routing.slot_SK
+    row_GSK = jnp.where(routing.kept_SK, row_GSK, rows)
+    choice = jnp.arange(row_GSK.size, dtype=jnp.int32)
+    return row_GSK, jnp.full(rows, choice.size, jnp.int32).at[row_GSK.reshape(-1)].set(choice, mode="drop")
+
+
+# A row holds at most one choice, so the inverse permutation is each move's transpose. Said here, because
+# XLA's own transpose of a gather is a scatter-add, which is slow.
 
 
 @jax.custom_vjp
-def _to_slots(x_TD: jax.Array, slot_TK: jax.Array, choice_EGC: jax.Array) -> jax.Array:
-    return _take(x_TD, choice_EGC // slot_TK.shape[-1])
+def _spread(x_TD: jax.Array, row_TK: jax.Array, choice_N: jax.Array) -> jax.Array:
+    """x_ND: each row's token; zeros where it has none."""
+    return _take(x_TD, choice_N // row_TK.shape[-1])
+
+
+def _spread_backward(indices: tuple[jax.Array, jax.Array], d_ND: jax.Array) -> tuple:
+    row_TK, choice_N = indices
+    return _sum_of_rows(d_ND, None, row_TK, choice_N), None, None
 
 
 @jax.custom_vjp
-def _to_choices(y_ND: jax.Array, slot_TK: jax.Array, choice_EGC: jax.Array) -> jax.Array:
-    return _take(y_ND, slot_TK)
+def _gather_up(y_ND: jax.Array, gate_TK: jax.Array, row_TK: jax.Array, choice_N: jax.Array) -> jax.Array:
+    """y_TD: the sum over a token's choices of gate * its row."""
+    return _sum_of_rows(y_ND, gate_TK, row_TK, choice_N)
 
 
-def _to_slots_backward(indices: tuple[jax.Array, jax.Array], d_EGCD: jax.Array) -> tuple:
-    slot_TK, choice_EGC = indices
-    d_ND = d_EGCD.reshape(-1, d_EGCD.shape[-1])
-    return _to_choices(d_ND, slot_TK, choice_EGC).sum(axis=1).astype(d_ND.dtype), None, None
+def _gather_up_backward(saved: tuple[jax.Array, ...], d_TD: jax.Array) -> tuple:
+    y_ND, gate_TK, row_TK, choice_N = saved
+    d_ND = _take(d_TD, choice_N // row_TK.shape[-1])
+    gate_N1 = _take(gate_TK.reshape(-1), choice_N)[:, None]
+    # The gate's gradient by rows, of which there may be far fewer than choices.
+    d_gate_N = (d_ND.astype(jnp.float32) * y_ND.astype(jnp.float32)).sum(axis=-1)
+    return (gate_N1 * d_ND).astype(y_ND.dtype), _take(d_gate_N, row_TK), None, None
 
 
-def _to_choices_backward(indices: tuple[jax.Array, jax.Array], d_TKD: jax.Array) -> tuple:
-    slot_TK, choice_EGC = indices
-    d_ND = _take(d_TKD.reshape(-1, d_TKD.shape[-1]), choice_EGC.reshape(-1))
-    return d_ND, None, None
+def _sum_of_rows(
+    rows_ND: jax.Array, gate_TK: jax.Array | None, row_TK: jax.Array, choice_N: jax.Array
+) -> jax.Array:
+    """Sums each token's rows, by reading its choices or, where these are more than the rows, by adding rows."""
+    tokens, choices = row_TK.shape
+    if row_TK.size <= 2 * choice_N.size:
+        rows_TKD = _take(rows_ND, row_TK)
+        if gate_TK is not None:
+            rows_TKD = rows_TKD * gate_TK[..., None]
+        return rows_TKD.sum(axis=1).astype(rows_ND.dtype)
+    if gate_TK is not None:
+        rows_ND = rows_ND * _take(gate_TK.reshape(-1), choice_N)[:, None]
+    total_TD = jnp.zeros((tokens, rows_ND.shape[-1]), jnp.float32)
+    return total_TD.at[choice_N // choices].add(rows_ND, mode="drop").astype(rows_ND.dtype)
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
@@ -121,9 +176,7 @@ def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
 
 
-_to_slots.defvjp(lambda x, slot, choice: (_to_slots(x, slot, choice), (slot, choice)), _to_slots_backward)
-_to_choices.defvjp(
-    lambda y, slot, choice: (_to_choices(y, slot, choice), (slot, choice)), _to_choices_backward
-)
+_spread.defvjp(lambda x, row, choice: (_spread(x, row, choice), (row, choice)), _spread_backward)
+_gather_up.defvjp(lambda *saved: (_gather_up(*saved), saved), _gather_up_backward)
 
-DISPATCHERS = {"einsum": einsum_dispatcher, "gather": gather_dispatcher}
+DISPATCHERS = {"einsum": einsum_dispatcher, "gather": gather_dispatcher, "ragged": ragged_dispatcher}

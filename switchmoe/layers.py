@@ -6,6 +6,7 @@ Letters: B batch, L length (Q of the queries, M of the keys), D model, H heads, 
 F feed-forward.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -106,26 +107,48 @@ class RelativeBias(nn.Module):
         return table_HR[:, bucket_LL]
 
 
+def attention_inits(model: ModelSettings, batch_axis: Sequence[int] | int = ()) -> dict[str, Initializer]:
+    """Initialisers of [..., D, H, K] kernels; the logits' scale is folded into the query's (T5)."""
+    first = 0 if batch_axis == () else 1
+    init = functools.partial(
+        kernel_init, in_axis=first, out_axis=(first + 1, first + 2), batch_axis=batch_axis
+    )
+    scale = model.init_scale
+    return {"query": init(scale / model.d_kv), "key": init(scale), "value": init(scale)}
+
+
 class Attention(nn.Module):
-    """Multi-head attention without biases; the logits' scale is folded into the query's init (T5)."""
+    """Multi-head attention without biases."""
 
     model: ModelSettings
     train: bool = False
 
     @nn.compact
-    def __call__(self, x_BQD: jax.Array, kv_BMD: jax.Array, bias_BHQM: jax.Array) -> jax.Array:
-        """Args: queries' and keys' inputs; bias, float32, broadcast over B and H, -inf-like where masked."""
+    def __call__(
+        self,
+        x_BQD: jax.Array,
+        kv_BMD: jax.Array,
+        bias_BHQM: jax.Array,
+        projected: jax.Array | None = None,
+    ) -> jax.Array:
+        """Args: queries' and keys' inputs; bias, float32, broadcast over B and H, -inf-like where masked;
+        queries, keys and values side by side, [B, Q, 3 * H * K], where experts have made them.
+        """
         model = self.model
         shape = (model.d_model, model.num_heads, model.d_kv)
-
-        def project(name: str, x_BLD: jax.Array, scale: float) -> jax.Array:
-            init = kernel_init(scale, in_axis=0, out_axis=(1, 2))
-            kernel_DHK = param(self, name, init, ("embed", "heads", "kv"), shape, x_BLD.dtype)
-            return jnp.einsum("BLD,DHK->BLHK", x_BLD, kernel_DHK)
-
-        query_BQHK = project("query", x_BQD, model.init_scale / model.d_kv)
-        key_BMHK = project("key", kv_BMD, model.init_scale)
-        value_BMHK = project("value", kv_BMD, model.init_scale)
+        if projected is not None:
+            parts = jnp.split(projected, 3, axis=-1)
+            query_BQHK, key_BMHK, value_BMHK = (p.reshape(*p.shape[:2], *shape[1:]) for p in parts)
+        else:
+            inputs = {"query": x_BQD, "key": kv_BMD, "value": kv_BMD}
+            query_BQHK, key_BMHK, value_BMHK = (
+                jnp.einsum(
+                    "BLD,DHK->BLHK",
+                    inputs[name],
+                    param(self, name, init, ("embed", "heads", "kv"), shape, x_BQD.dtype),
+                )
+                for name, init in attention_inits(model).items()
+            )
         logits_BHQM = jnp.einsum("BQHK,BMHK->BHQM", query_BQHK, key_BMHK, preferred_element_type=jnp.float32)
         weight_BHQM = jax.nn.softmax(logits_BHQM + bias_BHQM, axis=-1).astype(x_BQD.dtype)
         weight_BHQM = nn.Dropout(model.dropout_rate, deterministic=not self.train)(weight_BHQM)
@@ -136,14 +159,15 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """``wo(activation(wi(x)))``."""
+    """``wo(activation(wi(x)))``, of width ``d_ff``, or the model's where that is 0."""
 
     model: ModelSettings
     train: bool = False
+    d_ff: int = 0
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        d, f = self.model.d_model, self.model.d_ff
+        d, f = self.model.d_model, self.d_ff or self.model.d_ff
         init = kernel_init(self.model.init_scale, in_axis=0, out_axis=1)
 
         def up(name: str) -> jax.Array:

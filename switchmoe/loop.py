@@ -22,7 +22,7 @@ import switchmoe
 from switchmoe import checkpoints, decoding, flops, optimizers, sharding, training, transformer
 from switchmoe.analysis import report
 from switchmoe.data import batches, sources, vocabulary
-from switchmoe.moe import group_shape
+from switchmoe.moe import dispatch_name, group_shape, router_name
 from switchmoe.reporting import MetricsWriter, Progress
 from switchmoe.routing import expert_capacity
 from switchmoe.rundir import check, claim, read_run, update_run
@@ -110,7 +110,8 @@ class _Run:
     def _compile(self) -> training.TrainState:
         """Compiles both steps ahead of time; returns the first state, or the last saved one."""
         settings, mesh = self.settings, self.mesh
-        tx = optimizers.create(settings.optimizer, settings.train.num_steps, training.axis_names(settings))
+        names = training.axis_names(settings)
+        tx = optimizers.create(settings.optimizer, settings.train.num_steps, names, settings.moe.bias_rate)
         self.schedule = optimizers.schedule(settings.optimizer, settings.train.num_steps)
         init = functools.partial(training.init_state, settings, tx)
         abstract = jax.eval_shape(init)
@@ -158,6 +159,9 @@ class _Run:
         )
         say(f"model: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M for a token, {experts}")
         for stack, tokens in self.group_tokens.items():
+            causal = stack == "decoder"
+            names = router_name(settings.moe, causal), dispatch_name(settings.moe, causal)
+            say(f"{stack}: router {names[0]}, dispatch {names[1]}")
             batch, length = self.evaluation[0]["inputs" if stack == "encoder" else "targets"].shape
             _, held_out = group_shape(batch, length, settings.moe.eval_group_size)
             say(
@@ -365,8 +369,8 @@ def _stop_signals() -> Iterator[_Stop]:
 
 
 def _group(tokens: int, moe: MoESettings, factor: float) -> str:
-    slots = expert_capacity(tokens, moe.num_experts, factor)
-    return f"groups of {tokens} tokens, {slots} slots an expert"
+    slots = expert_capacity(tokens, moe.total_experts, factor, moe.total_choices)
+    return f"groups of {tokens} tokens" + ("" if moe.dropless else f", {slots} slots an expert")
 
 
 def _vocabulary(settings: Settings, workdir: Path, documents: Any) -> vocabulary.Vocabulary:

@@ -1,17 +1,22 @@
 """The mixture-of-experts layer: router, dispatcher and experts as one Linen module.
 
 Letters: B batch, L length, G groups, S tokens per group, D model, F feed-forward, E experts,
-C capacity (slots per expert and group).
+C capacity (slots per expert and group), H heads, K width of a head.
 """
+
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from switchmoe.dispatch import DISPATCHERS
-from switchmoe.layers import activate, kernel_init, param
-from switchmoe.routing import ROUTERS, RouterSettings, Routing, expert_capacity
-from switchmoe.settings import ModelSettings, MoESettings
+from switchmoe.layers import FeedForward, activate, attention_inits, kernel_init, param
+from switchmoe.routing import GROUPS, NOT_CAUSAL, ROUTERS, RouterSettings, Routing, expert_capacity
+from switchmoe.settings import LOSS_WEIGHTS, ModelSettings, MoESettings
+
+Matmul = Callable[[jax.Array, jax.Array], jax.Array]  # a dispatcher's: rows times their experts' kernels
 
 
 def group_shape(batch: int, length: int, group_size: int) -> tuple[int, int]:
@@ -30,81 +35,217 @@ def group_shape(batch: int, length: int, group_size: int) -> tuple[int, int]:
     return batch * length // tokens, tokens
 
 
+def router_name(moe: MoESettings, causal: bool) -> str:
+    return (causal and moe.decoder_router) or moe.router
+
+
+def dispatch_name(moe: MoESettings, causal: bool = False) -> str:
+    """What ``moe.dispatch=auto`` stands for.
+
+    Einsum where the experts are sharded, as GSPMD finds its all-to-alls, and for soft; ragged where
+    there is no capacity; else gather, on every platform (compared on CPU: `experiments.bench`).
+    """
+    if moe.dispatch != "auto":
+        return moe.dispatch
+    if moe.dropless:
+        return "ragged"
+    sharded = any(name == "expert" and axis for name, axis in nn.get_logical_axis_rules())
+    return "einsum" if sharded or router_name(moe, causal) == "soft" else "gather"
+
+
+def check(moe: MoESettings, causal: bool) -> None:
+    """Refuses routers, back ends and options that do not go together.
+
+    Raises:
+      ValueError: one line with field, value and what would be accepted.
+    """
+
+    def refuse(field: str, accepted: str) -> None:
+        raise ValueError(f"moe.{field}={getattr(moe, field)}: accepted is {accepted}")
+
+    field = "decoder_router" if causal and moe.decoder_router else "router"
+    router, dispatch = router_name(moe, causal), dispatch_name(moe, causal)
+    if router not in ROUTERS:
+        refuse(field, f"one of {', '.join(ROUTERS)}")
+    if dispatch not in DISPATCHERS:
+        refuse("dispatch", f"one of auto, {', '.join(DISPATCHERS)}")
+    if causal and router in NOT_CAUSAL:
+        fit = ", ".join(name for name in ROUTERS if name not in NOT_CAUSAL)
+        refuse(field, f"in a decoder, which is causal, one of {fit} (moe.decoder_router)")
+    if moe.choices > 1 and router in ("switch", "hash", "soft"):
+        refuse("choices", f"1 with the router {router}")
+    if moe.choices > moe.num_experts:
+        refuse("choices", f"at most moe.num_experts={moe.num_experts}")
+    if router == "noisy_top_k" and moe.total_choices < 2:
+        refuse("choices", "2 or more with noisy_top_k: the gate of a single choice is constant")
+    if router == "hierarchical":
+        per_level = round(moe.total_choices**0.5)
+        if moe.total_experts % moe.branches or moe.branches < per_level:
+            refuse("branches", f"a divisor of the {moe.total_experts} experts, {per_level} or more")
+        if per_level**2 != moe.total_choices or per_level > moe.total_experts // moe.branches:
+            refuse("choices", "with hierarchical a square: so many branches, so many experts in each")
+    if moe.explore == "sample" and router != "switch":
+        refuse("explore", f"argmax, input_dropout or jitter with the router {router}")
+    if moe.reroute and router in ("noisy_top_k", "hash", *NOT_CAUSAL):
+        refuse("reroute", f"0 with the router {router}")
+    if moe.dropless and (dispatch != "ragged" or router in NOT_CAUSAL):
+        refuse("dropless", "True with moe.dispatch=ragged or auto, and a router in which tokens choose")
+    if router == "soft" and dispatch != "einsum":
+        refuse("dispatch", "einsum or auto with the router soft, whose slots mix all tokens")
+
+
 class Experts(nn.Module):
-    """E feed-forwards side by side: ``wo(activation(wi(x)))`` for each expert's own buffer."""
+    """E feed-forwards side by side: ``wo(activation(wi(x)))``, each row by its own expert."""
 
     model: ModelSettings
     moe: MoESettings
     train: bool = False
 
     @nn.compact
-    def __call__(self, x_EGCD: jax.Array) -> jax.Array:
-        experts, d, f = self.moe.num_experts, self.model.d_model, self.model.d_ff
+    def __call__(self, x: jax.Array, matmul: Matmul) -> jax.Array:
+        experts, d, f = self.moe.total_experts, self.model.d_model, self.model.d_ff // self.moe.granularity
         # batch_axis: fan-in is that of one expert, whatever their number.
         init = kernel_init(self.model.init_scale, in_axis=1, out_axis=2, batch_axis=0)
         names = ("expert", "embed", "mlp")
 
         def up(name: str) -> jax.Array:
-            kernel_EDF = param(self, name, init, names, (experts, d, f), x_EGCD.dtype)
-            return jnp.einsum("EGCD,EDF->EGCF", x_EGCD, kernel_EDF)
+            return matmul(x, param(self, name, init, names, (experts, d, f), x.dtype))
 
-        h_EGCF = activate(self.model.activation, up)
-        h_EGCF = nn.Dropout(self.moe.expert_dropout_rate, deterministic=not self.train)(h_EGCF)
-        wo_EFD = param(self, "wo", init, ("expert", "mlp", "embed"), (experts, f, d), x_EGCD.dtype)
-        return jnp.einsum("EGCF,EFD->EGCD", h_EGCF, wo_EFD)
+        h = activate(self.model.activation, up)
+        h = nn.Dropout(self.moe.expert_dropout_rate, deterministic=not self.train)(h)
+        return matmul(h, param(self, "wo", init, ("expert", "mlp", "embed"), (experts, f, d), x.dtype))
 
 
-class MoELayer(nn.Module):
-    """Routes each token of a group to an expert's feed-forward and back.
-
-    Randomness: streams ``router`` (jitter) and ``dropout``, in training only.
-    """
+class AttentionExperts(nn.Module):
+    """E sets of query, key and value projections; rows come out as the three side by side."""
 
     model: ModelSettings
     moe: MoESettings
     train: bool = False
 
     @nn.compact
-    def __call__(self, x_GSD: jax.Array, mask_GS: jax.Array | None = None) -> tuple[jax.Array, dict]:
+    def __call__(self, x: jax.Array, matmul: Matmul) -> jax.Array:
+        shape = (self.moe.total_experts, self.model.d_model, self.model.num_heads, self.model.d_kv)
+        kernels = [
+            param(self, name, init, ("expert", "embed", "heads", "kv"), shape, x.dtype)
+            for name, init in attention_inits(self.model, batch_axis=0).items()
+        ]
+        return jnp.concatenate([matmul(x, kernel.reshape(*shape[:2], -1)) for kernel in kernels], axis=-1)
+
+
+class MoELayer(nn.Module):
+    """Routes each token of a group to experts and back.
+
+    ``experts`` makes the module of the experts: `Experts` or `AttentionExperts`. In a ``causal`` layer
+    the router is ``moe.decoder_router``, and ``moe.priority`` is off. Randomness: streams ``router``
+    (jitter, noise, sampling) and ``dropout``, in training only.
+    """
+
+    model: ModelSettings
+    moe: MoESettings
+    train: bool = False
+    causal: bool = False
+    experts: Callable[..., nn.Module] = Experts
+
+    @nn.compact
+    def __call__(
+        self, x_GSD: jax.Array, mask_GS: jax.Array | None = None, ids_GS: jax.Array | None = None
+    ) -> tuple[jax.Array, dict]:
         """Returns (y_GSD, aux).
 
-        A token's y is gate * expert(x), or 0 if it is padding or found no slot: the residual around
-        the layer carries it.
+        A token's y is the sum over its choices of gate * expert(x), and of its shared experts; without
+        these it is 0 if the token is padding or found no slot: the residual around the layer carries it.
 
         Args:
           x_GSD: tokens in groups (see `group_shape`).
           mask_GS: True where the token is real; None: everywhere.
+          ids_GS: token ids, which only the router hash reads.
 
         aux (float32), each the mean over groups weighted by their real tokens: ``loss``, the weighted
-        sum of the router's losses that is to be added to the model's; ``balance_loss`` and
-        ``z_loss``, without weights; ``fraction_dropped``; ``router_entropy`` (nats);
-        ``expert_load`` [E], the share of the tokens that chose each expert.
+        sum of the router's losses that is to be added to the model's; ``balance_loss`` (of
+        noisy_top_k: importance + load) and ``z_loss``, without weights, 0 where the router has none;
+        ``fraction_dropped``; ``router_entropy`` (nats); ``expert_load`` [E], each expert's share of
+        the choices.
+
+        Raises:
+          ValueError: settings that do not go together, see `check`.
         """
+        check(self.moe, self.causal)
         if mask_GS is None:
             mask_GS = jnp.ones(x_GSD.shape[:2], bool)
-        routing = self._route(x_GSD, mask_GS)
-        dispatcher = DISPATCHERS[self.moe.dispatch](routing)
-        x_EGCD = _by_expert(dispatcher.dispatch(x_GSD))
-        y_EGCD = _by_expert(Experts(self.model, self.moe, self.train, name="experts")(x_EGCD))
-        y_GSD = nn.with_logical_constraint(dispatcher.combine(y_EGCD), ("group", None, None))
+        routing = self._route(x_GSD, mask_GS, ids_GS)
+        dispatcher = DISPATCHERS[dispatch_name(self.moe, self.causal)](routing)
+        experts = self.experts(self.model, self.moe, self.train, name="experts")
+        y = _by_expert(experts(_by_expert(dispatcher.dispatch(x_GSD)), dispatcher.matmul))
+        y_GSD = nn.with_logical_constraint(dispatcher.combine(y), ("group", None, None))
+        if self.moe.num_shared and self.experts is Experts:
+            # Side by side, the shared experts are one feed-forward of all their widths.
+            width = self.moe.num_shared * self.model.d_ff // self.moe.granularity
+            y_GSD += FeedForward(self.model, self.train, width, name="shared")(x_GSD)
         return y_GSD, self._aux(routing)
 
-    def _route(self, x_GSD: jax.Array, mask_GS: jax.Array) -> Routing:
-        """Selective precision: input, kernel, logits and all that follows from them are float32."""
-        groups, tokens, d = x_GSD.shape
-        experts = self.moe.num_experts
-        init = nn.initializers.normal(self.moe.router_init_stddev)
-        kernel_DE = param(self, "router", init, ("embed", None), (d, experts), jnp.float32)
-        router_x_GSD = x_GSD.astype(jnp.float32)
-        if self.train and self.moe.jitter:
-            low, high = 1 - self.moe.jitter, 1 + self.moe.jitter
-            router_x_GSD *= jax.random.uniform(self.make_rng("router"), x_GSD.shape, jnp.float32, low, high)
-        logits_GSE = jnp.einsum("GSD,DE->GSE", router_x_GSD, kernel_DE, precision=jax.lax.Precision.HIGHEST)
-        factor = self.moe.capacity_factor if self.train else self.moe.eval_capacity_factor
-        settings = RouterSettings(capacity=expert_capacity(tokens, experts, factor))
-        return jax.vmap(lambda logits, mask: ROUTERS[self.moe.router](logits, mask, None, settings))(
-            logits_GSE, mask_GS
+    def _route(self, x_GSD: jax.Array, mask_GS: jax.Array, ids_GS: jax.Array | None) -> Routing:
+        moe, name, tokens = self.moe, router_name(self.moe, self.causal), x_GSD.shape[1]
+        factor = moe.capacity_factor if self.train else moe.eval_capacity_factor
+        capacity = expert_capacity(tokens, moe.total_experts, factor, moe.total_choices)
+        settings = RouterSettings(
+            capacity=moe.slots if name == "soft" else tokens if moe.dropless else capacity,
+            choices=moe.total_choices,
+            renormalize=moe.renormalize,
+            threshold=moe.choice_threshold,
+            explore=moe.explore,
+            priority=moe.priority and not self.causal,
+            reroute=moe.reroute,
+            score=moe.score,
+            num_experts=moe.total_experts,
+            branches=moe.branches,
+            balance_axis=GROUPS if moe.balance == "global" else None,
         )
+        if name == "hash":
+            if ids_GS is None:
+                raise ValueError("moe.router=hash: accepted is a call with token ids (ids_GS)")
+            scores = ids_GS
+        else:
+            scores = self._scores(self._explore(x_GSD.astype(jnp.float32)))
+        draws = self.train and (
+            name in ("noisy_top_k", "sinkhorn") or moe.explore == "sample" or moe.choice_threshold
+        )
+        keys_G = jax.random.split(self.make_rng("router"), len(x_GSD)) if draws else None
+        route = functools.partial(ROUTERS[name], settings=settings)
+        return jax.vmap(route, (0, 0, None if keys_G is None else 0), axis_name=GROUPS)(
+            scores, mask_GS, keys_G
+        )
+
+    def _explore(self, x_GSD: jax.Array) -> jax.Array:
+        """The router's input in training; the experts' is never touched."""
+        moe = self.moe
+        if self.train and moe.explore == "jitter" and moe.jitter:
+            key, low, high = self.make_rng("router"), 1 - moe.jitter, 1 + moe.jitter
+            x_GSD *= jax.random.uniform(key, x_GSD.shape, jnp.float32, low, high)
+        if moe.explore == "input_dropout":
+            x_GSD = nn.Dropout(moe.input_dropout_rate, rng_collection="router")(x_GSD, not self.train)
+        return x_GSD
+
+    def _scores(self, x_GSD: jax.Array) -> jax.Array:
+        """What the router reads; selective precision: input, kernel and all that follows are float32."""
+        moe, name = self.moe, router_name(self.moe, self.causal)
+        experts = moe.total_experts
+        width = {
+            "noisy_top_k": 2 * experts,
+            "hierarchical": moe.branches + experts,
+            "soft": experts * moe.slots,
+        }.get(name, experts)
+        init = nn.initializers.normal(moe.router_init_stddev)
+        if name == "noisy_top_k":
+            init = nn.initializers.zeros
+        shape = (x_GSD.shape[-1], width)
+        kernel_DE = param(self, "router", init, ("embed", None), shape, jnp.float32)
+        logits_GSE = jnp.einsum("GSD,DE->GSE", x_GSD, kernel_DE, precision=jax.lax.Precision.HIGHEST)
+        if name == "loss_free":
+            bias_E = param(self, "router_bias", nn.initializers.zeros, (None,), (experts,), jnp.float32)
+            bias_GSE = jnp.broadcast_to(bias_E, logits_GSE.shape)
+            logits_GSE = jnp.concatenate([logits_GSE, bias_GSE], axis=-1)
+        return logits_GSE
 
     def _aux(self, routing: Routing) -> dict[str, jax.Array]:
         weight_G = routing.tokens / jnp.maximum(routing.tokens.sum(), 1.0)
@@ -112,16 +253,20 @@ class MoELayer(nn.Module):
         def mean(value: jax.Array) -> jax.Array:
             return jnp.einsum("G,G...->...", weight_G, value)
 
-        balance, z = mean(routing.losses["balance"]), mean(routing.losses["z"])
+        lost = {name: mean(value_G) for name, value_G in routing.losses.items()}
+        zero = jnp.zeros(())
+        # The pull on loss_free's bias has no weight: only its sign counts.
+        weights = {name: getattr(self.moe, field) for name, field in LOSS_WEIGHTS.items()} | {"bias": 1.0}
         return {
-            "loss": self.moe.balance_loss_weight * balance + self.moe.z_loss_weight * z,
-            "balance_loss": balance,
-            "z_loss": z,
+            "loss": sum((weights[name] * value for name, value in lost.items()), zero),
+            "balance_loss": sum((lost.get(name, zero) for name in ("balance", "importance", "load")), zero),
+            "z_loss": lost.get("z", zero),
             "fraction_dropped": mean(routing.fraction_dropped),
             "router_entropy": mean(routing.entropy),
             "expert_load": mean(routing.load_E),
         }
 
 
-def _by_expert(x_EGCD: jax.Array) -> jax.Array:
-    return nn.with_logical_constraint(x_EGCD, ("expert", "expert_group", None, None))
+def _by_expert(x: jax.Array) -> jax.Array:
+    """The sharding of the experts' buffers; rows that are not in buffers are left as they are."""
+    return nn.with_logical_constraint(x, ("expert", "expert_group", None, None)) if x.ndim == 4 else x

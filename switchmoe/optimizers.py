@@ -41,12 +41,32 @@ def schedule(settings: OptimizerSettings, num_steps: int) -> Callable[[jax.Array
     }[settings.schedule]
 
 
-def create(settings: OptimizerSettings, num_steps: int, names: dict) -> optax.GradientTransformation:
+def create(
+    settings: OptimizerSettings, num_steps: int, names: dict, bias_rate: float = 0.0
+) -> optax.GradientTransformation:
     """The optimizer.
 
     Args:
       names: a tree like the parameters' with a tuple of logical axis names at each leaf.
+      bias_rate: by so much a ``router_bias`` moves each step against the sign of its gradient (Wang et
+        al. 2024), whatever the optimizer and its schedule.
     """
+
+    def is_bias(path: tuple, _: tuple[str, ...]) -> str:
+        return "bias" if path[-1].key == "router_bias" else "rest"
+
+    labels = jax.tree_util.tree_map_with_path(is_bias, names, is_leaf=_is_names)
+    if "bias" not in jax.tree.leaves(labels):
+        return _create(settings, num_steps, names)
+    rest = jax.tree.map(
+        lambda n, label: n if label == "rest" else optax.MaskedNode(), names, labels, is_leaf=_is_names
+    )
+    return optax.partition(
+        {"rest": _create(settings, num_steps, rest), "bias": optax.sign_sgd(bias_rate)}, labels
+    )
+
+
+def _create(settings: OptimizerSettings, num_steps: int, names: dict) -> optax.GradientTransformation:
     # Norm scales and position biases are left out of weight decay.
     decayed = jax.tree.map(lambda n: "embed" in n and len(n) - _batch_axes(n) > 1, names, is_leaf=_is_names)
     if settings.name == "adamw":

@@ -12,6 +12,12 @@ from typing import Any
 NUM_SENTINELS = 100
 ACTIVATIONS = ("relu", "geglu")
 DTYPES = ("float32", "bfloat16")
+LOSS_WEIGHTS = {  # a router's loss: the field of its weight
+    "balance": "balance_loss_weight",
+    "importance": "importance_loss_weight",
+    "load": "load_loss_weight",
+    "z": "z_loss_weight",
+}
 
 
 def _bad(field: str, value: Any, accepted: str) -> ValueError:
@@ -81,28 +87,61 @@ class MoESettings:
 
     num_experts: int = 8  # 1: a dense model, no router at all
     every: int = 2  # the last of each `every` blocks is sparse
-    router: str = "switch"
-    dispatch: str = "gather"  # einsum | gather
+    router: str = "switch"  # a name in routing.ROUTERS
+    decoder_router: str = ""  # the decoder's, where it differs: expert_choice and soft are not causal
+    choices: int = 1  # experts a token goes to; 1 with switch, hash and soft
+    granularity: int = 1  # each expert split into so many narrower ones, so many times the choices
+    num_shared: int = 0  # experts, of the split ones' width, that every token passes through
+    attention: bool = False  # experts in the sparse blocks' self-attention, too (Switch, app. A)
+    dispatch: str = "auto"  # auto | einsum | gather | ragged
+    dropless: bool = False  # no capacity at all; with ragged (or auto)
     capacity_factor: float = 1.25
     eval_capacity_factor: float = 2.0
     group_size: int = 4096  # at most so many tokens compete for capacity: whole sequences, or parts
     eval_group_size: int = 0  # the same at evaluation; 0: a sequence, so neighbours never matter
     balance_loss_weight: float = 1e-2  # alpha, for each sparse layer; the layers are summed
     z_loss_weight: float = 1e-3  # ST-MoE's router z-loss, likewise; 0 leaves it out
-    jitter: float = 1e-2  # router input times U(1 - jitter, 1 + jitter) in training
+    importance_loss_weight: float = 0.1  # noisy_top_k's
+    load_loss_weight: float = 0.1  # noisy_top_k's
+    balance: str = "group"  # group | global: the tokens over which the balancing losses' shares are taken
+    explore: str = "jitter"  # in training: argmax | sample | input_dropout | jitter (Switch, app. C)
+    jitter: float = 1e-2  # router input times U(1 - jitter, 1 + jitter)
+    input_dropout_rate: float = 0.1  # dropout of the router's input, with explore=input_dropout
+    renormalize: bool = True  # gates of a token's choices sum to 1, where it has several
+    choice_threshold: float = 0.0  # later choices kept with probability gate / threshold; 0.5 is GShard's
+    priority: bool = False  # encoder: slots go to the largest gates first (batch-prioritised routing)
+    reroute: int = 0  # rounds in which choices without a slot try the next best expert
+    score: str = "softmax"  # loss_free: softmax | sigmoid
+    bias_rate: float = 1e-3  # loss_free: change of an expert's bias a step
+    branches: int = 2  # hierarchical: branches of the first level
+    slots: int = 1  # soft: slots per expert
     expert_dropout_rate: float = 0.0  # dropout inside the experts, instead of model.dropout_rate
     router_init_stddev: float = 0.02
 
     def __post_init__(self) -> None:
-        for field in ("num_experts", "every", "group_size"):
+        for field in ("num_experts", "every", "group_size", "choices", "granularity", "branches", "slots"):
             _at_least("moe", self, field, 1)
-        _at_least("moe", self, "eval_group_size", 0)
+        for field in ("eval_group_size", "num_shared", "reroute"):
+            _at_least("moe", self, field, 0)
         for field in ("capacity_factor", "eval_capacity_factor", "router_init_stddev"):
             _positive("moe", self, field)
-        for field in ("balance_loss_weight", "z_loss_weight"):
+        for field in (*LOSS_WEIGHTS.values(), "choice_threshold", "bias_rate"):
             _not_negative("moe", self, field)
-        for field in ("jitter", "expert_dropout_rate"):
+        for field in ("jitter", "input_dropout_rate", "expert_dropout_rate"):
             _rate("moe", self, field)
+        _one_of("moe", self, "balance", ("group", "global"))
+        _one_of("moe", self, "explore", ("argmax", "sample", "input_dropout", "jitter"))
+        _one_of("moe", self, "score", ("softmax", "sigmoid"))
+
+    @property
+    def total_experts(self) -> int:
+        """Experts after they are split."""
+        return self.num_experts * self.granularity
+
+    @property
+    def total_choices(self) -> int:
+        """Experts a token goes to after they are split."""
+        return self.choices * self.granularity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +261,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.moe.num_experts > 1 and self.model.num_layers % self.moe.every:
             raise _bad("moe.every", self.moe.every, f"a divisor of model.num_layers={self.model.num_layers}")
+        if self.model.d_ff % self.moe.granularity:
+            raise _bad("moe.granularity", self.moe.granularity, f"a divisor of model.d_ff={self.model.d_ff}")
         if self.data.batch_size % self.train.accumulate:
             raise _bad(
                 "train.accumulate",

@@ -12,10 +12,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from switchmoe.dispatch import DISPATCHERS
+from switchmoe.moe import check as moe_check
 from switchmoe.moe import group_shape
 from switchmoe.optimizers import BATCH_AXES
-from switchmoe.routing import ROUTERS
 from switchmoe.settings import Settings
 
 LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -43,13 +42,10 @@ def check(settings: Settings, lengths: dict[str, int], num_devices: int) -> dict
       ValueError: one line with field, value and what would be accepted.
     """
     layout, data, moe = settings.mesh.layout, settings.data, settings.moe
-    for field, value, known in (
-        ("mesh.layout", layout, LAYOUTS),
-        ("moe.router", moe.router, ROUTERS),
-        ("moe.dispatch", moe.dispatch, DISPATCHERS),
-    ):
-        if value not in known:
-            raise ValueError(f"{field}={value}: accepted is one of {', '.join(known)}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"mesh.layout={layout}: accepted is one of {', '.join(LAYOUTS)}")
+    for stack in lengths:
+        moe_check(moe, causal=stack == "decoder")
     batch = data.batch_size // settings.train.accumulate
     if batch % num_devices:
         raise ValueError(
@@ -58,7 +54,7 @@ def check(settings: Settings, lengths: dict[str, int], num_devices: int) -> dict
         )
     if not settings.sparse:
         return {}
-    if dict(LAYOUTS[layout]).get("expert") and moe.num_experts % num_devices:
+    if dict(LAYOUTS[layout]).get("expert") and moe.total_experts % num_devices:
         raise ValueError(
             f"moe.num_experts={moe.num_experts}: accepted with mesh.layout={layout} is a multiple of the"
             f" {num_devices} devices"
@@ -66,7 +62,7 @@ def check(settings: Settings, lengths: dict[str, int], num_devices: int) -> dict
     tokens = {}
     for stack, length in lengths.items():
         groups, tokens[stack] = group_shape(batch, length, moe.group_size)
-        if moe.num_experts > tokens[stack]:
+        if moe.total_experts > tokens[stack]:
             raise ValueError(
                 f"moe.num_experts={moe.num_experts}: accepted is at most {tokens[stack]}, the tokens of one of the"
                 f" {stack}'s groups (moe.group_size={moe.group_size}, {batch} sequences of {length} tokens)"

@@ -42,11 +42,13 @@ def axis_names(settings: Settings) -> dict:
 
 
 def parameter_counts(settings: Settings) -> tuple[int, int]:
-    """(all parameters, those that one token uses: a single expert of each sparse layer)."""
+    """(all parameters, those that one token uses: its choices of each sparse layer)."""
     params = abstract_variables(settings)["params"]
     total = _boxes(lambda box: box.value.size, params)
-    share = {True: settings.moe.num_experts, False: 1}
-    active = _boxes(lambda box: box.value.size // share["expert" in box.names], params)
+    experts, choices = settings.moe.total_experts, settings.moe.total_choices
+    active = _boxes(
+        lambda box: box.value.size * choices // experts if "expert" in box.names else box.value.size, params
+    )
     return sum(jax.tree.leaves(total)), sum(jax.tree.leaves(active))
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from switchmoe.layers import Attention, FeedForward, RelativeBias, RMSNorm, param
-from switchmoe.moe import MoELayer, group_shape
+from switchmoe.moe import AttentionExperts, Experts, MoELayer, group_shape
 from switchmoe.settings import Settings
 
 PAD_ID = 0
@@ -28,32 +28,45 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array, context: dict) -> tuple[jax.Array, dict]:
-        """Returns (x_BLD, aux); aux is {} in a dense block. ``context`` is `Stack`'s."""
+        """Returns (x_BLD, aux), aux along an axis of the block's MoE layers, {} in a dense block.
+
+        ``context`` is `Stack`'s.
+        """
         model = self.settings.model
 
         def dropout(y_BLD: jax.Array) -> jax.Array:
             return nn.Dropout(model.dropout_rate, deterministic=not self.train)(y_BLD)
 
+        aux = []
         normed_BLD = RMSNorm(name="self_norm")(x_BLD)
-        attended_BLD = Attention(model, self.train, name="self")(normed_BLD, normed_BLD, context["self_bias"])
-        x_BLD += dropout(attended_BLD)
+        projected = None
+        if self.sparse and self.settings.moe.attention:
+            projected = self._experts(normed_BLD, context, aux, "self_moe", AttentionExperts)
+        attend = Attention(model, self.train, name="self")
+        x_BLD += dropout(attend(normed_BLD, normed_BLD, context["self_bias"], projected))
         if "encoded" in context:
             normed_BLD = RMSNorm(name="cross_norm")(x_BLD)
             attend = Attention(model, self.train, name="cross")
             x_BLD += dropout(attend(normed_BLD, context["encoded"], context["cross_bias"]))
         normed_BLD = RMSNorm(name="ff_norm")(x_BLD)
         if self.sparse:
-            y_BLD, aux = self._experts(normed_BLD, context["mask"])
+            y_BLD = self._experts(normed_BLD, context, aux, "moe", Experts)
         else:
-            y_BLD, aux = FeedForward(model, self.train, name="ff")(normed_BLD), {}
-        return x_BLD + dropout(y_BLD), aux
+            y_BLD = FeedForward(model, self.train, name="ff")(normed_BLD)
+        return x_BLD + dropout(y_BLD), jax.tree.map(lambda *values: jnp.stack(values), *aux) if aux else {}
 
-    def _experts(self, x_BLD: jax.Array, mask_BL: jax.Array) -> tuple[jax.Array, dict]:
-        moe = self.settings.moe
+    def _experts(
+        self, x_BLD: jax.Array, context: dict, aux: list[dict], name: str, experts: type[nn.Module]
+    ) -> jax.Array:
+        """A `MoELayer`, whose aux is appended to ``aux``."""
+        moe, mask_BL = self.settings.moe, context["mask"]
         groups = group_shape(*mask_BL.shape, moe.group_size if self.train else moe.eval_group_size)
-        layer = MoELayer(self.settings.model, moe, self.train, name="moe")
-        y_GSD, aux = layer(x_BLD.reshape(*groups, -1), mask_BL.reshape(groups))
-        return y_GSD.reshape(x_BLD.shape), aux
+        causal = "encoded" in context
+        layer = MoELayer(self.settings.model, moe, self.train, causal, experts, name=name)
+        parts = (x_BLD.reshape(*groups, -1), mask_BL.reshape(groups), context["ids"].reshape(groups))
+        y_GSD, layer_aux = layer(*parts)
+        aux.append(layer_aux)
+        return y_GSD.reshape(*mask_BL.shape, -1)
 
 
 class SuperBlock(nn.Module):
@@ -80,7 +93,10 @@ def sparse_layer_names(settings: Settings) -> list[str]:
     if not settings.sparse:
         return []
     blocks = range(settings.moe.every - 1, settings.model.num_layers, settings.moe.every)
-    return [f"{stack}/{block}" for stack in ("encoder", "decoder") for block in blocks]
+    parts = ("/attention", "") if settings.moe.attention else ("",)
+    return [
+        f"{stack}/{block}{part}" for stack in ("encoder", "decoder") for block in blocks for part in parts
+    ]
 
 
 class Stack(nn.Module):
@@ -95,10 +111,11 @@ class Stack(nn.Module):
         self,
         x_BLD: jax.Array,
         mask_BL: jax.Array,
+        ids_BL: jax.Array,
         encoded_BMD: jax.Array | None = None,
         encoded_mask_BM: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
-        """Args: embeddings; True where a token is real; the encoder's output and its mask.
+        """Args: embeddings; True where a token is real; token ids; the encoder's output and its mask.
 
         Returns (x_BLD, aux), aux with the values of `MoELayer`'s along a leading layer axis.
         """
@@ -110,7 +127,8 @@ class Stack(nn.Module):
             visible_BHLL = jnp.tril(jnp.ones((length, length), bool))[None, None]
         else:
             visible_BHLL = mask_BL[:, None, None, :]
-        context = {"self_bias": bias_HLL[None] + jnp.where(visible_BHLL, 0.0, MASKED), "mask": mask_BL}
+        self_bias = bias_HLL[None] + jnp.where(visible_BHLL, 0.0, MASKED)
+        context = {"self_bias": self_bias, "mask": mask_BL, "ids": ids_BL}
         if encoded_BMD is not None:
             context["encoded"] = encoded_BMD
             context["cross_bias"] = jnp.where(encoded_mask_BM[:, None, None, :], 0.0, MASKED)
@@ -126,6 +144,7 @@ class Stack(nn.Module):
         )(self.settings, self.train, name="blocks")
         dropout = nn.Dropout(model.dropout_rate, deterministic=not self.train)
         x_BLD, aux = blocks(dropout(x_BLD), context)
+        aux = jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), aux)
         return dropout(RMSNorm(name="norm")(x_BLD)), aux
 
 
@@ -163,14 +182,14 @@ class Transformer(nn.Module):
         return logits_BLV, {"encoder": encoder_aux, "decoder": decoder_aux}
 
     def encode(self, inputs_BL: jax.Array) -> tuple[jax.Array, dict]:
-        return self.encoder(self._embed(inputs_BL), inputs_BL != PAD_ID)
+        return self.encoder(self._embed(inputs_BL), inputs_BL != PAD_ID, inputs_BL)
 
     def decode(
         self, encoded_BMD: jax.Array, encoded_mask_BM: jax.Array, targets_BL: jax.Array, mask_BL: jax.Array
     ) -> tuple[jax.Array, dict]:
         """Logits of each target given those before it; ``mask_BL`` says which positions are real."""
         shifted_BL = jnp.pad(targets_BL[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
-        x_BLD, aux = self.decoder(self._embed(shifted_BL), mask_BL, encoded_BMD, encoded_mask_BM)
+        x_BLD, aux = self.decoder(self._embed(shifted_BL), mask_BL, shifted_BL, encoded_BMD, encoded_mask_BM)
         if self.settings.model.tie_embeddings:
             x_BLD *= self.settings.model.d_model**-0.5
         table_VD = self.embedding_VD if self.settings.model.tie_embeddings else self.output_VD

@@ -1,6 +1,7 @@
 """The MoE layer: precision, gradients, jitter, initialisation, groups, and padding."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -38,7 +39,7 @@ def by_hand(params, x_GSD):
     return y_GSD * prob_GSE.max(-1)[..., None]
 
 
-@pytest.mark.parametrize("dispatch", ["einsum", "gather"])
+@pytest.mark.parametrize("dispatch", ["einsum", "gather", "ragged", "auto"])
 def test_equals_every_expert_for_every_token(dispatch):
     module, x_GSD = layer(dispatch=dispatch), tokens()
     params = variables(module, x_GSD)
@@ -63,7 +64,8 @@ def test_fan_in_does_not_count_experts(experts):
     """Stacked kernels keep the standard deviation of one expert, and experts differ."""
     model = dataclasses.replace(MODEL, d_model=128, d_ff=64)
     module = Experts(model, dataclasses.replace(MOE, num_experts=experts))
-    params = nn.unbox(module.init(jax.random.key(0), jnp.zeros((experts, 1, 1, 128))))["params"]
+    rows, matmul = jnp.zeros((experts, 1, 1, 128)), functools.partial(jnp.einsum, "EGCD,EDF->EGCF")
+    params = nn.unbox(module.init(jax.random.key(0), rows, matmul))["params"]
     assert float(params["wi"].std()) == pytest.approx(128**-0.5, rel=0.05)
     assert float(params["wo"].std()) == pytest.approx(64**-0.5, rel=0.05)
     assert float(jnp.abs(params["wi"][0] - params["wi"][1]).max()) > 0.01

@@ -19,7 +19,7 @@ IMPOSSIBLE = [
     ({"moe": {"num_experts": 0}}, "moe.num_experts=0: accepted is an integer >= 1"),
     ({"moe": {"every": 5}}, "moe.every=5: accepted is a divisor of model.num_layers=12"),
     ({"moe": {"router": "best"}}, "moe.router=best: accepted is one of switch"),
-    ({"moe": {"dispatch": "magic"}}, "moe.dispatch=magic: accepted is one of einsum"),
+    ({"moe": {"dispatch": "magic"}}, "moe.dispatch=magic: accepted is one of auto, einsum"),
     ({"data": {"batch_size": 0}}, "data.batch_size=0: accepted is an integer >= 1"),
     ({"data": {"noise_density": 1.5}}, "data.noise_density=1.5: accepted is a number between 0 and 1"),
     ({"optimizer": {"name": "sgd"}}, "optimizer.name=sgd: accepted is one of adafactor, adamw"),

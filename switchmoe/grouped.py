@@ -1,0 +1,97 @@
+"""Grouped matrix product: rows sorted by expert, each times its own expert's kernel.
+
+Letters: N rows, E experts, D and F the widths, B rows of a block.
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+
+
+def grouped_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """y_NF with y_n = x_n @ kernel_e for the sizes_0 rows of expert 0, then those of expert 1, ...
+
+    Rows beyond ``sum(sizes_E)`` come out as anything and are given no gradient to pass on. On a CPU by
+    blocks of rows (`blocked_matmul`); elsewhere by tokamax's kernels, if it is installed, or else by
+    `jax.lax.ragged_dot`, which on a CPU pays for every expert.
+    """
+    if jax.default_backend() == "cpu":
+        return blocked_matmul(x_ND, kernel_EDF, sizes_E)
+    if importlib.util.find_spec("tokamax"):
+        import tokamax
+
+        return tokamax.ragged_dot(x_ND, kernel_EDF, sizes_E)
+    return jax.lax.ragged_dot(x_ND, kernel_EDF, sizes_E)
+
+
+@jax.custom_vjp
+def blocked_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """The product as loops over experts and over blocks of an expert's rows.
+
+    Rows lie without gaps: an expert's last block runs into the next one's rows, which that one then
+    overwrites. So the work is that of the rows, rounded up to a block for each expert, and memory
+    beyond rows and kernels is that of one block and one kernel.
+    """
+    return _product("BD,DF->BF", x_ND, kernel_EDF, sizes_E, kernel_EDF.shape[2])
+
+
+def _product(spec: str, x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, width: int) -> jax.Array:
+    size = _block_size(len(x_ND), len(kernel_EDF))
+    x_ND, rows = jnp.pad(x_ND, ((0, size), (0, 0))), len(x_ND)
+
+    def expert(e: jax.Array, y_NF: jax.Array) -> jax.Array:
+        kernel_DF = kernel_EDF[e]
+
+        def block(start: jax.Array, y_NF: jax.Array) -> jax.Array:
+            y_BF = jnp.einsum(spec, jax.lax.dynamic_slice_in_dim(x_ND, start, size), kernel_DF)
+            return jax.lax.dynamic_update_slice_in_dim(y_NF, y_BF, start, axis=0)
+
+        return _blocks(sizes_E, e, size, block, y_NF)
+
+    y_NF = jnp.zeros((len(x_ND), width), x_ND.dtype)
+    return jax.lax.fori_loop(0, len(kernel_EDF), expert, y_NF)[:rows]
+
+
+def _kernel_gradient(x_ND: jax.Array, d_NF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """d_EDF, summed over each expert's rows in float32."""
+    # Twice the product's: each block pays for adding up a whole kernel.
+    size = 2 * _block_size(len(x_ND), len(sizes_E))
+    x_ND, d_NF = (jnp.pad(rows, ((0, size), (0, 0))) for rows in (x_ND, d_NF))
+    ends_E = jnp.cumsum(sizes_E)
+
+    def expert(e: jax.Array) -> jax.Array:
+        def block(start: jax.Array, total_DF: jax.Array) -> jax.Array:
+            mine_B1 = (start + jnp.arange(size) < ends_E[e])[:, None]
+            x_BD = jax.lax.dynamic_slice_in_dim(x_ND, start, size)
+            d_BF = jnp.where(mine_B1, jax.lax.dynamic_slice_in_dim(d_NF, start, size), 0)
+            return total_DF + jnp.dot(x_BD.T, d_BF, preferred_element_type=jnp.float32)
+
+        zeros_DF = jnp.zeros((x_ND.shape[1], d_NF.shape[1]), jnp.float32)
+        return _blocks(sizes_E, e, size, block, zeros_DF).astype(x_ND.dtype)
+
+    return jax.lax.map(expert, jnp.arange(len(sizes_E)))
+
+
+def _blocks(sizes_E: jax.Array, e: jax.Array, size: int, body, carry: jax.Array) -> jax.Array:
+    """Runs ``carry = body(start, carry)`` over the starts of expert ``e``'s blocks."""
+    ends_E = jnp.cumsum(sizes_E)
+    blocks = -(-sizes_E[e] // size)
+    first = ends_E[e] - sizes_E[e]
+    return jax.lax.fori_loop(0, blocks, lambda n, carry: body(first + n * size, carry), carry)
+
+
+def _block_size(rows: int, experts: int) -> int:
+    """A power of two, half of an expert's mean share, so that rounding up costs a quarter or less."""
+    share = max(rows // (2 * experts), 1)
+    return min(max(1 << (share.bit_length() - 1), 16), 128)
+
+
+def _backward(saved: tuple[jax.Array, ...], d_NF: jax.Array) -> tuple:
+    x_ND, kernel_EDF, sizes_E = saved
+    # The kernel is read as it lies: a transposed copy of all experts costs more than the product.
+    d_ND = _product("BF,DF->BD", d_NF, kernel_EDF, sizes_E, x_ND.shape[1])
+    return d_ND, _kernel_gradient(x_ND, d_NF, sizes_E), None
+
+
+blocked_matmul.defvjp(lambda *saved: (blocked_matmul(*saved), saved), _backward)

@@ -1,0 +1,171 @@
+"""What passes from a router to a dispatcher, what a router is told, and how slots are given out.
+
+Letters: S tokens per group, E experts, K choices per token, R choices over all rounds of seating.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from switchmoe import losses
+
+GROUPS = "groups"  # the vmap axis over which a router of one group is lifted
+
+
+@struct.dataclass
+class Routing:
+    """Who goes where: all that passes from a router to a dispatcher.
+
+    ``slot_SK`` counts from 0 in the order in which an expert's buffer fills; a choice that found no
+    slot, or whose token is padding, has ``kept_SK`` False and a gate of 0. A slot holds one choice,
+    unless ``mix_SK`` is given: then K is all slots, and every token has a share in each (Soft MoE).
+    """
+
+    expert_SK: jax.Array  # int32, the chosen experts, best first
+    slot_SK: jax.Array  # int32, the place in that expert's buffer, < capacity where kept
+    gate_SK: jax.Array  # float32, what the expert's output is multiplied by
+    kept_SK: jax.Array  # bool
+    load_E: jax.Array  # float32, share of the real tokens' choices for each expert, before capacity
+    tokens: jax.Array  # float32, real tokens in the group: the weight of its losses and metrics
+    fraction_dropped: jax.Array  # float32, share of the real tokens' choices without a slot
+    entropy: jax.Array  # float32, nats, mean over the real tokens of the router's distribution
+    losses: dict[str, jax.Array]  # unweighted
+    num_experts: int = struct.field(pytree_node=False)
+    capacity: int = struct.field(pytree_node=False)
+    mix_SK: jax.Array | None = None  # float32, what the token is multiplied by on its way into the slot
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterSettings:
+    """What a router needs to know beside the logits; each router says what it uses."""
+
+    capacity: int  # slots per expert and group
+    choices: int = 1  # experts a token goes to; with expert choice, the mean over tokens
+    renormalize: bool = True  # gates of a token's choices sum to 1, where it has several
+    threshold: float = 0.0  # a choice after the first is kept with probability gate / threshold; 0: always
+    explore: str = "argmax"  # switch: argmax | sample
+    priority: bool = False  # slots go to the tokens with the largest gates first
+    reroute: int = 0  # rounds in which choices without a slot try the next best expert
+    score: str = "softmax"  # loss_free: softmax | sigmoid
+    num_experts: int = 0  # hash, which has no logits
+    branches: int = 1  # hierarchical: the experts form so many groups
+    balance_axis: str | None = None  # a vmap axis over which statistics of the losses are pooled
+
+
+def expert_capacity(tokens: int, num_experts: int, factor: float, choices: int = 1) -> int:
+    """Slots per expert: ``ceil(choices * tokens * factor / num_experts)``, within 1 and ``tokens``.
+
+    The effective factor is ``capacity * num_experts / (choices * tokens)``; more slots than tokens
+    can never fill, as no token chooses an expert twice. (Switch, eq. 3, leaves the rounding open.)
+    """
+    # Rounded first: 10 * 1.1 / 1 is 11.000000000000002 in floating point.
+    return min(tokens, max(1, math.ceil(round(choices * tokens * factor / num_experts, 6))))
+
+
+def token_choice(
+    rank_SE: jax.Array,
+    mask_S: jax.Array,
+    settings: RouterSettings,
+    gate_SE: jax.Array,
+    prob_SE: jax.Array,
+    key: jax.Array | None = None,
+    **named_losses: jax.Array,
+) -> Routing:
+    """Each token takes the ``choices`` experts it ranks highest; the routers of this kind end here.
+
+    First choices are seated before second ones (GShard, alg. 1), among equals in the order of the
+    tokens, or of their best gates with ``priority`` (V-MoE's batch-prioritised routing: a later token
+    may then take an earlier one's slot). A choice that found no slot tries, ``reroute`` times, the
+    token's next best expert, after all others of that round are seated (Switch, app. B).
+
+    Args:
+      rank_SE: what is ranked, larger first, ties to the lower index.
+      gate_SE: the gates, before they are renormalised over a token's choices.
+      prob_SE: the distribution of which the entropy is reported.
+      key: draws which choices after the first are kept where ``threshold`` is set; None keeps all.
+    """
+    num_experts, k = rank_SE.shape[-1], settings.choices
+    ranked_SR = _best(rank_SE, min(k * (settings.reroute + 1), num_experts))
+    first_SK = ranked_SR[:, :k]
+    gate_SK = _gates(gate_SE, first_SK, settings)
+    wanted_SK = jnp.broadcast_to(mask_S[:, None], gate_SK.shape)
+    if key is not None and settings.threshold and k > 1:
+        keep_SK = jax.random.uniform(key, gate_SK.shape) * settings.threshold < gate_SK
+        wanted_SK &= keep_SK.at[:, 0].set(True)
+    order_S = jnp.argsort(-gate_SE.max(axis=-1)) if settings.priority else None
+
+    expert_SK, slot_SK, kept_SK = first_SK, jnp.zeros_like(first_SK), jnp.zeros_like(wanted_SK)
+    filled_E = jnp.zeros(num_experts, jnp.int32)
+    for start in range(0, ranked_SR.shape[1], k):
+        tried_SK = ranked_SR[:, start : start + k]
+        width = tried_SK.shape[1]  # fewer than k are left where the experts run out
+        tried_SK = jnp.pad(tried_SK, ((0, 0), (0, k - width)))
+        trying_SK = wanted_SK & ~kept_SK & (jnp.arange(k) < width)[None, :]
+        place_SK, filled_E = _seat(tried_SK, trying_SK, filled_E, settings.capacity, order_S)
+        seated_SK = trying_SK & (place_SK < settings.capacity)
+        expert_SK = jnp.where(seated_SK, tried_SK, expert_SK)
+        slot_SK = jnp.where(seated_SK | (start == 0), place_SK, slot_SK)
+        kept_SK |= seated_SK
+    if settings.reroute:
+        gate_SK = _gates(gate_SE, expert_SK, settings)
+
+    wanted = jnp.maximum(wanted_SK.sum(), 1)
+    chosen_SKE = jax.nn.one_hot(first_SK, num_experts) * wanted_SK[..., None]
+    return Routing(
+        expert_SK=expert_SK,
+        slot_SK=slot_SK,
+        gate_SK=jnp.where(kept_SK, gate_SK, 0.0),
+        kept_SK=kept_SK,
+        load_E=chosen_SKE.sum(axis=(0, 1)) / wanted,
+        tokens=mask_S.sum().astype(jnp.float32),
+        fraction_dropped=(wanted_SK & ~kept_SK).sum() / wanted,
+        entropy=losses.entropy(prob_SE, mask_S),
+        losses=named_losses,
+        num_experts=num_experts,
+        capacity=settings.capacity,
+    )
+
+
+def _seat(
+    expert_SK: jax.Array,
+    wanted_SK: jax.Array,
+    filled_E: jax.Array,
+    capacity: int,
+    order_S: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(place_SK, filled_E): the slot that each wanted choice would take, and slots taken after it.
+
+    All first choices come before any second one; int32, as slots counted in bf16 collide.
+    """
+    tokens, k = expert_SK.shape
+    chosen_KSE = jax.nn.one_hot(expert_SK.T, filled_E.size, dtype=jnp.int32) * wanted_SK.T[..., None]
+    if order_S is not None:
+        chosen_KSE = chosen_KSE[:, order_S]
+    chosen_RE = chosen_KSE.reshape(k * tokens, filled_E.size)
+    before_RE = jnp.cumsum(chosen_RE, axis=0) - chosen_RE + filled_E[None, :]
+    place_KS = (before_RE * chosen_RE).sum(axis=-1).reshape(k, tokens)
+    if order_S is not None:
+        place_KS = place_KS[:, jnp.argsort(order_S)]
+    return place_KS.T, jnp.minimum(filled_E + chosen_RE.sum(axis=0), capacity)
+
+
+def chosen(rank_SE: jax.Array, choices: int) -> jax.Array:
+    """1 where a token ranks an expert among its best ``choices``, else 0; float32 [S, E]."""
+    return jax.nn.one_hot(_best(rank_SE, choices), rank_SE.shape[-1]).sum(axis=1)
+
+
+def _best(rank_SE: jax.Array, count: int) -> jax.Array:
+    if count == 1:
+        return jnp.argmax(rank_SE, axis=-1, keepdims=True).astype(jnp.int32)
+    return jax.lax.top_k(rank_SE, count)[1].astype(jnp.int32)
+
+
+def _gates(gate_SE: jax.Array, expert_SK: jax.Array, settings: RouterSettings) -> jax.Array:
+    gate_SK = jnp.take_along_axis(gate_SE, expert_SK, axis=-1)
+    # A single gate would become a constant 1, and the router lose its gradient.
+    if settings.renormalize and settings.choices > 1:
+        gate_SK /= jnp.maximum(gate_SK.sum(axis=-1, keepdims=True), 1e-9)
+    return gate_SK
