@@ -137,8 +137,9 @@ class MoELayer(nn.Module):
     """Routes each token of a group to experts and back.
 
     ``experts`` makes the module of the experts: `Experts` or `AttentionExperts`. In a ``causal`` layer
-    the router is ``moe.decoder_router``, and ``moe.priority`` is off. Randomness: streams ``router``
-    (jitter, noise, sampling) and ``dropout``, in training only.
+    the router is ``moe.decoder_router``, ``moe.priority`` and ``moe.reroute`` are off, and slots are
+    given token by token. Randomness: streams ``router`` (jitter, noise, sampling) and ``dropout``, in
+    training only.
     """
 
     model: ModelSettings
@@ -194,8 +195,9 @@ class MoELayer(nn.Module):
             renormalize=moe.renormalize,
             threshold=moe.choice_threshold,
             explore=moe.explore,
+            causal=self.causal,
             priority=moe.priority and not self.causal,
-            reroute=moe.reroute,
+            reroute=0 if self.causal else moe.reroute,
             score=moe.score,
             num_experts=moe.total_experts,
             branches=moe.branches,

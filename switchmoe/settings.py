@@ -110,7 +110,7 @@ class MoESettings:
     renormalize: bool = True  # gates of a token's choices sum to 1, where it has several
     choice_threshold: float = 0.0  # later choices kept with probability gate / threshold; 0.5 is GShard's
     priority: bool = False  # encoder: slots go to the largest gates first (batch-prioritised routing)
-    reroute: int = 0  # rounds in which choices without a slot try the next best expert
+    reroute: int = 0  # encoder: rounds in which choices without a slot try the next best expert
     score: str = "softmax"  # loss_free: softmax | sigmoid
     bias_rate: float = 1e-3  # loss_free: change of an expert's bias a step
     branches: int = 2  # hierarchical: branches of the first level

@@ -1,6 +1,7 @@
 """What passes from a router to a dispatcher, what a router is told, and how slots are given out.
 
-Letters: S tokens per group, E experts, K choices per token, R choices over all rounds of seating.
+Letters: S tokens per group, E experts, K choices per token, R choices over all rounds of seating,
+Q = S * K choices in the order of seating.
 """
 
 import dataclasses
@@ -47,6 +48,7 @@ class RouterSettings:
     renormalize: bool = True  # gates of a token's choices sum to 1, where it has several
     threshold: float = 0.0  # a choice after the first is kept with probability gate / threshold; 0: always
     explore: str = "argmax"  # switch: argmax | sample
+    causal: bool = False  # slots are given token by token, so that no later token takes an earlier one's
     priority: bool = False  # slots go to the tokens with the largest gates first
     reroute: int = 0  # rounds in which choices without a slot try the next best expert
     score: str = "softmax"  # loss_free: softmax | sigmoid
@@ -77,9 +79,10 @@ def token_choice(
     """Each token takes the ``choices`` experts it ranks highest; the routers of this kind end here.
 
     First choices are seated before second ones (GShard, alg. 1), among equals in the order of the
-    tokens, or of their best gates with ``priority`` (V-MoE's batch-prioritised routing: a later token
-    may then take an earlier one's slot). A choice that found no slot tries, ``reroute`` times, the
-    token's next best expert, after all others of that round are seated (Switch, app. B).
+    tokens, or of their best gates with ``priority`` (V-MoE's batch-prioritised routing). A choice that
+    found no slot tries, ``reroute`` times, the token's next best expert, after all others of that round
+    are seated (Switch, app. B). In each of these a later token may take an earlier one's slot: where
+    ``causal``, all choices of a token are seated before those of the next, and the other two are refused.
 
     Args:
       rank_SE: what is ranked, larger first, ties to the lower index.
@@ -87,6 +90,8 @@ def token_choice(
       prob_SE: the distribution of which the entropy is reported.
       key: draws which choices after the first are kept where ``threshold`` is set; None keeps all.
     """
+    if settings.causal and (settings.priority or settings.reroute):
+        raise ValueError("causal=True: accepted is priority=False and reroute=0")
     num_experts, k = rank_SE.shape[-1], settings.choices
     ranked_SR = _best(rank_SE, min(k * (settings.reroute + 1), num_experts))
     first_SK = ranked_SR[:, :k]
@@ -104,7 +109,7 @@ def token_choice(
         width = tried_SK.shape[1]  # fewer than k are left where the experts run out
         tried_SK = jnp.pad(tried_SK, ((0, 0), (0, k - width)))
         trying_SK = wanted_SK & ~kept_SK & (jnp.arange(k) < width)[None, :]
-        place_SK, filled_E = _seat(tried_SK, trying_SK, filled_E, settings.capacity, order_S)
+        place_SK, filled_E = _seat(tried_SK, trying_SK, filled_E, settings, order_S)
         seated_SK = trying_SK & (place_SK < settings.capacity)
         expert_SK = jnp.where(seated_SK, tried_SK, expert_SK)
         slot_SK = jnp.where(seated_SK | (start == 0), place_SK, slot_SK)
@@ -133,23 +138,24 @@ def _seat(
     expert_SK: jax.Array,
     wanted_SK: jax.Array,
     filled_E: jax.Array,
-    capacity: int,
+    settings: RouterSettings,
     order_S: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """(place_SK, filled_E): the slot that each wanted choice would take, and slots taken after it.
 
-    All first choices come before any second one; int32, as slots counted in bf16 collide.
+    Counted in int32, as slots counted in bf16 collide.
     """
-    tokens, k = expert_SK.shape
-    chosen_KSE = jax.nn.one_hot(expert_SK.T, filled_E.size, dtype=jnp.int32) * wanted_SK.T[..., None]
+    chosen_SKE = jax.nn.one_hot(expert_SK, filled_E.size, dtype=jnp.int32) * wanted_SK[..., None]
     if order_S is not None:
-        chosen_KSE = chosen_KSE[:, order_S]
-    chosen_RE = chosen_KSE.reshape(k * tokens, filled_E.size)
-    before_RE = jnp.cumsum(chosen_RE, axis=0) - chosen_RE + filled_E[None, :]
-    place_KS = (before_RE * chosen_RE).sum(axis=-1).reshape(k, tokens)
+        chosen_SKE = chosen_SKE[order_S]
+    # In the order of seating: token by token, or all first choices, all second ones, ...
+    chosen_QE = (chosen_SKE if settings.causal else chosen_SKE.swapaxes(0, 1)).reshape(-1, filled_E.size)
+    before_QE = jnp.cumsum(chosen_QE, axis=0) - chosen_QE + filled_E[None, :]
+    place_Q = (before_QE * chosen_QE).sum(axis=-1)
+    place_SK = place_Q.reshape(expert_SK.shape) if settings.causal else place_Q.reshape(-1, len(expert_SK)).T
     if order_S is not None:
-        place_KS = place_KS[:, jnp.argsort(order_S)]
-    return place_KS.T, jnp.minimum(filled_E + chosen_RE.sum(axis=0), capacity)
+        place_SK = place_SK[jnp.argsort(order_S)]
+    return place_SK, jnp.minimum(filled_E + chosen_QE.sum(axis=0), settings.capacity)
 
 
 def chosen(rank_SE: jax.Array, choices: int) -> jax.Array:
