@@ -119,7 +119,7 @@ def _per_matrix(tx: optax.GradientTransformation, names: dict) -> optax.Gradient
 
 
 def _is_names(node) -> bool:
-    return isinstance(node, tuple)
+    return isinstance(node, tuple) and not isinstance(node, optax.MaskedNode)
 
 
 def _batch_axes(names: tuple[str, ...]) -> int:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from switchmoe.dispatch import DISPATCHERS
-from switchmoe.routing import RouterSettings, Routing, switch
+from switchmoe.routing import ROUTERS, RouterSettings, Routing, switch
 
 BACK_ENDS = sorted(DISPATCHERS)
+REFUSED = [("soft", "gather"), ("soft", "ragged")]
 
 
 def choices(seed, groups, tokens, experts, capacity, per_token=1, full_padding=False):
@@ -73,37 +74,75 @@ CASES = {
 }
 
 
+def outputs_and_gradients(function, arguments, weight_GSD):
+    def score(*arguments):
+        y_GSD = function(*arguments)
+        return (y_GSD.astype(jnp.float64) * weight_GSD).sum(), y_GSD
+
+    (_, y_GSD), gradients = jax.jit(jax.value_and_grad(score, (0, 1, 2), has_aux=True))(*arguments)
+    return jax.device_get((y_GSD, *gradients))
+
+
+def compare(back_end, routing, loop, dtype=jnp.float32, rtol=1e-5, atol=1e-6):
+    """Output and gradients (kernels, tokens, gates) of the back end and of a plain loop in float64."""
+    rng = np.random.default_rng(1)
+    x_GSD = jnp.array(rng.normal(size=(*routing.expert_SK.shape[:2], 5)), dtype)
+    w_EDD = jnp.array(rng.normal(size=(routing.num_experts, 5, 5)), dtype)
+    weight_GSD = jnp.array(rng.normal(size=x_GSD.shape))
+    arguments = (w_EDD, x_GSD, routing.gate_SK)
+    got = outputs_and_gradients(lambda *a: through(back_end, routing, *a), arguments, weight_GSD)
+    wanted = outputs_and_gradients(lambda *a: loop(routing, *a), arguments, weight_GSD)
+    kept = np.asarray(routing.kept_SK)
+    for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        if index == 3:  # a choice that found no slot has no output: its gate has no gradient either
+            assert routing.mix_SK is not None or not a[~kept].any()
+            a, b = a[kept], b[kept]
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol * max(1.0, np.abs(b).max(initial=0)))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_outputs_and_gradients_equal_a_loop(back_end, case):
     with jax.enable_x64(True):
-        routing = choices(0, **CASES[case])
-        rng = np.random.default_rng(1)
-        x_GSD = jnp.array(rng.normal(size=(*routing.expert_SK.shape[:2], 5)), jnp.float32)
-        w_EDD = jnp.array(rng.normal(size=(routing.num_experts, 5, 5)), jnp.float32)
-        weight_GSD = jnp.array(rng.normal(size=x_GSD.shape))
-        arguments = (w_EDD, x_GSD, routing.gate_SK)
+        compare(back_end, choices(0, **CASES[case]), by_loop)
 
-        def outputs_and_gradients(function):
-            def score(*arguments):
-                y_GSD = function(*arguments)
-                return (y_GSD.astype(jnp.float64) * weight_GSD).sum(), y_GSD
 
-            (_, y_GSD), gradients = jax.jit(jax.value_and_grad(score, (0, 1, 2), has_aux=True))(*arguments)
-            return y_GSD, *gradients
+def routed(router):
+    """A router's own Routing of 2 groups of 8 tokens, padding and drops included."""
+    width = {"noisy_top_k": 8, "hierarchical": 6, "loss_free": 8}.get(router, 4)
+    count = {"switch": 1, "hash": 1, "hierarchical": 4, "soft": 1}.get(router, 2)
+    rng = np.random.default_rng(0)
+    scores = jnp.array(rng.normal(size=(2, 8, width)), jnp.float32)
+    if router == "hash":
+        scores = jnp.array(rng.integers(0, 99, (2, 8)), jnp.int32)
+    mask = jnp.array(rng.random((2, 8)) < 0.85)
+    settings = RouterSettings(1 if router == "soft" else 3, count, num_experts=4, branches=2)
+    return jax.vmap(lambda x, m: ROUTERS[router](x, m, None, settings))(scores, mask)
 
-        y, d_w, d_x, d_gate = outputs_and_gradients(lambda *a: through(back_end, routing, *a))
-        wanted_y, wanted_w, wanted_x, wanted_gate = outputs_and_gradients(lambda *a: by_loop(routing, *a))
-        kept = np.asarray(routing.kept_SK)
-        for got, wanted in (
-            (y, wanted_y),
-            (d_w, wanted_w),
-            (d_x, wanted_x),
-            (d_gate[kept], wanted_gate[kept]),
-        ):
-            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
-        # A choice that found no slot has no output: its gate has no gradient either.
-        assert not np.asarray(d_gate)[~kept].any()
+
+def soft_loop(routing, w_EDD, x_GSD, gate_GSK):
+    """Each slot (one an expert) by itself, in float64."""
+    w, x, gate, mix = (jnp.asarray(a, jnp.float64) for a in (w_EDD, x_GSD, gate_GSK, routing.mix_SK))
+    y = jnp.zeros_like(x)
+    for e in range(routing.num_experts):
+        slot_GD = (mix[:, :, e, None] * x).sum(axis=1)
+        y += gate[:, :, e, None] * jnp.tanh(slot_GD @ w[e])[:, None]
+    return y
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "router, back_end",
+    [(router, back_end) for router in ROUTERS for back_end in BACK_ENDS if (router, back_end) not in REFUSED],
+)
+def test_every_router_through_every_back_end(router, back_end, dtype):
+    with jax.enable_x64(True):
+        routing = routed(router)
+        assert routing.kept_SK.any()
+        loop = soft_loop if router == "soft" else by_loop
+        tolerance = (1e-5, 1e-6) if dtype == jnp.float32 else (0.05, 0.05)
+        compare(back_end, routing, loop, dtype, *tolerance)
 
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)

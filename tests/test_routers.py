@@ -240,7 +240,7 @@ def test_soft_by_hand():
 
 
 @pytest.mark.parametrize("key", [None, 3])
-@pytest.mark.parametrize("capacity", [1, 3, 100])
+@pytest.mark.parametrize("capacity", [1, 3])
 @pytest.mark.parametrize("more", [{}, {"causal": True}, {"priority": True}, {"reroute": 2}], ids=str)
 @pytest.mark.parametrize("name", TOKEN_CHOICE)
 def test_token_choice_invariants(name, more, capacity, key):
