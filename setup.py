@@ -50,6 +50,7 @@ setup(
         ],
         "gpu": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "tokamax": ["tokamax>=0.0.12"],  # kernels of the ragged back end on GPU and TPU
         "hf": ["transformers>=4.40", "torch>=2.2", "safetensors>=0.4"],
     },
 )
