@@ -25,6 +25,19 @@ def cross_entropy(
     return log_z_BL - target_BL, log_z_BL**2
 
 
+def output_cross_entropy(
+    x_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, label_smoothing: float = 0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`cross_entropy` of the logits ``x @ table.T``, and whether the target is the most probable.
+
+    Returns:
+      (nll_BL, z_BL, correct_BL).
+    """
+    logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)
+    correct_BL = jnp.argmax(logits_BLV, axis=-1) == targets_BL
+    return *cross_entropy(logits_BLV, targets_BL, label_smoothing), correct_BL
+
+
 def load_balancing(
     prob_SE: jax.Array, chosen_SE: jax.Array, mask_S: jax.Array, axis: str | None = None
 ) -> jax.Array:

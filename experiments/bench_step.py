@@ -1,0 +1,235 @@
+"""The whole training step, its budget by part, and Hugging Face's. See `experiments.bench`."""
+
+import argparse
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+
+from experiments import bench
+from switchmoe import flops, losses, optimizers, training
+from switchmoe.analysis import timing
+from switchmoe.layers import Attention, FeedForward
+from switchmoe.moe import MoELayer, group_shape
+from switchmoe.settings import Settings, from_config
+
+HEADS = 4
+
+
+def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) -> bench.Rows:
+    """A row for our step, one for each of its parts, and one for Hugging Face's step."""
+    settings = _settings(experts, options)
+    batch = _batch(options)
+    parts = _parts(settings, options)
+    cases = {"switchmoe": _step(settings, batch)} | {name: case for name, (case, _) in parts.items()}
+    if options.hf == "auto" and options.dtype == "float32":
+        cases |= bench.torch_cases(_hugging_face, experts, options)
+    seconds = timing.measure(cases, options.repeats)
+    tokens = options.batch * sum(options.lengths)
+    work = flops.train_flops(settings, options.lengths[1])
+    rows = []
+    for name in cases:
+        row = {"experts": experts, "case": name, "part": name in parts}
+        if name in parts:
+            # A part's rows are for as many of it as the step has.
+            seconds[name] *= parts[name][1]
+        row |= timing.summary(seconds[name], seconds["switchmoe"])
+        if name not in parts:
+            second = row["median_ms"] / 1e3
+            row["tokens_per_second"] = tokens / second
+            row["peak_share"] = work / second / found["matmul_peak_flops"]
+        rows.append(row)
+    rest = rows[0]["median_ms"] - sum(row["median_ms"] for row in rows if row["part"])
+    rest = {"median_ms": rest, "quartile_1_ms": rest, "quartile_3_ms": rest}
+    rows.append(
+        {"experts": experts, "case": "rest", "part": True, "ratio": rest["median_ms"] / rows[0]["median_ms"]}
+        | rest
+    )
+    return rows
+
+
+def _settings(experts: int, options: argparse.Namespace) -> Settings:
+    model = dict(
+        d_model=options.d_model,
+        d_ff=options.d_ff,
+        num_heads=HEADS,
+        d_kv=options.d_model // HEADS,
+        num_layers=options.layers,
+        activation="relu",
+        dtype=options.dtype,
+        scan_unroll=options.layers // 2,
+    )
+    moe = dict(num_experts=experts, capacity_factor=options.factor, jitter=0.0)
+    data = dict(batch_size=options.batch, input_length=options.lengths[0], vocab_size=options.vocab - 100)
+    optimizer = dict(name="adamw", schedule="constant", learning_rate=1e-4)
+    return from_config(
+        dict(model=model, moe=moe, data=data, optimizer=optimizer, train=dict(seed=options.seed))
+    )
+
+
+def _batch(options: argparse.Namespace) -> training.Batch:
+    keys = jax.random.split(jax.random.key(options.seed))
+    return {
+        name: jax.random.randint(key, (options.batch, length), 1, options.vocab)
+        for name, key, length in zip(("inputs", "targets"), keys, options.lengths, strict=True)
+    }
+
+
+def _step(settings: Settings, batch: training.Batch) -> timing.Case:
+    tx = optimizers.create(settings.optimizer, 1000, training.axis_names(settings))
+    state = [jax.jit(lambda: training.init_state(settings, tx))()]
+    step = jax.jit(functools.partial(training.train_step, settings=settings, tx=tx), donate_argnums=0)
+
+    def run() -> None:
+        state[0], metrics = step(state[0], batch)
+        jax.block_until_ready((state[0], metrics))
+
+    return timing.Case(run)
+
+
+def _parts(settings: Settings, options: argparse.Namespace) -> dict[str, tuple[timing.Case, int]]:
+    """Forward + backward of each kind of layer, and how many of it the step has."""
+    model, moe, layers = settings.model, settings.moe, settings.model.num_layers
+    sparse = layers // moe.every
+    key = jax.random.key(options.seed)
+
+    def random(*shape: int) -> jax.Array:
+        return jax.random.normal(key, shape, jnp.float32).astype(options.dtype)
+
+    def both(module: nn.Module, *inputs: jax.Array) -> timing.Case:
+        params = nn.unbox(jax.jit(module.init)({"params": key, "router": key}, *inputs))
+
+        def value(params: Any, inputs: tuple) -> jax.Array:
+            out = module.apply(params, *inputs, rngs={"router": key})
+            y, loss = (out[0], out[1]["loss"]) if isinstance(out, tuple) else (out, 0.0)
+            return (y * y).sum() + loss
+
+        return timing.compiled(jax.grad(value, (0, 1)), params, inputs)
+
+    parts = {}
+    x = {
+        stack: random(options.batch, length, model.d_model)
+        for stack, length in zip(("encoder", "decoder"), options.lengths, strict=True)
+    }
+    for name, query, memory in (
+        ("encoder attention", "encoder", "encoder"),
+        ("decoder attention", "decoder", "decoder"),
+        ("cross attention", "decoder", "encoder"),
+    ):
+        bias = random(1, HEADS, x[query].shape[1], x[memory].shape[1]).astype(jnp.float32)
+        parts[name] = both(Attention(model, True), x[query], x[memory], bias), layers
+    for stack, x_BLD in x.items():
+        groups = group_shape(*x_BLD.shape[:2], moe.group_size)
+        parts[f"{stack} dense"] = both(FeedForward(model, True), x_BLD), layers - sparse
+        parts[f"{stack} experts"] = both(MoELayer(model, moe, True), x_BLD.reshape(*groups, -1)), sparse
+    parts["output, cross-entropy"] = _output(settings, x["decoder"], options), 1
+    parts["optimizer"] = _optimizer(settings), 1
+    return parts
+
+
+def _output(settings: Settings, x_BLD: jax.Array, options: argparse.Namespace) -> timing.Case:
+    targets_BL = _batch(options)["targets"]
+    table_VD = jax.random.normal(jax.random.key(1), (settings.embedding_rows, x_BLD.shape[-1]), jnp.float32)
+
+    def value(table_VD: jax.Array, x_BLD: jax.Array) -> jax.Array:
+        nll_BL, z_BL, _ = losses.output_cross_entropy(x_BLD, table_VD.astype(x_BLD.dtype), targets_BL)
+        return nll_BL.sum() + 1e-4 * z_BL.sum()
+
+    return timing.compiled(jax.grad(value, (0, 1)), table_VD, x_BLD)
+
+
+def _optimizer(settings: Settings) -> timing.Case:
+    tx = optimizers.create(settings.optimizer, 1000, training.axis_names(settings))
+    state = jax.jit(lambda: training.init_state(settings, tx))()
+
+    def update(grads: Any, opt_state: Any, params: Any) -> Any:
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return jax.tree.map(jnp.add, params, updates), opt_state
+
+    held = [state.params, state.opt_state]
+    update = jax.jit(update, donate_argnums=(1, 2))
+
+    def run() -> None:
+        held[0], held[1] = jax.block_until_ready(update(state.params, held[1], held[0]))
+
+    held[0] = jax.tree.map(jnp.copy, state.params)
+    return timing.Case(run)
+
+
+def _hugging_face(experts: int, options: argparse.Namespace) -> dict[str, timing.Case]:
+    """Its model, slots for each sequence by the same factor, torch's fused AdamW."""
+    import torch
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    from switchmoe.routing import expert_capacity
+
+    torch.manual_seed(options.seed)
+    config = SwitchTransformersConfig(
+        vocab_size=options.vocab,
+        d_model=options.d_model,
+        d_ff=options.d_ff,
+        d_kv=options.d_model // HEADS,
+        num_heads=HEADS,
+        num_layers=options.layers,
+        num_decoder_layers=options.layers,
+        num_sparse_encoder_layers=options.layers // 2,
+        num_sparse_decoder_layers=options.layers // 2,
+        num_experts=experts,
+        expert_capacity=expert_capacity(options.lengths[0], experts, options.factor),
+        router_jitter_noise=0.0,
+        dropout_rate=0.0,
+        use_cache=False,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    model = SwitchTransformersForConditionalGeneration(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    inputs, labels = (torch.randint(1, options.vocab, (options.batch, length)) for length in options.lengths)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        model(input_ids=inputs, labels=labels).loss.backward()
+        optimizer.step()
+
+    return {"Hugging Face": timing.Case(run)}
+
+
+def line(row: dict[str, Any]) -> str:
+    shown = (
+        f"  {row['ratio']:5.1%} of the step"
+        if row["part"]
+        else f"  {row['tokens_per_second']:8,.0f} tokens/s  {row['peak_share']:.0%} of the matrix-product peak"
+    )
+    indent = "  " if row["part"] else ""
+    spread = f"({row['quartile_1_ms']:.1f} - {row['quartile_3_ms']:.1f})"
+    return f"E={row['experts']:<4d} {indent + row['case']:24s} {row['median_ms']:8.1f} ms  {spread}{shown}"
+
+
+def plot(found: dict[str, Any]) -> Figure:
+    """The budget of our step as stacked bars, Hugging Face's step beside it."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    rows = found["rows"]
+    parts = list(dict.fromkeys(row["case"] for row in rows if row["part"]))
+    colours = dict(zip(parts, bench.COLOURS, strict=False))
+    labels = []
+    for experts in dict.fromkeys(row["experts"] for row in rows):
+        mine = {row["case"]: row for row in rows if row["experts"] == experts}
+        left = 0.0
+        for part in parts:
+            width = max(mine[part]["median_ms"], 0.0)
+            label = part if not labels else None
+            axes.barh(len(labels), width, left=left, color=colours[part], label=label)
+            left += width
+        labels.append(f"switchmoe, E={experts}")
+        if "Hugging Face" in mine:
+            axes.barh(len(labels), mine["Hugging Face"]["median_ms"], color="#bbbbbb")
+            labels.append(f"Hugging Face, E={experts}")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("training step, ms")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    return figure
