@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from experiments import process
 from switchmoe import flops
 from switchmoe.analysis import timing
 
@@ -79,6 +80,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"argument --factor: {options.factor}: accepted is a number > 0")
     if len(options.lengths) != 2:
         parser.error("argument --lengths: accepted are two integers, of the encoder and the decoder")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"argument --out: {options.out}: accepted is a directory")
     layer = options.what == "layer"
     options.experts = options.experts or ([2, 8, 32, 64, 128, 256, 512] if layer else [8, 64])
     for experts in options.experts:
@@ -129,6 +132,7 @@ def torch_cases(make, *arguments: Any) -> dict[str, timing.Case]:
 
 def main(argv: list[str]) -> int:
     options = _parse(argv)
+    process.keep_memory()
     from experiments import bench_layer, bench_step
 
     bench = bench_layer if options.what == "layer" else bench_step

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import logging
 
-from experiments import command_line
+from experiments import command_line, process
 
 DEFAULT_CONFIG = "configs/quickstart.py"
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_IO, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 3, 4, 75, 130
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
         return _fail(error, EXIT_BAD_INPUT)
     # Orbax logs what it also raises, with its stack; what concerns the user is raised.
     logging.set_verbosity(logging.FATAL)
+    process.keep_memory()
     # Imported once the settings are known to be good: an error in them shows at once.
     from switchmoe import checkpoints, loop
     from switchmoe.reporting import Progress

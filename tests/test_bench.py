@@ -1,0 +1,131 @@
+"""The benchmark's command on tiny shapes, what it refuses, and the bounds that hold whatever the machine."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import bench, process
+from switchmoe.analysis import timing
+from switchmoe.moe import MoELayer
+from switchmoe.settings import ModelSettings, MoESettings
+
+LAYER = "layer --experts=2,4 --tokens=64 --d_model=16 --d_ff=32 --repeats=3 --hf=no".split()
+STEP = (
+    "step --experts=2 --d_model=16 --d_ff=32 --layers=2 --vocab=512 --batch=2 --lengths=32,16 --repeats=3 --hf=no"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The machine's own figures take seconds and are not what is tested."""
+    monkeypatch.setattr(timing, "memory_bandwidth", lambda: 1e10)
+    monkeypatch.setattr("switchmoe.flops.matmul_peak", lambda dtype: 1e11)
+
+
+def test_layer_measures_each_back_end_in_both_modes(tmp_path, capsys):
+    assert bench.main([*LAYER, f"--out={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "layer.json").read_text())
+    assert {(row["experts"], row["case"], row["mode"]) for row in found["rows"]} == {
+        (experts, case, mode)
+        for experts in (2, 4)
+        for case in ("dense", "einsum", "gather", "ragged")
+        for mode in ("forward", "forward + backward")
+    }
+    for row in found["rows"]:
+        assert 0 < row["quartile_1_ms"] <= row["median_ms"] <= row["quartile_3_ms"]
+        assert row["ratio"] == 1 or row["case"] != "dense"
+    assert found["command"].startswith("python -m experiments.bench layer") and found["options"]["seed"] == 0
+    assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("x dense") == len(found["rows"])
+
+
+@pytest.mark.slow
+def test_step_measures_the_whole_and_its_parts(tmp_path):
+    assert bench.main([*STEP, f"--out={tmp_path}"]) == 0
+    rows = {row["case"]: row for row in json.loads((tmp_path / "step.json").read_text())["rows"]}
+    assert rows["switchmoe"]["tokens_per_second"] == pytest.approx(96e3 / rows["switchmoe"]["median_ms"])
+    parts = [row["median_ms"] for row in rows.values() if row["part"]]
+    assert "encoder experts" in rows and sum(parts) == pytest.approx(rows["switchmoe"]["median_ms"])
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--experts=1",
+        "--experts=8192",
+        "--experts=two",
+        "--dispatch=magic",
+        "--factor=0",
+        "--tokens=0",
+        "--repeats=1",
+        "--lengths=8",
+        "--dtype=int8",
+        "--colour=red",
+        "speed",
+    ],
+)
+def test_bad_input_gets_one_line_and_writes_nothing(argument, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main([argument, f"--out={tmp_path / 'out'}"])
+    assert stopped.value.code == 2 and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and argument.partition("=")[0].lstrip("-") in error
+
+
+def test_out_that_is_a_file_is_refused_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        bench.main([*LAYER, f"--out={tmp_path / 'file'}"])
+    assert stopped.value.code == 2 and (tmp_path / "file").read_text() == "mine"
+
+
+def test_rounds_interleave_and_ratios_are_taken_within_them():
+    order = []
+    cases = {name: timing.Case(lambda name=name: order.append(name)) for name in "ab"}
+    seconds = timing.measure(cases, repeats=4, warm_up=1)
+    assert "".join(order) == "ab" + "ab" + "ba" + "ab" + "ba" and len(seconds["a"]) == 4
+    figures = timing.summary(np.array([2.0, 4.0, 12.0]), np.array([1.0, 4.0, 4.0]))
+    assert figures["median_ms"] == 4000 and figures["ratio"] == 2
+
+
+def _temporaries(dispatch: str, experts: int, dropless: bool = False) -> int:
+    """Bytes beside arguments, gradients and outputs."""
+    x_GSD = jnp.ones((1, 512, 32))
+    moe = MoESettings(num_experts=experts, dispatch=dispatch, dropless=dropless, jitter=0.0)
+    layer = MoELayer(ModelSettings(d_model=32, d_ff=64, num_heads=1, activation="relu"), moe, train=True)
+    params = nn.unbox(layer.init(jax.random.key(0), x_GSD))
+
+    def value(params, x_GSD):
+        y_GSD, aux = layer.apply(params, x_GSD)
+        return (y_GSD**2).sum() + aux["loss"]
+
+    program = jax.jit(jax.grad(value)).lower(params, x_GSD).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_einsum_does_not_grow_with_the_experts():
+    """The masks are factor * S**2 numbers; what grows is the router's [S, E], small beside them."""
+    assert _temporaries("einsum", 32) < 1.2 * _temporaries("einsum", 4)
+
+
+def test_memory_of_ragged_does_not_grow_beyond_the_weights():
+    kernels = 2 * 32 * 64 * 4  # bytes of one expert
+    rows = 512 * (32 + 64) * 4
+    grown = _temporaries("ragged", 64, dropless=True) - _temporaries("ragged", 8, dropless=True)
+    assert grown < 56 * kernels + 8 * 512 * 64 * 4 + rows, grown
+
+
+def test_freed_memory_is_kept_where_glibc_is(monkeypatch):
+    process.keep_memory()
+    asked = []
+    monkeypatch.setattr(
+        process.ctypes, "CDLL", lambda _: type("libc", (), {"mallopt": lambda *a: asked.append(a)})
+    )
+    process.keep_memory()
+    assert asked == [(-4, 0), (-1, 2**31 - 1), (-8, 1)]
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda _: object())  # macOS, musl
+    process.keep_memory()
