@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 import switchmoe
 from switchmoe import checkpoints, decoding, flops, optimizers, sharding, training, transformer
@@ -128,6 +129,7 @@ class _Run:
         self.step = step.lower(abstract, batch).compile()
         evaluate = functools.partial(training.eval_step, settings=settings)
         self.evaluate = jax.jit(evaluate).lower(abstract.params, batch).compile()
+        self.norm = jax.jit(optax.global_norm)
         self.compile_seconds = time.monotonic() - started
         if self.saved.latest() is not None:
             return self.saved.restore(abstract, self.iterator)
@@ -198,6 +200,7 @@ class _Run:
                 self._read(*running, clock)
                 running = None
                 with clock.paused():
+                    self._check(step, parameter_norm=float(self.norm(state.params)))
                     quality = self._evaluate(step, state.params) if evaluates else None
                     if saves:
                         self._save(step, state, quality)
@@ -211,14 +214,7 @@ class _Run:
 
     def _read(self, step: int, metrics: dict, clock: "_Clock") -> None:
         """Waits for a step; stops the run if it went wrong; logs it if it is due."""
-        seen = {name: float(metrics[name]) for name in ("loss", "grad_norm", "update_norm")}
-        if not all(map(math.isfinite, seen.values())):
-            size, good = self.settings.data.batch_size, self.saved.latest()
-            raise NonFiniteLoss(
-                f"step {step}: {', '.join(f'{name} {value}' for name, value in seen.items())}. Batch {step} of the data's order (sequences"
-                f" {(step - 1) * size} to {step * size - 1}); last good checkpoint:"
-                f" {'none' if good is None else self.saved.directory / str(good)}"
-            )
+        self._check(step, loss=float(metrics["loss"]), grad_norm=float(metrics["grad_norm"]))
         clock.step()
         train = self.settings.train
         if step % train.log_every and step not in (1, train.num_steps):
@@ -237,6 +233,16 @@ class _Run:
         }
         self.writer.write(record)
         self.progress.update(record)
+
+    def _check(self, step: int, **seen: float) -> None:
+        """Stops the run where a number is not finite."""
+        if not all(map(math.isfinite, seen.values())):
+            size, good = self.settings.data.batch_size, self.saved.latest()
+            raise NonFiniteLoss(
+                f"step {step}: {', '.join(f'{name} {value}' for name, value in seen.items())}. Batch {step} of the data's order (sequences"
+                f" {(step - 1) * size} to {step * size - 1}); last good checkpoint:"
+                f" {'none' if good is None else self.saved.directory / str(good)}"
+            )
 
     def _evaluate(self, step: int, params: Any) -> float:
         started = time.monotonic()
@@ -263,6 +269,7 @@ class _Run:
     def _leave(self, state: training.TrainState) -> None:
         step = int(state.step)
         if step:
+            self._check(step, parameter_norm=float(self.norm(state.params)))
             self._save(step, state)
             self.saved.wait()
         kept = f"saved in {self.workdir}" if step else "with nothing to save yet"

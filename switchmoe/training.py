@@ -138,8 +138,7 @@ def train_step(
         grads, sums = _accumulate(gradient, state.params, batch, key, settings.train.accumulate)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = summarize(sums, counts, settings)
-    metrics |= {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+    metrics = summarize(sums, counts, settings) | {"grad_norm": optax.global_norm(grads)}
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

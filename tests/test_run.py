@@ -209,7 +209,11 @@ def test_parameters_that_overflow_are_never_saved(tmp_path, capsys):
         tmp_path, capsys, "--config.optimizer.schedule=constant",
         "--config.optimizer.learning_rate=1e39", "--config.checkpoint.every=1",
     )  # fmt: skip
-    assert code == command.EXIT_NON_FINITE and "step 1: loss" in captured.err and "none" in captured.err
+    assert (
+        code == command.EXIT_NON_FINITE
+        and "step 1: parameter_norm" in captured.err
+        and "none" in captured.err
+    )
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
 
 
