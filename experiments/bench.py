@@ -136,11 +136,9 @@ def main(argv: list[str]) -> int:
     from experiments import bench_layer, bench_step
 
     bench = bench_layer if options.what == "layer" else bench_step
-    settings = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
-    }
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
     found = {
-        "command": " ".join(["python -m experiments.bench", *argv]),
+        "command": " ".join(["python -m experiments.bench", *(a for a in argv if not a.startswith("--out"))]),
         "options": settings,
         "machine": machine(),
         "matmul_peak_flops": flops.matmul_peak(options.dtype),
