@@ -118,12 +118,14 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def kernel_bytes(experts: int, options: dict[str, Any]) -> int:
+    size = 2 if options["dtype"] == "bfloat16" else 4
+    return 2 * experts * options["d_model"] * options["d_ff"] * size
+
+
 def weight_traffic_ms(experts: int, found: dict[str, Any]) -> float:
     """Forward + backward reads the kernels twice and writes their gradients once, at the measured bandwidth."""
-    options = found["options"]
-    size = 2 if options["dtype"] == "bfloat16" else 4
-    kernels = 2 * experts * options["d_model"] * options["d_ff"] * size
-    return 3e3 * kernels / found["memory_bandwidth"]
+    return 3e3 * kernel_bytes(experts, found["options"]) / found["memory_bandwidth"]
 
 
 def plot(found: dict[str, Any]) -> Figure:
@@ -148,9 +150,7 @@ def plot(found: dict[str, Any]) -> Figure:
     experts = sorted({row["experts"] for row in rows})
     traffic = [weight_traffic_ms(e, found) for e in experts]
     panels[0].plot(experts, traffic, "k:", label="weights' traffic")
-    options = found["options"]
-    size = 2 if options["dtype"] == "bfloat16" else 4
-    gradients = [2 * e * options["d_model"] * options["d_ff"] * size / 2**20 for e in experts]
+    gradients = [kernel_bytes(e, found["options"]) / 2**20 for e in experts]
     panels[1].plot(experts, gradients, "k:", label="gradients of the weights")
     for panel, title in zip(
         panels, ("forward + backward, ms", "memory beside the arguments, MiB"), strict=True
