@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-# Kept under a name of its own, as pytest-xdist's workers inherit what is set below.
+# Kept under names of their own, as pytest-xdist's workers inherit what is set below.
 _XLA_FLAGS = os.environ.setdefault("SWITCHMOE_USER_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-_CACHE = tempfile.mkdtemp(prefix="switchmoe-tests-")
+_CACHE = os.environ.get("SWITCHMOE_TEST_CACHE") or tempfile.mkdtemp(prefix="switchmoe-tests-")
+os.environ["SWITCHMOE_TEST_CACHE"] = _CACHE
 
 # Most of a test's time is compilation, so code is generated without optimisation.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -22,8 +23,10 @@ os.environ["XLA_FLAGS"] = f"{_XLA_FLAGS} {_FLAGS}".strip()
 os.environ["XDG_CACHE_HOME"] = _CACHE
 os.environ["MPLBACKEND"] = "agg"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A program loaded from a cache may have been compiled for another machine: not bitwise the same.
-os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+# Programs that several tests or commands need are compiled once. The cache is this test run's own: one
+# from another machine may hold code that is not bitwise the same.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_CACHE, "xla")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax  # noqa: E402
 
@@ -38,7 +41,8 @@ with contextlib.suppress(ImportError):
 
 
 def pytest_unconfigure(config):
-    shutil.rmtree(_CACHE, ignore_errors=True)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture
