@@ -27,10 +27,11 @@ def greedy(params: Any, inputs_BL: jax.Array, length: int, settings: Settings, e
     real_BL = jnp.ones((inputs_BL.shape[0], length), bool)
 
     def step(position: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-        logits_BLV, _ = model.apply(
+        x_BLD, _ = model.apply(
             variables, encoded_BLD, inputs_BL != PAD_ID, tokens_BL, real_BL, method="decode"
         )
-        next_B = jnp.argmax(jax.lax.dynamic_index_in_dim(logits_BLV, position, 1, keepdims=False), axis=-1)
+        x_BD = jax.lax.dynamic_index_in_dim(x_BLD, position, 1, keepdims=False)
+        next_B = model.apply(variables, x_BD, method="logits").argmax(axis=-1)
         ended_B = (tokens_BL == eos_id).any(axis=1)
         return tokens_BL.at[:, position].set(jnp.where(ended_B, PAD_ID, next_B).astype(jnp.int32))
 

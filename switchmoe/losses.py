@@ -3,6 +3,8 @@
 Letters: B batch, L length, V vocabulary, S tokens of a group, E experts. All results are float32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -25,17 +27,47 @@ def cross_entropy(
     return log_z_BL - target_BL, log_z_BL**2
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def output_cross_entropy(
     x_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, label_smoothing: float = 0.0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`cross_entropy` of the logits ``x @ table.T``, and whether the target is the most probable.
 
+    Its own gradient takes the probabilities from the logits and their log-partition in one pass, and
+    hands them to the products in the type of ``x``.
+
     Returns:
       (nll_BL, z_BL, correct_BL).
     """
-    logits_BLV = jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)
+    return _output_forward(x_BLD, table_VD, targets_BL, label_smoothing)[0]
+
+
+def logits(x_BLD: jax.Array, table_VD: jax.Array) -> jax.Array:
+    """Float32 ``x @ table.T`` [..., V]."""
+    return jnp.einsum("...D,VD->...V", x_BLD, table_VD, preferred_element_type=jnp.float32)
+
+
+def _output_forward(x_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, label_smoothing: float):
+    logits_BLV = logits(x_BLD, table_VD)
     correct_BL = jnp.argmax(logits_BLV, axis=-1) == targets_BL
-    return *cross_entropy(logits_BLV, targets_BL, label_smoothing), correct_BL
+    outputs = *cross_entropy(logits_BLV, targets_BL, label_smoothing), correct_BL
+    return outputs, (x_BLD, table_VD, targets_BL, jax.nn.logsumexp(logits_BLV, axis=-1))
+
+
+def _output_backward(label_smoothing: float, saved: tuple, gradients: tuple):
+    x_BLD, table_VD, targets_BL, log_z_BL = saved
+    nll_BL, z_BL, _ = gradients
+    vocabulary = len(table_VD)
+    target_BLV = jax.nn.one_hot(targets_BL, vocabulary, dtype=bool)
+    prob_BLV = jnp.exp(logits(x_BLD, table_VD) - log_z_BL[..., None])
+    wanted_BLV = jnp.where(target_BLV, 1 - label_smoothing, 0.0) + label_smoothing / vocabulary
+    grad_BLV = prob_BLV * (nll_BL + 2 * log_z_BL * z_BL)[..., None] - wanted_BLV * nll_BL[..., None]
+    grad_BLV = grad_BLV.astype(x_BLD.dtype)
+    x_grad_BLD = jnp.einsum("BLV,VD->BLD", grad_BLV, table_VD)
+    return x_grad_BLD, jnp.einsum("BLV,BLD->VD", grad_BLV, x_BLD).astype(table_VD.dtype), None
+
+
+output_cross_entropy.defvjp(_output_forward, _output_backward)
 
 
 def load_balancing(

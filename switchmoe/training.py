@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from switchmoe import losses
 from switchmoe.settings import Settings
 from switchmoe.transformer import PAD_ID, Transformer
 
@@ -71,11 +70,11 @@ def token_sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | N
     """
     rngs = None if key is None else dict(zip(("dropout", "router"), jax.random.split(key), strict=True))
     model = Transformer(settings, train=key is not None)
-    logits_BLV, aux = model.apply({"params": params}, batch["inputs"], batch["targets"], rngs=rngs)
     smoothing = 0.0 if key is None else settings.train.label_smoothing
-    nll_BL, z_BL = losses.cross_entropy(logits_BLV, batch["targets"], smoothing)
+    (nll_BL, z_BL, correct_BL), aux = model.apply(
+        {"params": params}, batch["inputs"], batch["targets"], smoothing, rngs=rngs, method="token_losses"
+    )
     real_BL = batch["targets"] != PAD_ID
-    correct_BL = jnp.argmax(logits_BLV, axis=-1) == batch["targets"]
     sums = {
         name: jnp.where(real_BL, value_BL, 0.0).sum()
         for name, value_BL in (("nll", nll_BL), ("output_z", z_BL), ("correct", correct_BL))

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from switchmoe import losses
 from switchmoe.layers import Attention, FeedForward, RelativeBias, RMSNorm, param
 from switchmoe.moe import AttentionExperts, Experts, MoELayer, group_shape
 from switchmoe.settings import Settings
@@ -175,11 +176,16 @@ class Transformer(nn.Module):
         Returns:
           (logits_BLV, aux): float32 logits; aux maps ``encoder`` and ``decoder`` to `Stack`'s aux.
         """
-        encoded_BLD, encoder_aux = self.encode(inputs_BL)
-        logits_BLV, decoder_aux = self.decode(
-            encoded_BLD, inputs_BL != PAD_ID, targets_BL, targets_BL != PAD_ID
-        )
-        return logits_BLV, {"encoder": encoder_aux, "decoder": decoder_aux}
+        x_BLD, aux = self._teacher_forced(inputs_BL, targets_BL)
+        return self.logits(x_BLD), aux
+
+    def token_losses(
+        self, inputs_BL: jax.Array, targets_BL: jax.Array, label_smoothing: float = 0.0
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], dict]:
+        """`losses.output_cross_entropy` of the teacher-forced targets, and ``aux`` as of a call."""
+        x_BLD, aux = self._teacher_forced(inputs_BL, targets_BL)
+        table_VD = self._output_table().astype(x_BLD.dtype)
+        return losses.output_cross_entropy(x_BLD, table_VD, targets_BL, label_smoothing), aux
 
     def encode(self, inputs_BL: jax.Array) -> tuple[jax.Array, dict]:
         return self.encoder(self._embed(inputs_BL), inputs_BL != PAD_ID, inputs_BL)
@@ -187,16 +193,24 @@ class Transformer(nn.Module):
     def decode(
         self, encoded_BMD: jax.Array, encoded_mask_BM: jax.Array, targets_BL: jax.Array, mask_BL: jax.Array
     ) -> tuple[jax.Array, dict]:
-        """Logits of each target given those before it; ``mask_BL`` says which positions are real."""
+        """What predicts each target, from those before it; ``mask_BL`` says which positions are real."""
         shifted_BL = jnp.pad(targets_BL[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
         x_BLD, aux = self.decoder(self._embed(shifted_BL), mask_BL, shifted_BL, encoded_BMD, encoded_mask_BM)
         if self.settings.model.tie_embeddings:
             x_BLD *= self.settings.model.d_model**-0.5
-        table_VD = self.embedding_VD if self.settings.model.tie_embeddings else self.output_VD
-        logits_BLV = jnp.einsum(
-            "BLD,VD->BLV", x_BLD, table_VD.astype(x_BLD.dtype), preferred_element_type=jnp.float32
-        )
-        return logits_BLV, aux
+        return x_BLD, aux
+
+    def logits(self, x_BLD: jax.Array) -> jax.Array:
+        """Float32 logits [..., V] of `decode`'s output."""
+        return losses.logits(x_BLD, self._output_table().astype(x_BLD.dtype))
+
+    def _teacher_forced(self, inputs_BL: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, dict]:
+        encoded_BLD, encoder_aux = self.encode(inputs_BL)
+        x_BLD, decoder_aux = self.decode(encoded_BLD, inputs_BL != PAD_ID, targets_BL, targets_BL != PAD_ID)
+        return x_BLD, {"encoder": encoder_aux, "decoder": decoder_aux}
+
+    def _output_table(self) -> jax.Array:
+        return self.embedding_VD if self.settings.model.tie_embeddings else self.output_VD
 
     def _embed(self, tokens_BL: jax.Array) -> jax.Array:
         return self.embedding_VD.astype(self.settings.model.dtype)[tokens_BL]

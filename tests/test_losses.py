@@ -68,6 +68,35 @@ def test_cross_entropy_by_hand_and_with_smoothing():
     assert smooth_BL[0, 0] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_output_cross_entropy_has_the_gradient_of_its_formula(smoothing):
+    """Its own gradient against autodiff through `cross_entropy`; bf16 to its rounding."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    targets_BL = jax.random.randint(keys[2], (3, 5), 0, 11)
+
+    def plain(x_BLD, table_VD):
+        return losses.cross_entropy(losses.logits(x_BLD, table_VD), targets_BL, smoothing)
+
+    def total(outputs):
+        nll_BL, z_BL = outputs
+        weight_BL = jnp.arange(15.0).reshape(3, 5)
+        return (weight_BL * nll_BL + 0.1 * (15 - weight_BL) * z_BL).sum()
+
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
+        x_BLD = jax.random.normal(keys[0], (3, 5, 7)).astype(dtype)
+        table_VD = jax.random.normal(keys[1], (11, 7)).astype(dtype)
+        found = jax.value_and_grad(
+            lambda x, w: total(losses.output_cross_entropy(x, w, targets_BL, smoothing)[:2]), (0, 1)
+        )(x_BLD, table_VD)
+        inputs = x_BLD.astype(jnp.float32), table_VD.astype(jnp.float32)
+        expected = jax.value_and_grad(lambda x, w: total(plain(x, w)), (0, 1))(*inputs)
+        assert [a.dtype for a in found[1]] == [dtype, dtype]
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert jnp.abs(a.astype(jnp.float32) - b).max() < tolerance * jnp.abs(b).max()
+        correct_BL = losses.output_cross_entropy(*inputs, targets_BL)[2]
+        assert (correct_BL == (losses.logits(*inputs).argmax(-1) == targets_BL)).all()
+
+
 def test_losses_of_bf16_logits_are_float32():
     logits = jnp.ones((2, 3, 4), jnp.bfloat16)
     nll_BL, z_BL = losses.cross_entropy(logits, jnp.zeros((2, 3), jnp.int32))
