@@ -76,7 +76,7 @@ class IndexDispatcher:
 
     def dispatch(self, x_GSD: jax.Array) -> jax.Array:
         x_TD = x_GSD.reshape(-1, x_GSD.shape[-1])
-        rows_ND = _spread(x_TD, self.row_GSK.reshape(len(x_TD), -1), self.choice.reshape(-1))
+        rows_ND = spread(x_TD, self.row_GSK.reshape(len(x_TD), -1), self.choice.reshape(-1))
         return rows_ND.reshape(*self.choice.shape, -1)
 
     def matmul(self, rows: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ def gather_dispatcher(routing: Routing) -> IndexDispatcher:
     groups = routing.expert_SK.shape[0]
     first_EG = jnp.arange(routing.num_experts * groups, dtype=jnp.int32) * routing.capacity
     shape = (routing.num_experts, groups, routing.capacity)
-    row_GSK, choice_N = _rows(routing, first_EG.reshape(shape[:2]), shape[0] * shape[1] * shape[2])
+    row_GSK, choice_N = row_maps(routing, first_EG.reshape(shape[:2]), shape[0] * shape[1] * shape[2])
     return IndexDispatcher(row_GSK, choice_N.reshape(shape), routing.gate_SK)
 
 
@@ -106,17 +106,21 @@ def ragged_dispatcher(routing: Routing) -> IndexDispatcher:
     No sort is needed: a choice's place is the number of rows before its expert and group, and its slot.
     """
     groups, tokens, choices = routing.expert_SK.shape
-    kept_GE = jax.vmap(partial(jnp.bincount, length=routing.num_experts + 1))(
-        jnp.where(routing.kept_SK, routing.expert_SK, routing.num_experts).reshape(groups, -1)
-    )
-    kept_EG = kept_GE[:, :-1].T.astype(jnp.int32)
+    kept_EG = kept_choices(routing)
     first_EG = (jnp.cumsum(kept_EG.reshape(-1)) - kept_EG.reshape(-1)).reshape(kept_EG.shape)
     rows = groups * min(tokens * choices, routing.num_experts * routing.capacity)
-    row_GSK, choice_N = _rows(routing, first_EG, rows)
+    row_GSK, choice_N = row_maps(routing, first_EG, rows)
     return IndexDispatcher(row_GSK, choice_N, routing.gate_SK, kept_EG.sum(axis=1))
 
 
-def _rows(routing: Routing, first_EG: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+def kept_choices(routing: Routing) -> jax.Array:
+    """kept_EG, int32: each group's rows for each expert."""
+    count = partial(jnp.bincount, length=routing.num_experts + 1)
+    expert_GSK = jnp.where(routing.kept_SK, routing.expert_SK, routing.num_experts)
+    return jax.vmap(count)(expert_GSK.reshape(len(expert_GSK), -1))[:, :-1].T.astype(jnp.int32)
+
+
+def row_maps(routing: Routing, first_EG: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """(row_GSK, choice_N), each the inverse of the other, from the first row of each expert and group."""
     group_G11 = jnp.arange(first_EG.shape[1], dtype=jnp.int32)[:, None, None]
     row_GSK = first_EG[routing.expert_SK, group_G11] + routing.slot_SK
@@ -130,7 +134,7 @@ def _rows(routing: Routing, first_EG: jax.Array, rows: int) -> tuple[jax.Array, 
 
 
 @jax.custom_vjp
-def _spread(x_TD: jax.Array, row_TK: jax.Array, choice_N: jax.Array) -> jax.Array:
+def spread(x_TD: jax.Array, row_TK: jax.Array, choice_N: jax.Array) -> jax.Array:
     """x_ND: each row's token; zeros where it has none."""
     return _take(x_TD, choice_N // row_TK.shape[-1])
 
@@ -176,7 +180,7 @@ def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
 
 
-_spread.defvjp(lambda x, row, choice: (_spread(x, row, choice), (row, choice)), _spread_backward)
+spread.defvjp(lambda x, row, choice: (spread(x, row, choice), (row, choice)), _spread_backward)
 _gather_up.defvjp(lambda *saved: (_gather_up(*saved), saved), _gather_up_backward)
 
 DISPATCHERS = {"einsum": einsum_dispatcher, "gather": gather_dispatcher, "ragged": ragged_dispatcher}

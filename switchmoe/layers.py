@@ -42,8 +42,9 @@ def param(
     shape: tuple[int, ...],
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """A float32 parameter with logical axis names, as ``dtype``."""
-    return module.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32).astype(dtype)
+    """A float32 parameter with logical axis names, as ``dtype``; whole along ``embed`` where it is used."""
+    value = module.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32).astype(dtype)
+    return nn.with_logical_constraint(value, tuple(None if name == "embed" else name for name in names))
 
 
 def activate(activation: str, up: Callable[[str], jax.Array]) -> jax.Array:

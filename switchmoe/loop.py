@@ -65,8 +65,8 @@ class _Run:
         self.settings, self.workdir, self.progress, self.stop = settings, workdir, progress, stop
         length = batches.target_length(settings.data)
         lengths = {"encoder": settings.data.input_length, "decoder": length}
-        self.mesh = sharding.make_mesh()
-        self.group_tokens = sharding.check(settings, lengths, self.mesh.size)
+        self.mesh = sharding.make_mesh(settings.mesh)
+        self.group_tokens = sharding.check(settings, lengths, self.mesh.shape)
         self.target_length = length
         documents = {split: sources.load(settings.data, split) for split in ("train", "validation")}
         self.vocabulary = _vocabulary(settings, workdir, documents["train"])

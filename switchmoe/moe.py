@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from switchmoe import exchange
 from switchmoe.dispatch import DISPATCHERS
 from switchmoe.layers import FeedForward, activate, attention_inits, kernel_init, param
 from switchmoe.routing import GROUPS, NOT_CAUSAL, ROUTERS, RouterSettings, Routing, expert_capacity
@@ -42,15 +43,14 @@ def router_name(moe: MoESettings, causal: bool) -> str:
 def dispatch_name(moe: MoESettings, causal: bool = False) -> str:
     """What ``moe.dispatch=auto`` stands for.
 
-    Einsum where the experts are sharded, as GSPMD finds its all-to-alls, and for soft; ragged where
-    there is no capacity; else gather, on every platform (compared on CPU: `experiments.bench`).
+    Ragged where there is no capacity; einsum for soft, whose slots mix all tokens; else gather, on every
+    platform (compared on CPU: `experiments.bench`).
     """
     if moe.dispatch != "auto":
         return moe.dispatch
     if moe.dropless:
         return "ragged"
-    sharded = any(name == "expert" and axis for name, axis in nn.get_logical_axis_rules())
-    return "einsum" if sharded or router_name(moe, causal) == "soft" else "gather"
+    return "einsum" if router_name(moe, causal) == "soft" else "gather"
 
 
 def check(moe: MoESettings, causal: bool) -> None:
@@ -175,7 +175,7 @@ class MoELayer(nn.Module):
         if mask_GS is None:
             mask_GS = jnp.ones(x_GSD.shape[:2], bool)
         routing = self._route(x_GSD, mask_GS, ids_GS)
-        dispatcher = DISPATCHERS[dispatch_name(self.moe, self.causal)](routing)
+        dispatcher = exchange.dispatcher(dispatch_name(self.moe, self.causal), routing)
         experts = self.experts(self.model, self.moe, self.train, name="experts")
         y = _by_expert(experts(_by_expert(dispatcher.dispatch(x_GSD)), dispatcher.matmul))
         y_GSD = nn.with_logical_constraint(dispatcher.combine(y), ("group", None, None))

@@ -5,7 +5,6 @@ and the expert axis are batch axes, heads and their width are one axis. Factors,
 are those of one matrix, so the update of an expert never depends on another.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -128,11 +127,29 @@ def _batch_axes(names: tuple[str, ...]) -> int:
 
 def _as_matrices(p: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """Batch axes, then the matrix; (heads, kv) is one axis of it, as in T5's kernels."""
-    shape, sizes = [], dict(zip(names, p.shape, strict=True))
-    for name in names:
-        if name == "kv":
-            continue
-        shape.append(
-            math.prod((sizes["heads"], sizes["kv"])) if name == "heads" and "kv" in sizes else sizes[name]
-        )
-    return p.reshape(shape)
+    return p.reshape(list(_matrix(p.shape, names).values()))
+
+
+def _matrix(shape: tuple[int, ...], names: tuple[str, ...]) -> dict[str, int]:
+    sizes = dict(zip(names, shape, strict=True))
+    if "heads" in sizes:
+        sizes["heads"] *= sizes.pop("kv", 1)
+    return sizes
+
+
+def state_names(
+    path: tuple[str, ...], shape: tuple[int, ...], names: tuple[str, ...], of: tuple[int, ...]
+) -> tuple[str, ...]:
+    """Logical names of a leaf of the optimizer's state, from those of its parameter, of shape ``of``.
+
+    A moment has the parameter's, or those of its matrices; a factor lacks the axis that it sums over,
+    which for ``v_row`` is the longest of a matrix, for ``v_col`` the other; else only the batch axes'.
+    """
+    if shape == of:
+        return names
+    matrix = _matrix(of, names)
+    batch = [name for name in matrix if name in BATCH_AXES]
+    if shape != tuple(matrix.values()) and len(matrix) == len(batch) + 2:
+        shorter, longer = sorted((name for name in matrix if name not in batch), key=matrix.__getitem__)
+        del matrix[longer if "v_row" in path else shorter]
+    return tuple(matrix if shape == tuple(matrix.values()) else batch)

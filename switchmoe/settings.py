@@ -232,7 +232,24 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    layout: str = "data"  # the rules in sharding.LAYOUTS
+    """Which devices hold what. A layout's axes: data (tokens), expert (tokens and experts), model (widths).
+
+    Sizes are devices along an axis within a slice (ICI), and with ``dcn_`` slices along it (their network);
+    0 is the layout's own, -1 all that are left.
+    """
+
+    layout: str = "data"  # data | model | data_model | data_expert | data_expert_model: sharding.LAYOUTS
+    fsdp: bool = False  # parameters and optimizer state are sharded over the axes of the tokens as well
+    data: int = 0
+    expert: int = 0
+    model: int = 0
+    dcn_data: int = 0
+    dcn_expert: int = 0
+    dcn_model: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[2:]:
+            _at_least("mesh", self, field.name, -1)
 
 
 @dataclasses.dataclass(frozen=True)

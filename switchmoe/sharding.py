@@ -5,35 +5,104 @@ replicated. Parameters' names: layers, vocab, embed, heads, kv, mlp, expert. Act
 group (groups of tokens), expert_group (groups inside the experts' buffers).
 """
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from switchmoe.moe import check as moe_check
 from switchmoe.moe import group_shape
-from switchmoe.optimizers import BATCH_AXES
-from switchmoe.settings import Settings
+from switchmoe.optimizers import state_names
+from switchmoe.settings import MeshSettings, Settings
 
-LAYOUTS: dict[str, tuple[tuple[str, str], ...]] = {
-    "data": (("batch", "data"), ("group", "data"), ("expert_group", "data")),
-    "data_expert": (("batch", "data"), ("group", "data"), ("expert", "data")),
+AXES = ("data", "expert", "model")
+Rules = tuple[tuple[str, str | tuple[str, ...]], ...]
+
+TOKENS: Rules = (("batch", ("data", "expert")), ("group", ("data", "expert")), ("expert_group", "data"))
+EXPERTS: Rules = (("expert", "expert"),)
+WIDTHS: Rules = (("vocab", "model"), ("heads", "model"), ("mlp", "model"))
+# The experts' own axis is taken: what is left of the tokens' axes shards their kernels.
+FSDP: Rules = (("embed", ("data", "expert")), ("embed", "data"))
+
+
+class Layout(NamedTuple):
+    """Mesh axes of logical axes, and the devices along a mesh axis, -1 for all that are left."""
+
+    rules: Rules
+    sizes: dict[str, int]
+
+
+# Switch, figure 9.
+LAYOUTS = {
+    "data": Layout(TOKENS, {"data": -1, "expert": 1, "model": 1}),
+    "model": Layout(TOKENS + WIDTHS, {"data": 1, "expert": 1, "model": -1}),
+    "data_model": Layout(TOKENS + WIDTHS, {"data": -1, "expert": 1, "model": 2}),
+    "data_expert": Layout(TOKENS + EXPERTS, {"data": 1, "expert": -1, "model": 1}),
+    "data_expert_model": Layout(TOKENS + EXPERTS + WIDTHS, {"data": 1, "expert": -1, "model": 2}),
 }
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices (or the given ones) along the axis ``data``."""
+def axis_sizes(settings: MeshSettings, devices: int, slices: int = 1) -> tuple[tuple[int, ...], ...]:
+    """Devices along data, expert and model within a slice, and slices along them.
+
+    Raises:
+      ValueError: no such layout, or sizes that do not multiply to the devices there are.
+    """
+    if settings.layout not in LAYOUTS:
+        raise ValueError(f"mesh.layout={settings.layout}: accepted is one of {', '.join(LAYOUTS)}")
+    own = LAYOUTS[settings.layout].sizes
+    inner = {axis: getattr(settings, axis) or own[axis] for axis in AXES}
+    outer = {
+        f"dcn_{axis}": getattr(settings, f"dcn_{axis}") or (-1 if axis == "data" else 1) for axis in AXES
+    }
+    return _filled(inner, devices // slices, "devices of a slice"), _filled(outer, slices, "slices")
+
+
+def _filled(sizes: dict[str, int], total: int, what: str) -> tuple[int, ...]:
+    given = math.prod(size for size in sizes.values() if size > 0)
+    free = [axis for axis, size in sizes.items() if size < 0]
+    if len(free) > 1:
+        raise ValueError(
+            f"mesh.{free[1]}=-1: accepted is one axis that fills, which is mesh.{free[0]} already"
+        )
+    if total % given or (not free and given != total):
+        said = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise ValueError(f"mesh: {said}: accepted are sizes whose product is the {total} {what}")
+    return tuple(total // given if size < 0 else size for size in sizes.values())
+
+
+def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices (or the given ones) along data, expert and model.
+
+    Devices of one slice are neighbours along the axes within a slice. Where the devices know of no
+    slices, but a ``mesh.dcn_`` size is set, a process is a slice.
+
+    Raises:
+      ValueError: as `axis_sizes`.
+    """
     devices = jax.devices() if devices is None else list(devices)
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    processes = slices == 1 and any(getattr(settings, f"dcn_{axis}") for axis in AXES)
+    if processes:
+        slices = len({device.process_index for device in devices})
+    inner, outer = axis_sizes(settings, len(devices), slices)
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(inner, AXES, axis_types=types, devices=devices)
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, process_is_granule=processes)
+    return Mesh(grid, AXES, axis_types=types)
 
 
-def check(settings: Settings, lengths: dict[str, int], num_devices: int) -> dict[str, int]:
-    """Refuses batches, groups and experts that the mesh or the router cannot hold.
+def check(settings: Settings, lengths: dict[str, int], mesh: Mapping[str, int]) -> dict[str, int]:
+    """Refuses batches, groups, experts and widths that the mesh or the router cannot hold.
 
     Args:
       lengths: tokens per sequence in each stack, ``{"encoder": ..., "decoder": ...}``.
+      mesh: devices along each axis (``make_mesh(...).shape``).
 
     Returns:
       The tokens of a group in training, for each stack that has sparse layers.
@@ -41,23 +110,23 @@ def check(settings: Settings, lengths: dict[str, int], num_devices: int) -> dict
     Raises:
       ValueError: one line with field, value and what would be accepted.
     """
-    layout, data, moe = settings.mesh.layout, settings.data, settings.moe
-    if layout not in LAYOUTS:
-        raise ValueError(f"mesh.layout={layout}: accepted is one of {', '.join(LAYOUTS)}")
+    moe, accumulate = settings.moe, settings.train.accumulate
     for stack in lengths:
         moe_check(moe, causal=stack == "decoder")
-    batch = data.batch_size // settings.train.accumulate
-    if batch % num_devices:
+    shards = mesh["data"] * mesh["expert"]
+    batch = settings.data.batch_size // accumulate
+    if batch % shards:
         raise ValueError(
-            f"data.batch_size={data.batch_size}: accepted is a multiple of {num_devices * settings.train.accumulate}"
-            f" ({num_devices} devices x train.accumulate={settings.train.accumulate})"
+            f"data.batch_size={settings.data.batch_size}: accepted is a multiple of {shards * accumulate}"
+            f" ({shards} shards of the tokens x train.accumulate={accumulate})"
         )
+    _check_widths(settings, mesh)
     if not settings.sparse:
         return {}
-    if dict(LAYOUTS[layout]).get("expert") and moe.total_experts % num_devices:
+    if moe.total_experts % mesh["expert"]:
         raise ValueError(
-            f"moe.num_experts={moe.num_experts}: accepted with mesh.layout={layout} is a multiple of the"
-            f" {num_devices} devices"
+            f"moe.num_experts={moe.num_experts}: accepted with mesh.layout={settings.mesh.layout} is a multiple"
+            f" of the {mesh['expert']} devices along the expert axis (mesh.expert)"
         )
     tokens = {}
     for stack, length in lengths.items():
@@ -67,20 +136,45 @@ def check(settings: Settings, lengths: dict[str, int], num_devices: int) -> dict
                 f"moe.num_experts={moe.num_experts}: accepted is at most {tokens[stack]}, the tokens of one of the"
                 f" {stack}'s groups (moe.group_size={moe.group_size}, {batch} sequences of {length} tokens)"
             )
-        if groups % num_devices:
+        if groups % shards:
             raise ValueError(
                 f"moe.group_size={moe.group_size}: accepted is a size that gives the {stack} a multiple of"
-                f" {num_devices} groups, one or more a device; this gives {groups} of {tokens[stack]} tokens"
+                f" {shards} groups, one or more for each shard of the tokens; this gives {groups} of"
+                f" {tokens[stack]} tokens"
             )
     return tokens
+
+
+def _check_widths(settings: Settings, mesh: Mapping[str, int]) -> None:
+    """Refuses widths that do not divide among the devices along their axis."""
+    model = settings.model
+    widths = {
+        "model.num_heads": ("heads", model.num_heads),
+        "model.d_ff": ("mlp", model.d_ff // settings.moe.granularity),
+        "data.vocab_size": ("vocab", settings.embedding_rows),
+        "model.d_model": ("embed", model.d_model),
+    }
+    used = dict(reversed(table(settings)))
+    for field, (name, width) in widths.items():
+        axes = used.get(name, ())
+        devices = math.prod(mesh[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+        if width % devices:
+            raise ValueError(
+                f"{field}: {width} along the axis {name}; accepted with mesh.layout={settings.mesh.layout} and"
+                f" mesh.fsdp={settings.mesh.fsdp} is a multiple of the {devices} devices that share it"
+            )
+
+
+def table(settings: Settings) -> Rules:
+    """The rules of the layout."""
+    return LAYOUTS[settings.mesh.layout].rules + (FSDP if settings.mesh.fsdp else ())
 
 
 def state_shardings(state: Any, params: dict, settings: Settings, mesh: Mesh) -> Any:
     """NamedShardings of a train state: what belongs to a parameter lies where the parameter lies.
 
-    A leaf belongs to the parameter whose path its own path contains. A moment of the parameter's shape
-    has all of its axes; a factor or a count has the leading batch axes (layers, experts), and whatever
-    follows them is replicated. Leaves that belong to none are replicated.
+    A leaf belongs to the parameter whose path its own path contains, and has those of its axes that
+    `optimizers.state_names` finds in it. Leaves that belong to none are replicated.
 
     Args:
       state: a tree of arrays or ShapeDtypeStructs.
@@ -93,11 +187,9 @@ def state_shardings(state: Any, params: dict, settings: Settings, mesh: Mesh) ->
         keys = path_keys(path)
         parts = (keys[i:j] for i in range(len(keys)) for j in range(len(keys), i, -1))
         box = next((owners[part] for part in parts if part in owners), None)
-        names: tuple[str | None, ...] = box.names if box else ()
-        if box and leaf.shape != box.value.shape:
-            names = tuple(name for name in names if name in BATCH_AXES)
+        names = state_names(keys, leaf.shape, box.names, box.value.shape) if box else ()
         spec = PartitionSpec(*names, *[None] * (leaf.ndim - len(names)))
-        return nn.logical_to_mesh_sharding(spec, mesh, LAYOUTS[settings.mesh.layout])
+        return nn.logical_to_mesh_sharding(spec, mesh, table(settings))
 
     return jax.tree_util.tree_map_with_path(place, state)
 
@@ -108,13 +200,10 @@ def path_keys(path: tuple) -> tuple[str, ...]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Of arrays whose first axis is the batch."""
+    return nn.logical_to_mesh_sharding(PartitionSpec("batch"), mesh, TOKENS)
 
 
 def rules(settings: Settings):
     """Context in which `flax.linen.with_logical_constraint` follows the layout."""
-    return nn.logical_axis_rules(LAYOUTS[settings.mesh.layout])
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+    return nn.logical_axis_rules(table(settings))

@@ -109,7 +109,7 @@ def test_a_killed_and_a_stopped_run_end_like_an_undisturbed_one(tmp_path, enviro
 @pytest.fixture
 def one_device(monkeypatch):
     make_mesh = loop.sharding.make_mesh
-    monkeypatch.setattr(loop.sharding, "make_mesh", lambda: make_mesh(loop.jax.devices()[:1]))
+    monkeypatch.setattr(loop.sharding, "make_mesh", lambda mesh: make_mesh(mesh, loop.jax.devices()[:1]))
 
 
 def run_here(tmp_path, capsys, *arguments):

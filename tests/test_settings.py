@@ -5,6 +5,8 @@ import pytest
 from switchmoe import sharding
 from switchmoe.settings import Settings, default_config, from_config, to_dict
 
+LENGTHS = {"encoder": 512, "decoder": 114}
+
 IMPOSSIBLE = [
     ({"model": {"num_heads": 5}}, "model.num_heads=5: accepted is a divisor of model.d_model=768"),
     ({"model": {"activation": "swish"}}, "model.activation=swish: accepted is one of relu, geglu"),
@@ -25,25 +27,33 @@ IMPOSSIBLE = [
     ({"optimizer": {"name": "sgd"}}, "optimizer.name=sgd: accepted is one of adafactor, adamw"),
     ({"train": {"accumulate": 3}}, "train.accumulate=3: accepted is a divisor of data.batch_size=128"),
     ({"train": {"seed": -1}}, "train.seed=-1: accepted is an integer >= 0"),
-    ({"mesh": {"layout": "ring"}}, "mesh.layout=ring: accepted is one of data, data_expert"),
+    ({"mesh": {"layout": "ring"}}, "mesh.layout=ring: accepted is one of data, model, data_model"),
     ({"checkpoint": {"keep": 0}}, "checkpoint.keep=0: accepted is an integer >= 1"),
 ]
+
+
+def checked(config, devices=1):
+    """`sharding.check` on so many devices."""
+    settings = from_config(config)
+    (sizes, _) = sharding.axis_sizes(settings.mesh, devices)
+    return sharding.check(settings, LENGTHS, dict(zip(sharding.AXES, sizes, strict=True)))
 
 
 @pytest.mark.parametrize("config, message", IMPOSSIBLE, ids=[m.split(":")[0] for _, m in IMPOSSIBLE])
 def test_impossible_values_are_refused(config, message):
     with pytest.raises(ValueError) as error:
-        sharding.check(from_config(config), {"encoder": 512, "decoder": 114}, 1)
+        checked(config)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-LENGTHS = {"encoder": 512, "decoder": 114}
 
 
 @pytest.mark.parametrize(
     "config, devices, message",
     [
-        ({}, 3, "data.batch_size=128: accepted is a multiple of 3 (3 devices x train.accumulate=1)"),
+        (
+            {},
+            3,
+            "data.batch_size=128: accepted is a multiple of 3 (3 shards of the tokens x train.accumulate=1)",
+        ),
         ({"moe": {"group_size": 100, "num_experts": 101}}, 1, "moe.num_experts=101: accepted is at most"),
         (
             {"moe": {"group_size": 65536}},
@@ -55,16 +65,25 @@ LENGTHS = {"encoder": 512, "decoder": 114}
             8,
             "moe.num_experts=6: accepted with mesh.layout=data_expert is a multiple of the 8 devices",
         ),
+        (
+            {"mesh": {"data": 3}},
+            8,
+            "mesh: data 3 x expert 1 x model 1: accepted are sizes whose product is the 8",
+        ),
+        ({"mesh": {"data": -1, "model": -1}}, 8, "mesh.model=-1: accepted is one axis that fills"),
+        ({"mesh": {"dcn_model": 2}}, 8, "accepted are sizes whose product is the 1 slices"),
+        ({"mesh": {"layout": "model"}}, 16, "model.num_heads: 12 along the axis heads; accepted with mesh"),
+        ({"mesh": {"fsdp": True}, "model": {"d_model": 36}}, 8, "model.d_model: 36 along the axis embed"),
     ],
 )
 def test_what_the_mesh_or_the_groups_cannot_hold(config, devices, message):
     with pytest.raises(ValueError) as error:
-        sharding.check(from_config(config), LENGTHS, devices)
+        checked(config, devices)
     assert message in str(error.value)
 
 
 def test_check_returns_the_tokens_of_a_group():
-    assert sharding.check(from_config({}), LENGTHS, 1) == {"encoder": 4096, "decoder": 3648}
+    assert checked({}) == {"encoder": 4096, "decoder": 3648}
 
 
 def test_defaults_round_trip():

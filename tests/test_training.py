@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_transformer import DATA, MODEL, MOE, example
 
-from switchmoe import losses, optimizers, sharding, training
+from switchmoe import losses, optimizers, training
 from switchmoe.settings import from_config
 from switchmoe.transformer import Transformer
 
@@ -104,69 +104,21 @@ def test_accumulation_changes_nothing(parts):
     assert_close(whole.params, split.params, atol=1e-4)
 
 
-@functools.cache
-def in_training_mode(layout):
-    """(settings, parameters' state) with dropout and jitter on."""
-    moe = dict(num_experts=8, jitter=0.1)
-    return settings(dict(dropout_rate=0.1), moe, mesh=dict(layout=layout), data=dict(batch_size=16))
-
-
-@pytest.mark.parametrize("layout", ["data", "data_expert"])
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
-def test_devices_change_nothing(devices, layout):
-    """Loss and parameters after two steps equal those without a mesh, dropout and jitter included.
-
-    Adafactor divides by the root of tiny second moments: rounding shows as up to 1e-3 in a parameter.
-    """
-    s = in_training_mode(layout)
-    wanted, wanted_metrics = after(in_training_mode("data"), 2, batch(16))
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    sharding.check(s, {"encoder": 12, "decoder": 6}, mesh.size)
-    state = jax.device_get(first_state(in_training_mode("data")))
-    where = sharding.state_shardings(state, training.abstract_variables(s)["params"], s, mesh)
-    with jax.set_mesh(mesh), sharding.rules(s):
-        state = jax.device_put(state, where)
-        data = jax.device_put(batch(16), sharding.batch_sharding(mesh))
-        step = functools.partial(training.train_step, settings=s, tx=optimizer(s))
-        step = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-        state, _ = step(state, data)
-        state, metrics = step(state, data)
-    assert_close(jax.device_get(metrics), jax.device_get(wanted_metrics), rtol=1e-3, atol=1e-4)
-    assert_close(jax.device_get(state.params), jax.device_get(wanted.params), rtol=1e-3, atol=1e-3)
-    experts = state.params["encoder"]["blocks"]["block_1"]["moe"]["experts"]["wi"]
-    assert experts.addressable_shards[0].data.shape[1] == (8 // devices if layout == "data_expert" else 8)
-
-
-@pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_the_optimizers_state_lies_where_its_parameter_lies(name):
-    """Bytes a device holds of the experts' moments, factors and counts: an eighth, all else in full."""
-    s = settings(moe=dict(num_experts=8), mesh=dict(layout="data_expert"), optimizer=dict(name=name))
-    state = jax.eval_shape(functools.partial(training.init_state, s, optimizer(s)))
-    boxes = training.abstract_variables(s)["params"]
-    where = sharding.state_shardings(state, boxes, s, sharding.make_mesh())
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    sharded = 0
-    for (path, leaf), at in zip(leaves, jax.tree.leaves(where), strict=True):
-        local, full = math.prod(at.shard_shape(leaf.shape)), math.prod(leaf.shape)
-        of_experts = "'experts'" in jax.tree_util.keystr(path)
-        assert local == (full // 8 if of_experts else full), jax.tree_util.keystr(path)
-        sharded += of_experts
-    assert sharded >= 2 * 2 * 3  # two stacks, wi and wo at least, each with two leaves of state or more
-
-
 @pytest.mark.slow
 def test_compile_time_does_not_grow_with_depth():
     """12 layers within 1.3 times 4 layers, in processor seconds, the better of two compilations each."""
 
-    def compile_seconds(layers):
-        s = settings(dict(num_layers=layers))
+    def compile_seconds(layers, rate):
+        s = settings(
+            dict(num_layers=layers, dropout_rate=rate)
+        )  # of its own: else from the compilation cache
         state = jax.eval_shape(lambda: training.init_state(s, optimizer(s)))
         step = jax.jit(functools.partial(training.train_step, settings=s, tx=optimizer(s)))
         started = time.process_time()
         step.lower(state, batch()).compile()
         return time.process_time() - started
 
-    deep, shallow = (min(compile_seconds(layers) for _ in range(2)) for layers in (12, 4))
+    deep, shallow = (min(compile_seconds(layers, rate) for rate in (0.11, 0.12)) for layers in (12, 4))
     assert deep < 1.3 * shallow
 
 

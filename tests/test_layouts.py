@@ -1,0 +1,186 @@
+"""Layouts on eight devices: the numbers of one device, the collectives of the theory, the bytes predicted."""
+
+import collections
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_training import batch, first_state, optimizer, settings
+
+from switchmoe import sharding, training
+
+CASES = [(layout, False, "auto") for layout in sharding.LAYOUTS]
+CASES += [(layout, True, "auto") for layout in ("data", "data_expert_model")]
+CASES += [("data_expert", False, "einsum"), ("data_expert_model", False, "ragged")]
+
+
+def case(layout="data", fsdp=False, dispatch="auto", **mesh):
+    """Dropout and jitter on; sizes that divide among eight devices along any axis."""
+    model = dict(dropout_rate=0.1, num_heads=8, d_kv=4)
+    moe = dict(num_experts=8, jitter=0.1, dispatch=dispatch)
+    mesh = dict(layout=layout, fsdp=fsdp) | mesh
+    return settings(model, moe, mesh=mesh, data=dict(batch_size=16))
+
+
+def gradient(params, data, s):
+    def loss(params):
+        sums = training.token_sums(params, data, s, jax.random.key(3))
+        return training.summarize(sums, training.token_counts(data), s)["loss"]
+
+    return jax.grad(loss)(params)
+
+
+@functools.cache
+def trained(*arguments, **mesh):
+    """(state after three steps, metrics of the third, gradients at the start, compiled step, state's places)."""
+    s = case(*arguments, **mesh)
+    state = jax.device_get(first_state(case()))
+    mesh = sharding.make_mesh(s.mesh)
+    sharding.check(s, {"encoder": 12, "decoder": 6}, mesh.shape)
+    where = sharding.state_shardings(state, training.abstract_variables(s)["params"], s, mesh)
+    with jax.set_mesh(mesh), sharding.rules(s):
+        state = jax.device_put(state, where)
+        data = jax.device_put(batch(16), sharding.batch_sharding(mesh))
+        slopes = jax.jit(functools.partial(gradient, s=s))(state.params, data)
+        step = functools.partial(training.train_step, settings=s, tx=optimizer(s))
+        step = jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(state, data).compile()
+        for _ in range(3):
+            state, metrics = step(state, data)
+    return state, metrics, slopes, step, where
+
+
+@functools.cache
+def alone():
+    """What `trained` gives without a mesh."""
+    s, state = case(), first_state(case())
+    slopes = jax.jit(functools.partial(gradient, s=s))(state.params, batch(16))
+    step = jax.jit(functools.partial(training.train_step, settings=s, tx=optimizer(s)))
+    for _ in range(3):
+        state, metrics = step(state, batch(16))
+    return state, metrics, slopes
+
+
+def assert_close(found, wanted, share):
+    """To ``share`` of an array's largest value."""
+    for a, b in zip(jax.tree.leaves(jax.device_get(found)), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=share, atol=share * max(float(jnp.abs(b).max()), 1e-6))
+
+
+def collectives(step):
+    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+    return re.findall(rf"^.* ((?:{kinds})(?:-start)?)\((.*)$", step.as_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("layout, fsdp, dispatch", CASES)
+def test_a_layout_changes_no_number(layout, fsdp, dispatch):
+    """float32: gradients to 1e-4, loss to 1e-5, parameters to 1e-4 after three steps."""
+    state, metrics, slopes, *_ = trained(layout, fsdp, dispatch)
+    wanted, wanted_metrics, wanted_slopes = alone()
+    assert_close(slopes, wanted_slopes, 1e-4)
+    assert float(metrics["loss"]) == pytest.approx(float(wanted_metrics["loss"]), rel=1e-5)
+    assert_close(metrics, wanted_metrics, 1e-4)
+    assert_close(state.params, wanted.params, 1e-4)
+
+
+@pytest.mark.parametrize("layout, fsdp, dispatch", CASES)
+def test_collectives_are_those_of_the_theory(layout, fsdp, dispatch, capfd):
+    """Two stacks with a sparse layer each: 2 all-to-alls forward and 2 backward in each of them.
+
+    What is gathered otherwise: the best logit of each part of the vocabulary, the counts of the ragged
+    back end, and with fsdp parameters, but never those of the experts along their own axis.
+    """
+    *_, step, _ = trained(layout, fsdp, dispatch)
+    found = collections.Counter(kind for kind, _ in collectives(step))
+    expert = "expert" in layout
+    assert found["all-to-all"] == (8 if expert else 0)
+    assert found["collective-permute"] == 0
+    gathers = [line for line in step.as_text().splitlines() if " all-gather" in line]
+    sizes = [math.prod(map(int, re.findall(r"\d+", re.search(r"\[([\d,]*)\]", g)[1]))) for g in gathers]
+    tokens_D = 16 * 6 * 16  # the smaller of the stacks' activations
+    if not fsdp:
+        assert all(size < tokens_D for size in sizes), gathers
+        assert len(gathers) == 2 * ("model" in layout) + 2 * (dispatch == "ragged")
+    else:
+        assert max(sizes) <= 512 * 16, gathers  # the embedding
+        kernels = [g for g in gathers if re.search(r"\[(1,)?8,(16,32|32,16)\]", g)]
+        assert bool(kernels) != expert, kernels
+    assert "rematerialization" not in capfd.readouterr().err
+
+
+def bytes_of(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_bytes_of_a_device_are_what_the_layout_predicts():
+    """Shares of experts, of widths and of all the rest, in eighths and by hand."""
+    boxes = training.abstract_variables(case())["params"]
+    names = training.axis_names(case())
+    sizes = jax.tree.map(lambda box: 4 * box.value.size, boxes, is_leaf=lambda x: hasattr(x, "names"))
+    flat = list(
+        zip(
+            jax.tree.leaves(names, is_leaf=lambda n: isinstance(n, tuple)),
+            jax.tree.leaves(sizes),
+            strict=True,
+        )
+    )
+    wide = {"vocab", "heads", "mlp"}
+
+    def predicted(expert, width, embed=lambda names: 1):
+        return sum(
+            size
+            // (
+                (expert if "expert" in n else 1)
+                * (width if wide & set(n) else 1)
+                * (embed(n) if "embed" in n else 1)
+            )
+            for n, size in flat
+        )
+
+    assert bytes_of(trained("data", False, "auto")[0].params) == predicted(1, 1)
+    assert bytes_of(trained("model", False, "auto")[0].params) == predicted(1, 8)
+    assert bytes_of(trained("data_model", False, "auto")[0].params) == predicted(1, 2)
+    assert bytes_of(trained("data_expert", False, "auto")[0].params) == predicted(8, 1)
+    assert bytes_of(trained("data_expert_model", False, "auto")[0].params) == predicted(4, 2)
+    assert bytes_of(trained("data", True, "auto")[0].params) == predicted(1, 1, lambda n: 8)
+    both = predicted(4, 2, lambda n: 1 if "expert" in n else 4)
+    assert bytes_of(trained("data_expert_model", True, "auto")[0].params) == both
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_state_lies_where_its_parameter_lies(name):
+    """Moments like the parameter, factors without the axis that they sum over; never across experts."""
+    model = dict(d_model=128, d_ff=256, num_heads=4, d_kv=64)
+    moe, mesh = dict(num_experts=4), dict(layout="data_expert_model", fsdp=True, data=1, expert=2, model=4)
+    s = settings(model, moe, mesh=mesh, optimizer=dict(name=name))
+    state = jax.eval_shape(functools.partial(training.init_state, s, optimizer(s)))
+    mesh = sharding.make_mesh(s.mesh)
+    where = sharding.state_shardings(state, training.abstract_variables(s)["params"], s, mesh)
+    specs = {
+        jax.tree_util.keystr(path): (leaf.shape, at.shard_shape(leaf.shape))
+        for (path, leaf), at in zip(
+            jax.tree_util.tree_leaves_with_path(state.opt_state),
+            jax.tree.leaves(where.opt_state),
+            strict=True,
+        )
+    }
+    of_experts = {key: shapes for key, shapes in specs.items() if "'experts'" in key and "'wi'" in key}
+    assert all(local[1] == full[1] // 2 for full, local in of_experts.values())
+    found = {local for full, local in of_experts.values() if math.prod(full) > 100}
+    assert found == ({(1, 2, 128, 64)} if name == "adamw" else {(1, 2, 128), (1, 2, 64)})
+    query = {local for key, (full, local) in specs.items() if "'query'" in key and math.prod(full) > 100}
+    assert query == ({(1, 64, 1, 64)} if name == "adamw" else {(1, 64)})
+
+
+def test_axis_sizes_fill_within_a_slice_and_across_slices():
+    def sizes(devices, slices=1, **mesh):
+        return sharding.axis_sizes(case(**mesh).mesh, devices, slices)
+
+    assert sizes(8) == ((8, 1, 1), (1, 1, 1))
+    assert sizes(32, layout="data_model") == ((16, 1, 2), (1, 1, 1))
+    assert sizes(32, layout="data_expert_model", expert=4, data=-1) == ((4, 4, 2), (1, 1, 1))
+    assert sizes(32, 4, layout="data_expert") == ((1, 8, 1), (4, 1, 1))
+    assert sizes(32, 4, layout="data_expert", dcn_expert=2) == ((1, 8, 1), (2, 2, 1))
