@@ -106,19 +106,17 @@ def test_accumulation_changes_nothing(parts):
 
 @pytest.mark.slow
 def test_compile_time_does_not_grow_with_depth():
-    """12 layers within 1.3 times 4 layers, in processor seconds, the better of two compilations each."""
+    """12 layers within 1.3 times 4 layers, in processor seconds."""
 
-    def compile_seconds(layers, rate):
-        s = settings(
-            dict(num_layers=layers, dropout_rate=rate)
-        )  # of its own: else from the compilation cache
+    def compile_seconds(layers):
+        s = settings(dict(num_layers=layers, dropout_rate=0.11))  # no other test's: not in their cache
         state = jax.eval_shape(lambda: training.init_state(s, optimizer(s)))
         step = jax.jit(functools.partial(training.train_step, settings=s, tx=optimizer(s)))
         started = time.process_time()
         step.lower(state, batch()).compile()
         return time.process_time() - started
 
-    deep, shallow = (min(compile_seconds(layers, rate) for rate in (0.11, 0.12)) for layers in (12, 4))
+    deep, shallow = (compile_seconds(layers) for layers in (12, 4))
     assert deep < 1.3 * shallow
 
 
