@@ -1,0 +1,193 @@
+"""Bytes of a device in a training step, from shapes alone: nothing is allocated and no device is needed.
+
+What lies where follows from the layout's rules (`sharding.state_shardings` on an abstract mesh). What the
+backward pass keeps is read off JAX itself: the residuals of the loss, traced at one device's share of the
+batch, the heads and the widths. An expert's device holds as many slots of the buffers as its own groups
+fill, so the share of the buffers is that of the tokens.
+
+Three figures are not derived but were fitted to XLA's memory analysis on a CPU: `LOGITS`, `LAYER` and
+`UPDATES`. `tests/test_planning.py` holds the whole to 15 % of it.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from switchmoe import optimizers, sharding, training
+from switchmoe.settings import MeshSettings, Settings
+from switchmoe.transformer import Transformer, blocks_per_scan
+
+LOGITS = 4  # float32 arrays of the size of the logits that live at once around the output's gradient
+LAYER = 6  # float32 arrays of the size of a layer's largest activation within its backward pass
+UPDATES = {"adafactor": 1.5, "adamw": 0.75}  # arrays of the size of the parameters within the update
+
+
+class Saved(NamedTuple):
+    """Bytes that a device keeps from the forward for the backward pass, kernels left out."""
+
+    total: int  # of all layers, or with remat of all layers' inputs
+    encoder: int  # the encoder's part of it
+    layer: int  # of the larger of the stacks' super-blocks, as if without remat
+    largest: int  # of the largest array of one layer, in float32
+
+
+class Memory(NamedTuple):
+    """Bytes of one device; ``peak`` is that of the step, of which ``phase`` is where it occurs."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    kernels: int  # of the activations' type, kept for the backward pass
+    activations: int
+    batch: int
+    peak: int
+    phase: str
+
+    @property
+    def working(self) -> int:
+        """What the peak has beyond the arrays that are listed and alive in its phase."""
+        listed = self.parameters + self.optimizer + self.gradients + self.activations + self.kernels
+        return self.peak - listed - self.batch
+
+
+def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:
+    """Devices along data, expert and model, none of which need exist."""
+    return AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+@functools.cache
+def abstract_state(settings: Settings) -> tuple[training.TrainState, dict]:
+    """The first train state as shapes, and the boxed parameters; the same for all layouts."""
+    names = training.axis_names(settings)
+    tx = optimizers.create(settings.optimizer, settings.train.num_steps, names, settings.moe.bias_rate)
+    state = jax.eval_shape(functools.partial(training.init_state, settings, tx))
+    return state, training.abstract_variables(settings)["params"]
+
+
+def without_mesh(settings: Settings) -> Settings:
+    return dataclasses.replace(settings, mesh=MeshSettings())
+
+
+def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
+def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) -> Memory:
+    """Bytes of one device of the mesh ``{axis: devices}``; see the module's docstring."""
+    state, boxes = abstract_state(without_mesh(settings))
+    where = sharding.state_shardings(state, boxes, settings, abstract_mesh(tuple(mesh.values())))
+
+    def local(part: str) -> int:
+        leaves = zip(
+            jax.tree.leaves(getattr(state, part)), jax.tree.leaves(getattr(where, part)), strict=True
+        )
+        return sum(nbytes(at.shard_shape(leaf.shape), leaf.dtype) for leaf, at in leaves)
+
+    parameters, optimizer = local("params"), local("opt_state")
+    shards, accumulate = mesh["data"] * mesh["expert"], settings.train.accumulate
+    batch = settings.data.batch_size // accumulate // shards
+    saved = saved_activations(without_mesh(settings), batch, tuple(lengths.values()), mesh["model"])
+    kernels = {stack: _kernels(settings, boxes, mesh, stack, whole=True) for stack in lengths}
+    repeats = settings.model.num_layers // blocks_per_scan(settings)
+    # With fsdp the kernels of a super-block and their gradients are whole for as long as it runs.
+    parts = {stack: _kernels(settings, boxes, mesh, stack, whole=False) for stack in lengths}
+    gathered = 2 * max(kernels[stack] - parts[stack] for stack in lengths) // repeats
+    if settings.model.remat:
+        kernels = {stack: size // repeats for stack, size in kernels.items()}
+    copies = sum(kernels.values())
+    vocabulary = settings.embedding_rows // (mesh["model"] if "model" in settings.mesh.layout else 1)
+    logits = 4 * batch * lengths["decoder"] * vocabulary
+    gradients = parameters
+    if accumulate > 1:
+        gradients *= 2
+    layer = saved.layer if settings.model.remat else LAYER * saved.largest
+    phases = {
+        "output": saved.total + copies + LOGITS * logits + (gradients // 2 if accumulate > 1 else 0),
+        "backward": saved.total + copies + gradients + gathered + layer,
+        "update": saved.encoder
+        + kernels["encoder"]
+        + gradients
+        + int(UPDATES[settings.optimizer.name] * parameters),
+    }
+    phase = max(phases, key=phases.__getitem__)
+    tokens = 4 * (settings.data.batch_size // shards) * sum(lengths.values())
+    peak = parameters + optimizer + tokens + phases[phase]
+    return Memory(parameters, optimizer, gradients, copies, saved.total, tokens, peak, phase)
+
+
+def _kernels(settings: Settings, boxes: dict, mesh: dict[str, int], stack: str, whole: bool) -> int:
+    """Bytes of a stack's parameters in the activations' type; ``whole`` along ``embed``, as they are used."""
+    rules = sharding.LAYOUTS[settings.mesh.layout].rules if whole else sharding.table(settings)
+    total = 0
+    for box in jax.tree.leaves(boxes[stack]["blocks"], is_leaf=lambda x: isinstance(x, nn.Partitioned)):
+        at = nn.logical_to_mesh_sharding(
+            PartitionSpec(*box.names), abstract_mesh(tuple(mesh.values())), rules
+        )
+        total += nbytes(at.shard_shape(box.value.shape), settings.model.dtype)
+    return total
+
+
+@functools.cache
+def saved_activations(settings: Settings, batch: int, lengths: tuple[int, int], model: int) -> Saved:
+    """What one device keeps that has ``batch`` sequences and one part in ``model`` of heads and widths."""
+    width = dataclasses.replace(
+        settings.model, num_heads=settings.model.num_heads // model, d_ff=settings.model.d_ff // model
+    )
+    settings = dataclasses.replace(settings, model=width)
+    plain = dataclasses.replace(settings, model=dataclasses.replace(width, remat=False))
+    kept = _residuals(settings, batch, lengths, "loss")
+    encoder = _residuals(settings, batch, lengths, "encoder")
+    if width.remat:
+        whole, first = (_residuals(plain, batch, lengths, part) for part in ("loss", "encoder"))
+    else:
+        whole, first = kept, encoder
+    repeats = width.num_layers // blocks_per_scan(settings)
+    layers, first_layers = (
+        [x for x in part if x.ndim > 2 and x.shape[0] == repeats] for part in (whole, first)
+    )
+    of_encoder = _bytes(first_layers) // repeats
+    return Saved(
+        total=_bytes(kept),
+        encoder=_bytes(encoder),
+        layer=max(of_encoder, _bytes(layers) // repeats - of_encoder),
+        largest=max(4 * x.size // repeats for x in layers),
+    )
+
+
+def _bytes(arrays: list[jax.ShapeDtypeStruct]) -> int:
+    return sum(nbytes(x.shape, x.dtype) for x in arrays)
+
+
+def _residuals(settings: Settings, batch: int, lengths: tuple[int, int], part: str) -> list:
+    """Shapes of what JAX saves of the loss, or of the encoder alone, without parameters and their copies."""
+    params = nn.unbox(abstract_state(settings)[1])
+    tokens = [jax.ShapeDtypeStruct((batch, length), jnp.int32) for length in lengths]
+    kernels = {leaf.shape for leaf in jax.tree.leaves(params)}
+
+    def saved(params: dict, inputs_BL: jax.Array, targets_BL: jax.Array) -> list[jax.Array]:
+        data = {"inputs": inputs_BL, "targets": targets_BL}
+        key, counts = jax.random.key(0), training.token_counts(data)
+
+        def loss(params: dict) -> jax.Array:
+            return training.summarize(training.token_sums(params, data, settings, key), counts, settings)[
+                "loss"
+            ]
+
+        def encode(params: dict) -> jax.Array:
+            rngs = {name: key for name in ("dropout", "router")}
+            model = Transformer(settings, train=True)
+            return model.apply({"params": params}, inputs_BL, rngs=rngs, method="encode")
+
+        _, backward = jax.vjp(loss if part == "loss" else encode, params)
+        given = {id(leaf) for leaf in jax.tree.leaves((params, data))}
+        # An array that several operations keep is there once.
+        return list({id(leaf): leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given}.values())
+
+    kept = jax.eval_shape(saved, params, *tokens)
+    return [x for x in kept if x.shape not in kernels and not jnp.issubdtype(x.dtype, jax.dtypes.extended)]

@@ -1,0 +1,173 @@
+"""The plan of a training step on devices that are not here: memory, collectives, FLOPs, time.
+
+Everything is arithmetic on shapes (`memory`, `communication`, `flops`) and on a table of devices. What is
+assumed beyond that is in `ASSUMPTIONS`.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from switchmoe import communication, flops, memory, sharding
+from switchmoe.settings import Settings
+
+GB, GIB = 1e9, 2**30
+ASSUMPTIONS = (
+    "FLOPs: matrix products only; the backward pass costs twice the forward, remat the forward once more",
+    "hardware FLOPs: experts compute all slots of their buffers, so the capacity factor counts",
+    "memory traffic: parameters, optimizer state and gradients four times, saved activations twice",
+    "time: max(hardware FLOPs at peak, memory traffic) + ICI + DCN at full bandwidth, nothing overlapped",
+    "memory: what JAX saves for the backward pass, kernels' copies, and XLA's working space as on a CPU",
+    "gradients and gathered parameters travel in the activations' type",
+)
+
+
+class Device(NamedTuple):
+    """What one JAX device has; bandwidths in bytes/s, of links those that it sends in all."""
+
+    flops: float  # bfloat16 peak
+    hbm: float  # bytes
+    bandwidth: float
+    ici: float
+    dcn: float
+    source: str
+
+
+_TPU = "cloud.google.com/tpu/docs"
+_V3 = f"{_TPU}/v3, half a chip: a device is a core; ICI: 340 TB/s a pod; DCN assumed 100 Gbit/s a host"
+DEVICES = {
+    "tpu_v3": Device(61.5e12, 16 * GIB, 450 * GB, 166 * GB, 1.6 * GB, _V3),
+    "tpu_v4": Device(
+        275e12,
+        32 * GIB,
+        1200 * GB,
+        268 * GB,
+        6.25 * GB,
+        f"{_TPU}/v4; ICI: 1.1 PB/s a pod; DCN assumed as v5p's",
+    ),
+    "v5e": Device(197e12, 16 * GB, 819 * GB, 200 * GB, 3.125 * GB, f"{_TPU}/v5e; DCN: 6.4 Tbit/s a pod"),
+    "v5p": Device(459e12, 95 * GIB, 2765 * GB, 600 * GB, 6.25 * GB, f"{_TPU}/v5p"),
+    "a100": Device(
+        312e12, 80 * GB, 2039 * GB, 300 * GB, 25 * GB, "A100 80GB SXM data sheet; DGX A100: 200 Gbit/s a GPU"
+    ),
+    "h100": Device(
+        989e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, "H100 SXM data sheet; DGX H100: 400 Gbit/s a GPU"
+    ),
+}
+
+
+class Plan(NamedTuple):
+    """Of one step; bytes and seconds are of one device, FLOPs of all."""
+
+    settings: Settings
+    device: Device
+    inner: dict[str, int]
+    outer: dict[str, int]
+    memory: memory.Memory
+    transfers: list[communication.Transfer]
+    model_flops: float
+    hardware_flops: float
+
+    @property
+    def devices(self) -> int:
+        size = 1
+        for axis in self.inner:
+            size *= self.inner[axis] * self.outer[axis]
+        return size
+
+    @property
+    def bound(self) -> float:
+        """Seconds of the model's FLOPs at peak: no step is faster."""
+        return self.model_flops / self.devices / self.device.flops
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of each resource."""
+        m = self.memory
+        traffic = 4 * (m.parameters + m.optimizer + m.gradients) + 2 * m.activations
+        return {
+            "compute": self.hardware_flops / self.devices / self.device.flops,
+            "memory": traffic / self.device.bandwidth,
+            "ICI": sum(t.ici for t in self.transfers) / self.device.ici,
+            "DCN": sum(t.dcn for t in self.transfers) / self.device.dcn,
+        }
+
+    @property
+    def seconds(self) -> float:
+        parts = self.parts
+        return max(parts["compute"], parts["memory"]) + parts["ICI"] + parts["DCN"]
+
+
+def make(settings: Settings, lengths: dict[str, int], devices: int, slices: int, device: Device) -> Plan:
+    """The plan of ``settings.mesh`` on so many devices in so many slices.
+
+    Raises:
+      ValueError: devices, batch, groups, experts or widths that do not divide; one line.
+    """
+    if devices % slices:
+        raise ValueError(f"--slices={slices}: accepted is a divisor of --devices={devices}")
+    inner, outer = (
+        dict(zip(sharding.AXES, sizes, strict=True))
+        for sizes in sharding.axis_sizes(settings.mesh, devices, slices)
+    )
+    mesh = {axis: inner[axis] * outer[axis] for axis in inner}
+    sharding.check(settings, lengths, mesh)
+    boxes = memory.abstract_state(memory.without_mesh(settings))[1]
+    return Plan(
+        settings,
+        device,
+        inner,
+        outer,
+        memory.estimate(settings, lengths, mesh),
+        communication.transfers(settings, boxes, lengths, inner, outer),
+        flops.train_flops(settings, lengths["decoder"]),
+        hardware_flops(settings, lengths, mesh),
+    )
+
+
+def hardware_flops(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) -> float:
+    """FLOPs of one step as they are computed: all slots of the buffers, and with remat the forward twice."""
+    parts = flops.forward_flops(settings, lengths["decoder"])
+    batch = settings.data.batch_size // settings.train.accumulate
+    passes = 4 if settings.model.remat else 3
+    total = passes * settings.data.batch_size * sum(parts.values())
+    if not settings.sparse:
+        return total
+    model, moe = settings.model, settings.moe
+    row = 2.0 * (3 if model.activation == "geglu" else 2) * model.d_model * model.d_ff / moe.granularity
+    local = batch // (mesh["data"] * mesh["expert"])
+    shards, layers = mesh["data"] * mesh["expert"], model.num_layers // moe.every
+    for stack, length in lengths.items():
+        rows = shards * communication.buffer_rows(settings, stack, length, local, mesh)
+        empty = rows * settings.train.accumulate - settings.data.batch_size * length * moe.total_choices
+        if moe.dropless:
+            continue
+        total += passes * layers * empty * row
+    return total
+
+
+def with_layout(settings: Settings, layout: str, fsdp: bool) -> Settings:
+    """The layout's own sizes within a slice; those across slices as they are set."""
+    mesh = dataclasses.replace(settings.mesh, layout=layout, fsdp=fsdp)
+    return dataclasses.replace(settings, mesh=mesh)
+
+
+def smallest(
+    settings: Settings, lengths: dict[str, int], device: Device, hbm: float, largest: int = 8192
+) -> tuple[Plan | None, str]:
+    """The plan on the fewest devices, a power of two in one slice, that fits ``hbm`` bytes.
+
+    Returns:
+      (plan, ""), or (None, why the last size that was tried does not do).
+    """
+    devices, why = 1, ""
+    while devices <= largest:
+        try:
+            plan = make(settings, lengths, devices, 1, device)
+        except ValueError as error:
+            why = f"{devices} devices: {error}"
+        else:
+            if plan.memory.peak <= hbm:
+                return plan, ""
+            why = f"{devices} devices: {plan.memory.peak / GIB:.1f} GiB"
+        devices *= 2
+    return None, why
