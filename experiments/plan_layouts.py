@@ -14,7 +14,7 @@ from switchmoe.settings import MeshSettings
 INK, FAINT, WHOLE = "#26323f", "#75828f", "#5b7fa6"
 ROWS = {  # what is drawn: logical axes down and across
     "tokens of the batch": ("batch", None),
-    "a dense feed-forward:\nits width": (None, "mlp"),
+    "dense feed-forward:\nits width (across)": (None, "mlp"),
     "experts (down)\nand their width (across)": ("expert", "mlp"),
 }
 
@@ -43,8 +43,8 @@ def picture(down: int, across: int) -> Figure:
             across / 2, -0.28, " × ".join(used), ha="center", color=FAINT, fontsize=10.5
         )  # below the title
     figure.supxlabel(
-        f"{down * across} devices. Each square is one device and stands for the whole array; coloured is the part it holds, "
-        "equal parts in equal colours.",
+        f"{down * across} devices. Each square is a device and stands for the whole array; strongly coloured is the part that "
+        "it holds, equal parts in equal colours; a full square holds all.",
         color=FAINT,
         fontsize=11,
     )

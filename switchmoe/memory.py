@@ -78,18 +78,22 @@ def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
     return math.prod(shape) * jnp.dtype(dtype).itemsize
 
 
-def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) -> Memory:
-    """Bytes of one device of the mesh ``{axis: devices}``; see the module's docstring."""
+def state_bytes(settings: Settings, mesh: dict[str, int]) -> tuple[int, int]:
+    """Bytes of a device's parameters and of its optimizer state, which are exact."""
     state, boxes = abstract_state(without_mesh(settings))
     where = sharding.state_shardings(state, boxes, settings, abstract_mesh(tuple(mesh.values())))
 
     def local(part: str) -> int:
-        leaves = zip(
-            jax.tree.leaves(getattr(state, part)), jax.tree.leaves(getattr(where, part)), strict=True
-        )
-        return sum(nbytes(at.shard_shape(leaf.shape), leaf.dtype) for leaf, at in leaves)
+        leaves = jax.tree.leaves(getattr(state, part)), jax.tree.leaves(getattr(where, part))
+        return sum(nbytes(at.shard_shape(leaf.shape), leaf.dtype) for leaf, at in zip(*leaves, strict=True))
 
-    parameters, optimizer = local("params"), local("opt_state")
+    return local("params"), local("opt_state")
+
+
+def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) -> Memory:
+    """Bytes of one device of the mesh ``{axis: devices}``; see the module's docstring."""
+    parameters, optimizer = state_bytes(settings, mesh)
+    boxes = abstract_state(without_mesh(settings))[1]
     shards, accumulate = mesh["data"] * mesh["expert"], settings.train.accumulate
     batch = settings.data.batch_size // accumulate // shards
     saved = saved_activations(without_mesh(settings), batch, tuple(lengths.values()), mesh["model"])

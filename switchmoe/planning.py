@@ -5,6 +5,7 @@ assumed beyond that is in `ASSUMPTIONS`.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from switchmoe import communication, flops, memory, sharding
@@ -69,10 +70,7 @@ class Plan(NamedTuple):
 
     @property
     def devices(self) -> int:
-        size = 1
-        for axis in self.inner:
-            size *= self.inner[axis] * self.outer[axis]
-        return size
+        return math.prod(_product(self.inner, self.outer).values())
 
     @property
     def bound(self) -> float:
@@ -103,14 +101,8 @@ def make(settings: Settings, lengths: dict[str, int], devices: int, slices: int,
     Raises:
       ValueError: devices, batch, groups, experts or widths that do not divide; one line.
     """
-    if devices % slices:
-        raise ValueError(f"--slices={slices}: accepted is a divisor of --devices={devices}")
-    inner, outer = (
-        dict(zip(sharding.AXES, sizes, strict=True))
-        for sizes in sharding.axis_sizes(settings.mesh, devices, slices)
-    )
-    mesh = {axis: inner[axis] * outer[axis] for axis in inner}
-    sharding.check(settings, lengths, mesh)
+    inner, outer = _sizes(settings, lengths, devices, slices)
+    mesh = _product(inner, outer)
     boxes = memory.abstract_state(memory.without_mesh(settings))[1]
     return Plan(
         settings,
@@ -122,6 +114,24 @@ def make(settings: Settings, lengths: dict[str, int], devices: int, slices: int,
         flops.train_flops(settings, lengths["decoder"]),
         hardware_flops(settings, lengths, mesh),
     )
+
+
+def _sizes(
+    settings: Settings, lengths: dict[str, int], devices: int, slices: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Devices along each axis within a slice, and slices along it, once `sharding.check` accepts them."""
+    if devices % slices:
+        raise ValueError(f"--slices={slices}: accepted is a divisor of --devices={devices}")
+    inner, outer = (
+        dict(zip(sharding.AXES, sizes, strict=True))
+        for sizes in sharding.axis_sizes(settings.mesh, devices, slices)
+    )
+    sharding.check(settings, lengths, _product(inner, outer))
+    return inner, outer
+
+
+def _product(inner: dict[str, int], outer: dict[str, int]) -> dict[str, int]:
+    return {axis: inner[axis] * outer[axis] for axis in inner}
 
 
 def hardware_flops(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) -> float:
@@ -156,18 +166,32 @@ def smallest(
 ) -> tuple[Plan | None, str]:
     """The plan on the fewest devices, a power of two in one slice, that fits ``hbm`` bytes.
 
+    Where the layout has a model axis beside another one and `mesh.model` is 0, all its sizes are tried.
+
     Returns:
-      (plan, ""), or (None, why the last size that was tried does not do).
+      (plan, ""), or (None, what the most devices that can hold it would need, and why not more).
     """
-    devices, why = 1, ""
-    while devices <= largest:
-        try:
-            plan = make(settings, lengths, devices, 1, device)
-        except ValueError as error:
-            why = f"{devices} devices: {error}"
-        else:
-            if plan.memory.peak <= hbm:
-                return plan, ""
-            why = f"{devices} devices: {plan.memory.peak / GIB:.1f} GiB"
-        devices *= 2
-    return None, why
+    layout = sharding.LAYOUTS[settings.mesh.layout]
+    models = [settings.mesh.model]
+    if layout.sizes["model"] > 1 and not settings.mesh.model:
+        models = [2**n for n in range(1, 8)]
+    missed, refused = None, ""
+    for devices in (2**n for n in range(largest.bit_length())):
+        for model in models:
+            mesh = dataclasses.replace(settings.mesh, model=model)
+            chosen = dataclasses.replace(settings, mesh=mesh)
+            try:
+                sizes = _sizes(chosen, lengths, devices, 1)
+            except ValueError as error:
+                refused = refused or f"{devices} devices: {error}"
+                continue
+            parameters, optimizer = memory.state_bytes(chosen, _product(*sizes))
+            missed, refused = (chosen, devices), ""
+            if 2 * parameters + optimizer <= hbm:  # else the gradients alone are too much
+                plan = make(chosen, lengths, devices, 1, device)
+                if plan.memory.peak <= hbm:
+                    return plan, ""
+    if missed:
+        peak = make(missed[0], lengths, missed[1], 1, device).memory.peak
+        refused = f"{missed[1]} devices: {peak / GIB:.0f} GiB; {refused}"
+    return None, refused

@@ -1,0 +1,212 @@
+"""Plans against what XLA says of the compiled step: memory to 15 %, FLOPs to 5 %, collectives exactly."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+
+from configs import switch_base, switch_c
+from experiments import plan as command
+from experiments import plan_layouts
+from switchmoe import aot, communication, memory, planning, sharding, training
+from switchmoe.settings import Settings, from_config
+
+LENGTHS = {"encoder": 128, "decoder": 32}
+PAPER = {"encoder": 512, "decoder": 114}
+BASE = "--config=configs/switch_base.py"
+
+
+def small(model=None, moe=None, data=None, **groups) -> Settings:
+    model = dict(d_model=64, d_ff=256, d_kv=16, num_heads=4, num_layers=4, dtype="float32") | (model or {})
+    moe = dict(num_experts=8, group_size=256) | (moe or {})
+    data = dict(batch_size=16, input_length=128, vocab_size=924) | (data or {})
+    return from_config(dict(model=model, moe=moe, data=data, **groups))
+
+
+WIDE = dict(d_model=256, d_ff=1024), dict(num_experts=32, group_size=128), dict(batch_size=32)
+CASES = {
+    "activations": (small(), 1),
+    "remat": (small(dict(remat=True)), 1),
+    "logits, microbatches": (small(data=dict(vocab_size=8000), train=dict(accumulate=2)), 1),
+    "experts apart": (small(*WIDE, mesh=dict(layout="data_expert")), 8),
+    "fsdp": (small(*WIDE, mesh=dict(layout="data", fsdp=True)), 8),
+}
+SOME = ("activations", "experts apart")
+
+
+@functools.cache
+def compiled(name):
+    settings, devices = CASES[name]
+    sizes, _ = sharding.axis_sizes(settings.mesh, devices)
+    mesh = jax.make_mesh(
+        sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:devices]
+    )
+    return aot.compile_step(settings, LENGTHS, mesh)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_memory_is_xlas_within_15_percent(name):
+    """Parameters, state and temporaries of a float32 step; a CPU computes bfloat16 in float32."""
+    settings, devices = CASES[name]
+    estimated = planning.make(settings, LENGTHS, devices, 1, planning.DEVICES["v5p"]).memory
+    assert estimated.peak == pytest.approx(aot.peak_bytes(compiled(name)), rel=0.15)
+    arguments = compiled(name).memory_analysis().argument_size_in_bytes
+    assert estimated.parameters + estimated.optimizer + estimated.batch == pytest.approx(arguments, rel=1e-3)
+
+
+def test_all_to_alls_are_those_compiled():
+    """Two stacks with one sparse layer in the scan's body: its calls are written once for two repeats."""
+    settings, devices = CASES["experts apart"]
+    plan = planning.make(settings, LENGTHS, devices, 1, planning.DEVICES["v5p"])
+    moved = next(t for t in plan.transfers if t.kind == "all-to-all")
+    found = aot.collectives(compiled("experts apart").as_text())
+    repeats = settings.model.num_layers // settings.moe.every
+    assert moved.count == repeats * found["all-to-all"]["count"] == 16
+    assert moved.ici == repeats * found["all-to-all"]["bytes"] * 7 / 8 and moved.dcn == 0
+
+
+@pytest.mark.parametrize("experts", [1, 16])
+def test_forward_flops_are_xlas_within_5_percent(experts):
+    """Of Switch-Base's widths, the scan over layers unrolled: XLA counts its body once."""
+    config = switch_base.get_config()
+    config.model.update(num_layers=2, scan_unroll=2)
+    config.moe.update(num_experts=experts, every=1)
+    config.data.batch_size = 8
+    settings = from_config(config)
+    params = nn.unbox(training.abstract_variables(settings)["params"])
+    batch = {
+        name: jax.ShapeDtypeStruct((8, PAPER[stack]), jnp.int32)
+        for name, stack in (("inputs", "encoder"), ("targets", "decoder"))
+    }
+    forward = jax.jit(lambda params, batch: training.token_sums(params, batch, settings, jax.random.key(0)))
+    counted = forward.lower(params, batch).compile().cost_analysis()["flops"]
+    one = dict.fromkeys(sharding.AXES, 1)
+    assert planning.hardware_flops(settings, PAPER, one) / 3 == pytest.approx(counted, rel=0.05)
+
+
+def test_hardware_flops_count_empty_slots_and_recomputation():
+    settings = small(dict(activation="relu"), dict(capacity_factor=2.0, group_size=128))
+    one = dict.fromkeys(sharding.AXES, 1)
+    row = 4 * 64 * 256  # two products of 64 x 256
+    empty = 2 * 16 * (128 + 32)  # factor 2 on 16 sequences: as many empty slots as tokens, two layers a stack
+    from_model = planning.flops.train_flops(settings, 32)
+    assert planning.hardware_flops(settings, LENGTHS, one) == from_model + 3 * empty * row
+    remat = small(dict(activation="relu", remat=True), dict(capacity_factor=2.0, group_size=128))
+    assert planning.hardware_flops(remat, LENGTHS, one) == pytest.approx(
+        4 / 3 * (from_model + 3 * empty * row)
+    )
+
+
+def test_bytes_by_link_class():
+    """8 devices in each of 4 slices: a gather moves its slice's part across, an all-to-all most of it."""
+    inner, outer = dict(data=1, expert=8, model=1), dict(data=4, expert=1, model=1)
+    assert communication._gather(800, ["expert"], inner, outer) == (700, 0)
+    assert communication._all_reduce(800, ["data", "expert"], inner, outer) == (1400, 150)
+    across = small(*WIDE, mesh=dict(layout="data_expert", expert=2, data=1, dcn_data=1, dcn_expert=4))
+    plan = planning.make(across, LENGTHS, 8, 4, planning.DEVICES["v5p"])
+    (moved,) = (t for t in plan.transfers if t.kind == "all-to-all")
+    assert moved.dcn / moved.ici == pytest.approx((3 / 4) / (7 / 8 - 3 / 4))
+
+
+def test_switch_c_is_planned_without_allocating_it():
+    """1571B parameters: with experts apart a device has its own and what is not of experts."""
+    config = switch_c.get_config()
+    config.data.batch_size = 16384
+    config.mesh.layout = "data_expert"
+    settings = from_config(config)
+    total, _ = training.parameter_counts(settings)
+    parameters, optimizer = memory.state_bytes(settings, dict(data=1, expert=512, model=1))
+    experts = 2 * 15 * 2048 * 2 * 2080 * 6144
+    assert parameters == 4 * (experts // 512 + total - experts)
+    assert optimizer < 0.01 * parameters  # Adafactor's factors
+
+
+@pytest.mark.slow
+def test_switch_base_over_32_devices_compiles_as_planned(capsys):
+    """The paper's 128 experts, whole: 2 all-to-alls forward and 2 backward in each of 12 sparse layers."""
+    arguments = [BASE, "--devices=32", "--layout=data_expert", "--hbm=1TiB", "--compile"]
+    assert command.main(["plan", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "all-to-all     experts' rows        48" in printed
+    assert "all-to-all              8 calls" in printed and "all-gather" not in printed
+
+
+def run(capsys, *arguments):
+    code = command.main(["plan", *arguments])
+    return code, capsys.readouterr()
+
+
+def test_a_plan_says_by_how_much_it_does_not_fit(capsys):
+    few = ["--config.data.batch_size=256", "--config.model.num_layers=2", "--layout=data_expert"]
+    code, output = run(capsys, BASE, "--hbm=1TiB", "--devices=8", *few)
+    assert code == 0 and "fits 1 TiB" in output.out and "assumed: tpu_v4: 275 TFLOP/s" in output.out
+    code, output = run(capsys, BASE, "--hbm=1MiB", "--devices=8", *few)
+    assert code == 3 and "does not fit 1 MiB" in output.out and "too much" in output.out
+
+
+def test_a_table_has_a_line_for_each_layout_or_the_reason(capsys):
+    arguments = ["--devices=8", "--config.data.batch_size=256", "--config.model.num_layers=2"]
+    code, output = run(capsys, BASE, *arguments)
+    lines = output.out.splitlines()[2:]
+    assert code == 0 and len(lines) == 2 * len(sharding.LAYOUTS)
+    for line in lines:
+        assert ("model.num_heads: 12" if line.startswith("model ") else "GiB") in line
+
+
+def test_smallest_is_the_first_that_fits(capsys):
+    arguments = ["--layout=data_expert", "--config.data.batch_size=256", "--config.model.remat=True"]
+    code, output = run(capsys, "smallest", BASE, "--hbm=16GiB", "--device=v5e", *arguments)
+    row = output.out.splitlines()[2].split()
+    assert code == 0 and row[:2] == ["data_expert", "no"]
+    config = switch_base.get_config()
+    config.data.batch_size, config.model.remat, config.mesh.layout = 256, True, "data_expert"
+    device = planning.DEVICES["v5e"]
+    peaks = [
+        planning.make(from_config(config), PAPER, int(row[2]) // n, 1, device).memory.peak for n in (1, 2)
+    ]
+    assert peaks[0] <= 16 * 2**30 < peaks[1]
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--layout=diagonal"], "--layout=diagonal: accepted is all, or one of data, model"),
+        (["--hbm=32"], "--hbm=32: accepted is a number > 0 and a unit of GiB"),
+        (["--devices=many"], "--devices=many: accepted is an integer >= 1"),
+        (["--device=abacus"], "--device=abacus: accepted is one of tpu_v3"),
+        (["--devices=8", "--slices=3", "--layout=data"], "--slices=3: accepted is a divisor"),
+        (["--devices=24", "--layout=data_expert"], "data.batch_size=2048: accepted is a multiple of 24"),
+        (["--devices=256", "--layout=data_expert"], "a multiple of the 256 devices along the expert axis"),
+        (["--compile"], "--compile: accepted with one --layout"),
+        (["--slice=2"], "Unknown command line flag 'slice'"),
+        (["fastest"], "argument fastest: accepted are smallest, layouts"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, named, capsys):
+    what = [a for a in arguments if not a.startswith("-")]
+    code, output = run(capsys, *what, BASE, *(a for a in arguments if a not in what))
+    assert code == 2 and output.out == "" and output.err.count("\n") == 1 and named in output.err
+
+
+def test_every_part_of_an_array_is_on_as_many_devices_as_the_layout_says():
+    """What the picture is drawn from: 16 devices hold 16 parts of the tokens, or 4 parts four times."""
+    rules = dict(sharding.LAYOUTS["data_expert_model"].rules)
+    sizes = dict(data=1, expert=4, model=4)
+    devices = [dict(data=0, expert=e, model=m) for e in range(4) for m in range(4)]
+    tokens = [plan_layouts._part(rules["batch"], at, sizes) for at in devices]
+    widths = [plan_layouts._part(rules["mlp"], at, sizes) for at in devices]
+    assert sorted(tokens) == sorted([(i, 4) for i in range(4)] * 4)
+    assert len(set(zip(tokens, widths, strict=True))) == 16
+
+
+def test_the_picture_is_written_where_it_is_asked_for(tmp_path, capsys):
+    code, output = run(capsys, "layouts", f"--out={tmp_path / 'pictures'}")
+    path = tmp_path / "pictures" / "layouts.png"
+    assert code == 0 and output.out.strip() == str(path) and path.read_bytes().startswith(b"\x89PNG")
+    assert math.isclose(path.stat().st_size, 60e3, rel_tol=0.9)
