@@ -10,10 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
 
+from switchmoe import distributed
+from switchmoe.data.batches import joined_states
 from switchmoe.settings import CheckpointSettings
 from switchmoe.sharding import path_keys
 
@@ -38,7 +39,7 @@ class Checkpoints:
                 self.directory,
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(),
-                    "data": grain.checkpoint.CheckpointHandler(),
+                    "data": ocp.JsonCheckpointHandler(),
                     "config": ocp.JsonCheckpointHandler(),
                 },
                 options=ocp.CheckpointManagerOptions(
@@ -60,7 +61,7 @@ class Checkpoints:
         """Starts to save, after the save before it is complete; no-op if the step is there already.
 
         Args:
-          iterator: a grain iterator, of which the position is saved.
+          iterator: a grain iterator of `batches.train_batches`, of which the position is saved.
           config: the settings, for whoever finds the checkpoint alone.
           validation: held-out cross-entropy, by which the best are kept; None if not known.
 
@@ -72,7 +73,7 @@ class Checkpoints:
             return
         items = {
             "state": ocp.args.StandardSave(state),
-            "data": grain.checkpoint.CheckpointSave(iterator),
+            "data": ocp.args.JsonSave(joined_states(distributed.gathered(iterator.get_state()))),
             "config": ocp.args.JsonSave(config),
         }
         metrics = None if validation is None else {"cross_entropy": validation}
@@ -93,7 +94,7 @@ class Checkpoints:
 
         Args:
           state: a tree of arrays or ShapeDtypeStructs.
-          iterator: a grain iterator, moved to its saved position; None: left alone.
+          iterator: one of `batches.train_batches`, moved to its saved position; None: left alone.
 
         Raises:
           CheckpointError: nothing there, unreadable, or of another shape. Nothing is overwritten.
@@ -105,9 +106,12 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         items = {"state": ocp.args.StandardRestore(abstract)}
         if iterator is not None:
-            items["data"] = grain.checkpoint.CheckpointRestore(iterator)
+            items["data"] = ocp.args.JsonRestore()
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))["state"]
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
+            if iterator is not None:
+                iterator.set_state(found["data"])
+            return found["state"]
         except Exception as error:
             others = [s for s in self.steps() if s != step]
             raise CheckpointError(
@@ -150,6 +154,7 @@ class Checkpoints:
 def _check_space(directory: Path, state: Any) -> None:
     """Before Orbax starts: a disk that fills up under its threads ends in pages of their tracebacks."""
     needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(directory).free
+    free = distributed.gathered(free)[0]  # all processes go on, or none
     if needed > free:
         raise OSError(
             f"it takes up to {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free on that disk"

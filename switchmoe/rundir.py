@@ -9,7 +9,7 @@ from switchmoe.settings import Settings, to_dict
 
 
 def check(workdir: Path, settings: Settings) -> None:
-    """Refuses a directory that another run lives in.
+    """Refuses a directory that another run lives in; the mesh may be another one.
 
     Raises:
       ValueError: names the fields that differ.
@@ -24,14 +24,14 @@ def check(workdir: Path, settings: Settings) -> None:
             )
         return
     try:
-        there = _flat(json.loads(path.read_text()))
+        there = flat(json.loads(path.read_text()))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"--workdir={workdir}: its config.json is not a run's ({error})") from error
-    here = _flat(asked)
+    here = flat(asked)
     different = [
         f"{name} ({there.get(name, 'none')} there, {here.get(name, 'none')} asked)"
         for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
+        if there.get(name) != here.get(name) and not name.startswith("mesh.")
     ]
     if different:
         raise ValueError(
@@ -43,8 +43,7 @@ def check(workdir: Path, settings: Settings) -> None:
 def claim(workdir: Path, settings: Settings) -> None:
     """Makes the directory this run's; called when settings and data are known to be good."""
     workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / "config.json").exists():
-        write_json(workdir / "config.json", to_dict(settings))
+    write_json(workdir / "config.json", to_dict(settings))
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
@@ -73,5 +72,5 @@ def update_run(workdir: Path, add: dict[str, float] | None = None, **values: Any
     write_json(workdir / "run.json", known)
 
 
-def _flat(groups: dict) -> dict[str, Any]:
+def flat(groups: dict) -> dict[str, Any]:
     return {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}
