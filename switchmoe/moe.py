@@ -30,7 +30,7 @@ def group_shape(batch: int, length: int, group_size: int) -> tuple[int, int]:
     if group_size == 0:
         return batch, length
     if group_size >= length:
-        together = max(n for n in range(1, batch + 1) if batch % n == 0 and n * length <= group_size)
+        together = max(n for n in range(1, min(batch, group_size // length) + 1) if batch % n == 0)
         return batch // together, together * length
     tokens = max(n for n in range(1, group_size + 1) if length % n == 0)
     return batch * length // tokens, tokens
