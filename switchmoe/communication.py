@@ -113,7 +113,6 @@ def _widths(settings: Settings, lengths: Sizes, batch: int, inner: Sizes, outer:
         return
     mesh = {axis: inner[axis] * outer[axis] for axis in inner}
     model, passes, accumulate = settings.model, _passes(settings), settings.train.accumulate
-    ways = ("model",)
     tokens = {stack: batch * length for stack, length in lengths.items()}
     ups = 2 if model.activation == "geglu" else 1
     layers, sparse = model.num_layers, _sparse_layers(settings)
@@ -135,7 +134,7 @@ def _widths(settings: Settings, lengths: Sizes, batch: int, inner: Sizes, outer:
         rows, calls = rows + count, calls + 1  # the embedding's rows, of which each device has a part
     rows, calls = rows + tokens["decoder"], calls + 1  # the output's input
     size = rows * model.d_model * _item(settings) * accumulate
-    ici, dcn = _all_reduce(size, ways, inner, outer)
+    ici, dcn = _all_reduce(size, ["model"], inner, outer)
     yield Transfer("all-reduce", "split widths", calls * accumulate, ici, dcn)
 
 

@@ -136,23 +136,16 @@ def _product(inner: dict[str, int], outer: dict[str, int]) -> dict[str, int]:
 
 def hardware_flops(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) -> float:
     """FLOPs of one step as they are computed: all slots of the buffers, and with remat the forward twice."""
-    parts = flops.forward_flops(settings, lengths["decoder"])
-    batch = settings.data.batch_size // settings.train.accumulate
-    passes = 4 if settings.model.remat else 3
-    total = passes * settings.data.batch_size * sum(parts.values())
-    if not settings.sparse:
-        return total
-    model, moe = settings.model, settings.moe
-    row = 2.0 * (3 if model.activation == "geglu" else 2) * model.d_model * model.d_ff / moe.granularity
-    local = batch // (mesh["data"] * mesh["expert"])
-    shards, layers = mesh["data"] * mesh["expert"], model.num_layers // moe.every
-    for stack, length in lengths.items():
-        rows = shards * communication.buffer_rows(settings, stack, length, local, mesh)
-        empty = rows * settings.train.accumulate - settings.data.batch_size * length * moe.total_choices
-        if moe.dropless:
-            continue
-        total += passes * layers * empty * row
-    return total
+    model, moe, data, accumulate = settings.model, settings.moe, settings.data, settings.train.accumulate
+    work = data.batch_size * sum(flops.forward_flops(settings, lengths["decoder"]).values())
+    if settings.sparse and not moe.dropless:
+        row = 2.0 * (3 if model.activation == "geglu" else 2) * model.d_model * model.d_ff / moe.granularity
+        shards, layers = mesh["data"] * mesh["expert"], model.num_layers // moe.every
+        for stack, length in lengths.items():
+            batch = data.batch_size // accumulate // shards
+            rows = communication.buffer_rows(settings, stack, length, batch, mesh) * shards * accumulate
+            work += layers * (rows - data.batch_size * length * moe.total_choices) * row
+    return (4 if model.remat else 3) * work
 
 
 def with_layout(settings: Settings, layout: str, fsdp: bool) -> Settings:

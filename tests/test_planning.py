@@ -34,6 +34,7 @@ CASES = {
     "logits, microbatches": (small(data=dict(vocab_size=8000), train=dict(accumulate=2)), 1),
     "experts apart": (small(*WIDE, mesh=dict(layout="data_expert")), 8),
     "fsdp": (small(*WIDE, mesh=dict(layout="data", fsdp=True)), 8),
+    "widths apart": (small(*WIDE, mesh=dict(layout="model")), 4),
 }
 SOME = ("activations", "experts apart")
 
@@ -69,6 +70,18 @@ def test_all_to_alls_are_those_compiled():
     repeats = settings.model.num_layers // settings.moe.every
     assert moved.count == repeats * found["all-to-all"]["count"] == 16
     assert moved.ici == repeats * found["all-to-all"]["bytes"] * 7 / 8 and moved.dcn == 0
+
+
+@pytest.mark.slow
+def test_sums_over_the_model_axis_are_those_compiled():
+    """To 1 %: softmax's statistics and norms are left out. In the scans' bodies each is written once."""
+    settings, devices = CASES["widths apart"]
+    plan = planning.make(settings, LENGTHS, devices, 1, planning.DEVICES["v5p"])
+    (moved,) = (t for t in plan.transfers if t.purpose == "split widths")
+    outside = 4 * 256 * 32 * (128 + 32 + 32)  # the embeddings of both stacks, the output's input
+    written = (moved.ici / (2 * 3 / 4) - outside) / 2 + outside
+    found = aot.collectives(compiled("widths apart").as_text())
+    assert written == pytest.approx(found["all-reduce"]["bytes"], rel=0.01)
 
 
 @pytest.mark.parametrize("experts", [1, 16])
