@@ -169,7 +169,7 @@ def _report(plan: Any, name: str, lengths: dict[str, int], hbm: float) -> list[s
         _line("gradients", _bytes(m.gradients)),
         _line("activations kept", _bytes(m.activations)),
         _line("kernels kept", _bytes(m.kernels), settings.model.dtype),
-        _line("peak", _bytes(m.peak), f"in the {m.phase}"),
+        _line("peak", _bytes(m.peak), f"in the {m.phase}, which itself needs {_bytes(m.working)}"),
         "",
         f"{'collectives of a step':<33} {'calls':>6} {'ICI':>10} {'DCN':>10}  sent by a device",
     ]

@@ -38,7 +38,7 @@ class Saved(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of one device; ``peak`` is that of the step, of which ``phase`` is where it occurs."""
+    """Bytes of one device."""
 
     parameters: int
     optimizer: int
@@ -46,14 +46,9 @@ class Memory(NamedTuple):
     kernels: int  # of the activations' type, kept for the backward pass
     activations: int
     batch: int
-    peak: int
-    phase: str
-
-    @property
-    def working(self) -> int:
-        """What the peak has beyond the arrays that are listed and alive in its phase."""
-        listed = self.parameters + self.optimizer + self.gradients + self.activations + self.kernels
-        return self.peak - listed - self.batch
+    peak: int  # of the step; not all of the above is alive then
+    phase: str  # where that is: output, backward pass or update
+    working: int  # what the phase itself needs
 
 
 def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:
@@ -96,7 +91,8 @@ def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) 
     boxes = abstract_state(without_mesh(settings))[1]
     shards, accumulate = mesh["data"] * mesh["expert"], settings.train.accumulate
     batch = settings.data.batch_size // accumulate // shards
-    saved = saved_activations(without_mesh(settings), batch, tuple(lengths.values()), mesh["model"])
+    widths = mesh["model"] if "mlp" in dict(sharding.table(settings)) else 1
+    saved = saved_activations(without_mesh(settings), batch, tuple(lengths.values()), widths)
     kernels = {stack: _kernels(settings, boxes, mesh, stack, whole=True) for stack in lengths}
     repeats = settings.model.num_layers // blocks_per_scan(settings)
     # With fsdp the kernels of a super-block and their gradients are whole for as long as it runs.
@@ -105,24 +101,23 @@ def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) 
     if settings.model.remat:
         kernels = {stack: size // repeats for stack, size in kernels.items()}
     copies = sum(kernels.values())
-    vocabulary = settings.embedding_rows // (mesh["model"] if "model" in settings.mesh.layout else 1)
-    logits = 4 * batch * lengths["decoder"] * vocabulary
-    gradients = parameters
-    if accumulate > 1:
-        gradients *= 2
+    logits = 4 * batch * lengths["decoder"] * settings.embedding_rows // widths
+    gradients, so_far = parameters, 0
+    if accumulate > 1:  # a microbatch's beside the sum of those before it
+        gradients, so_far = 2 * parameters, parameters
     layer = saved.layer if settings.model.remat else LAYER * saved.largest
-    phases = {
-        "output": saved.total + copies + LOGITS * logits + (gradients // 2 if accumulate > 1 else 0),
-        "backward": saved.total + copies + gradients + gathered + layer,
-        "update": saved.encoder
-        + kernels["encoder"]
-        + gradients
-        + int(UPDATES[settings.optimizer.name] * parameters),
+    kept, updates = saved.total + copies, int(UPDATES[settings.optimizer.name] * parameters)
+    phases = {  # what is alive, and what the phase itself needs
+        "output": (kept + so_far, LOGITS * logits),
+        "backward pass": (kept + gradients, gathered + layer),
+        "update": (saved.encoder + kernels["encoder"] + gradients, updates),  # the decoder's comes first
     }
-    phase = max(phases, key=phases.__getitem__)
+    phase = max(phases, key=lambda name: sum(phases[name]))
     tokens = 4 * (settings.data.batch_size // shards) * sum(lengths.values())
-    peak = parameters + optimizer + tokens + phases[phase]
-    return Memory(parameters, optimizer, gradients, copies, saved.total, tokens, peak, phase)
+    peak = parameters + optimizer + tokens + sum(phases[phase])
+    return Memory(
+        parameters, optimizer, gradients, copies, saved.total, tokens, peak, phase, phases[phase][1]
+    )
 
 
 def _kernels(settings: Settings, boxes: dict, mesh: dict[str, int], stack: str, whole: bool) -> int:
@@ -138,10 +133,10 @@ def _kernels(settings: Settings, boxes: dict, mesh: dict[str, int], stack: str, 
 
 
 @functools.cache
-def saved_activations(settings: Settings, batch: int, lengths: tuple[int, int], model: int) -> Saved:
-    """What one device keeps that has ``batch`` sequences and one part in ``model`` of heads and widths."""
+def saved_activations(settings: Settings, batch: int, lengths: tuple[int, int], widths: int) -> Saved:
+    """What one device keeps that has ``batch`` sequences and one part in ``widths`` of heads and widths."""
     width = dataclasses.replace(
-        settings.model, num_heads=settings.model.num_heads // model, d_ff=settings.model.d_ff // model
+        settings.model, num_heads=settings.model.num_heads // widths, d_ff=settings.model.d_ff // widths
     )
     settings = dataclasses.replace(settings, model=width)
     plain = dataclasses.replace(settings, model=dataclasses.replace(width, remat=False))

@@ -1,7 +1,6 @@
 """Plans against what XLA says of the compiled step: memory to 15 %, FLOPs to 5 %, collectives exactly."""
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -222,4 +221,3 @@ def test_the_picture_is_written_where_it_is_asked_for(tmp_path, capsys):
     code, output = run(capsys, "layouts", f"--out={tmp_path / 'pictures'}")
     path = tmp_path / "pictures" / "layouts.png"
     assert code == 0 and output.out.strip() == str(path) and path.read_bytes().startswith(b"\x89PNG")
-    assert math.isclose(path.stat().st_size, 60e3, rel_tol=0.9)
