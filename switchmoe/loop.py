@@ -94,7 +94,9 @@ class _Run:
             sharding.rules(self.settings),
             contextlib.closing(self.iterator),
             contextlib.closing(
-                checkpoints.Checkpoints(self.workdir / "checkpoints", self.settings.checkpoint)
+                checkpoints.Checkpoints(
+                    self.workdir / "checkpoints", self.settings.checkpoint, self.progress.note
+                )
             ) as self.saved,
         ):
             state = self._compile()
@@ -106,7 +108,9 @@ class _Run:
             with contextlib.closing(self.writer):
                 state = self._steps(state, start)
             self._finish(state.params)
-        return report.write_report(self.workdir)
+            path = report.write_report(self.workdir)
+            self.saved.wait()  # last, as it may say that the state could not be saved
+        return path
 
     def _compile(self) -> training.TrainState:
         """Compiles both steps ahead of time; returns the first state, or the last saved one."""
@@ -209,7 +213,6 @@ class _Run:
         update_run(self.workdir, add=clock.totals())
         if self.stop.number and int(state.step) < train.num_steps:
             self._leave(state)
-        self.saved.wait()
         return state
 
     def _read(self, step: int, metrics: dict, clock: "_Clock") -> None:

@@ -7,6 +7,9 @@ from typing import Any
 from switchmoe.checkpoints import write_json
 from switchmoe.settings import Settings, to_dict
 
+# How a run meets faults: what it computes where there are none does not depend on it.
+MAY_CHANGE = ("checkpoint.on_damage", "checkpoint.on_error", "train.skip_nonfinite")
+
 
 def check(workdir: Path, settings: Settings) -> None:
     """Refuses a directory that another run lives in.
@@ -31,7 +34,7 @@ def check(workdir: Path, settings: Settings) -> None:
     different = [
         f"{name} ({there.get(name, 'none')} there, {here.get(name, 'none')} asked)"
         for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
+        if name not in MAY_CHANGE and there.get(name) != here.get(name)
     ]
     if different:
         raise ValueError(

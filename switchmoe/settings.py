@@ -257,10 +257,14 @@ class CheckpointSettings:
     every: int = 1000  # steps
     keep: int = 2  # the newest so many
     keep_best: int = 1  # and the best so many by validation cross-entropy
+    on_damage: str = "stop"  # stop | previous: where the newest is damaged, go on from the good one before it
+    on_error: str = "stop"  # stop | continue: where one can't be written, warn and try again at the next
 
     def __post_init__(self) -> None:
         for field, least in (("every", 1), ("keep", 1), ("keep_best", 0)):
             _at_least("checkpoint", self, field, least)
+        _one_of("checkpoint", self, "on_damage", ("stop", "previous"))
+        _one_of("checkpoint", self, "on_error", ("stop", "continue"))
 
 
 @dataclasses.dataclass(frozen=True)
