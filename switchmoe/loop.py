@@ -28,6 +28,7 @@ from switchmoe.reporting import MetricsWriter, Progress
 from switchmoe.routing import expert_capacity
 from switchmoe.rundir import check, claim, read_run, update_run
 from switchmoe.settings import MoESettings, Settings, to_dict
+from switchmoe.skipping import Skips
 
 NUM_EXAMPLES = 5
 UNIGRAM_BATCHES = 200
@@ -105,6 +106,7 @@ class _Run:
             self.iterator.start_prefetch()  # only now, as it would have slowed the measurement
             self._describe(start)
             self.writer = MetricsWriter(self.workdir, resume_step=start)
+            self.skips = Skips(self.workdir, start)
             with contextlib.closing(self.writer):
                 state = self._steps(state, start)
             self._finish(state.params)
@@ -217,17 +219,24 @@ class _Run:
 
     def _read(self, step: int, metrics: dict, clock: "_Clock") -> None:
         """Waits for a step; stops the run if it went wrong; logs it if it is due."""
-        self._check(step, loss=float(metrics["loss"]), grad_norm=float(metrics["grad_norm"]))
-        clock.step()
         train = self.settings.train
-        if step % train.log_every and step not in (1, train.num_steps):
+        skipped = bool(metrics.get("skipped", False))
+        seen = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+        if skipped:
+            self.skips.add(step)
+        if not skipped or self.skips.in_a_row(step) > train.skip_nonfinite:
+            self._check(step, **seen)
+        else:
+            self.progress.note(f"warning: step {step}: {_values(seen)}; its update is left out")
+        clock.step()
+        if step % train.log_every and step not in (1, train.num_steps) and not skipped:
             return
         seconds, waited = clock.lap()
         record = self._record(step, "train", jax.device_get(metrics))
         work = flops.train_flops(self.settings, self.target_length)
         tokens = self.settings.data.batch_size * (self.settings.data.input_length + self.target_length)
         record |= {
-            "learning_rate": float(self.schedule(step - 1)),
+            "learning_rate": float(self.schedule(self.skips.updates_before(step))),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "input_wait_share": waited / seconds,
@@ -241,9 +250,10 @@ class _Run:
         """Stops the run where a number is not finite."""
         if not all(map(math.isfinite, seen.values())):
             size, good = self.settings.data.batch_size, self.saved.latest()
+            skipped = self.skips.in_a_row(step - 1)
             raise NonFiniteLoss(
-                f"step {step}: {', '.join(f'{name} {value}' for name, value in seen.items())}. Batch {step} of the data's order (sequences"
-                f" {(step - 1) * size} to {step * size - 1}); last good checkpoint:"
+                f"step {step}: {_values(seen)}{f', after {skipped} skipped' if skipped else ''}. Batch {step} of the"
+                f" data's order (sequences {(step - 1) * size} to {step * size - 1}); last good checkpoint:"
                 f" {'none' if good is None else self.saved.directory / str(good)}"
             )
 
@@ -376,6 +386,10 @@ def _stop_signals() -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _values(seen: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in seen.items())
 
 
 def _group(tokens: int, moe: MoESettings, factor: float) -> str:
