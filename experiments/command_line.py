@@ -46,6 +46,8 @@ def parse(argv: Sequence[str], default_config: str, doc: str) -> tuple[Settings,
         raise ValueError(f"argument {rest[0]}: accepted are --config=, --workdir= and --config.GROUP.FIELD=")
     if not isinstance(found, ConfigDict):
         raise ValueError(f"--config: get_config() returned {found!r}; accepted is a ConfigDict")
+    if "://" in values.workdir:
+        raise ValueError(f"--workdir={values.workdir}: accepted is a directory of a mounted file system")
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
     return from_config(found), values.workdir or f"runs/{name}"
 

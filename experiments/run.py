@@ -4,36 +4,58 @@ Without arguments it runs configs/quickstart.py into runs/quickstart. The same c
 directory goes on where it stopped.
 
 Exit codes: 0 done; 2 bad input; 3 a loss that is not a number; 4 a checkpoint or a file that can't be
-written or read; 75 stopped by SIGTERM and 130 by Ctrl-C, with the state saved.
+written or read; 5 another process of the job was lost; 75 stopped by SIGTERM and 130 by Ctrl-C, with the
+state saved.
 """
 
+import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from absl import logging
 
-from experiments import command_line, process
+from experiments import command_line, process, supervisor
+from experiments.supervisor import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
 
 DEFAULT_CONFIG = "configs/quickstart.py"
-EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_IO, EXIT_STOPPED, EXIT_INTERRUPTED = 2, 3, 4, 75, 130
+EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_IO = 2, 3, 4
+PEERS_LEAVE = 30  # seconds within which JAX ends a process whose peer is lost
 
 
 def main(argv: list[str]) -> int:
     try:
         settings, workdir = command_line.parse(argv, DEFAULT_CONFIG, __doc__)
+        # Imported once the settings are known to be good: an error in them shows at once.
+        from switchmoe import distributed
+
+        several = distributed.job(settings.mesh, os.environ) is not None
     except ValueError as error:
         return _fail(error, EXIT_BAD_INPUT)
+    if several and not supervisor.is_child():
+        return supervisor.run("experiments.run", argv[1:])
     # Orbax logs what it also raises, with its stack; what concerns the user is raised.
     logging.set_verbosity(logging.FATAL)
     process.keep_memory()
-    # Imported once the settings are known to be good: an error in them shows at once.
-    from switchmoe import checkpoints, loop
+    if several:
+        supervisor.leave_with_parent()
+        distributed.initialize(settings.mesh)
+    code = _train(settings, Path(workdir))
+    if several and code not in (0, EXIT_STOPPED):
+        _leave_at_once(code, wait=distributed.is_main())
+    return code
+
+
+def _train(settings, workdir: Path) -> int:
+    import jax
+
+    from switchmoe import checkpoints, distributed, loop, signals
     from switchmoe.reporting import Progress
 
     progress = Progress(settings.train.num_steps, sys.stdout)
     try:
-        path = loop.run(settings, Path(workdir), progress)
+        path = loop.run(settings, workdir, progress)
     except ValueError as error:
         progress.close()
         return _fail(error, EXIT_BAD_INPUT)
@@ -46,16 +68,33 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         progress.close()
         return _fail(error if error.filename else f"{workdir}: {error}", EXIT_IO)
-    except loop.Stopped as stopped:
+    except signals.Stopped as stopped:
         progress.close()
         message, number = stopped.args
         return _fail(message, EXIT_STOPPED if number == signal.SIGTERM else EXIT_INTERRUPTED)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        time.sleep(PEERS_LEAVE)  # until then JAX has found out who is lost, and ended this process
+        return _fail(f"the job's other processes don't answer: {str(error).splitlines()[0]}", EXIT_LOST)
     except KeyboardInterrupt:
         progress.close()
         return _fail("interrupted twice; saved is the last checkpoint", EXIT_INTERRUPTED)
     progress.close()
-    print(f"done: {path}")
+    if distributed.is_main():
+        print(f"done: {path}")
     return 0
+
+
+def _leave_at_once(code: int, wait: bool) -> None:
+    """Without JAX's farewell to the others, which may not come; they end when this one is missed.
+
+    The main process goes last, as the others end with it before they have said what ails them.
+    """
+    time.sleep(2 if wait else 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _fail(error: object, code: int) -> int:

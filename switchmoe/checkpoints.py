@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
 
-from switchmoe import integrity
+from switchmoe import distributed, integrity
+from switchmoe.data.batches import joined_states
 from switchmoe.settings import CheckpointSettings
 from switchmoe.sharding import path_keys
 
@@ -49,7 +49,7 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        if jax.process_index() == 0:
+        if distributed.is_main():
             for left in self.directory.glob("*.orbax-checkpoint-tmp*"):  # of saves that were killed or failed
                 shutil.rmtree(left, ignore_errors=True)
         policies = [ocp.checkpoint_managers.LatestN(self._settings.keep)]
@@ -63,7 +63,7 @@ class Checkpoints:
                 self.directory,
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(),
-                    "data": grain.checkpoint.CheckpointHandler(),
+                    "data": ocp.JsonCheckpointHandler(),
                     "config": ocp.JsonCheckpointHandler(),
                 },
                 options=ocp.CheckpointManagerOptions(
@@ -86,7 +86,7 @@ class Checkpoints:
         """Starts to save, after the save before it is complete; no-op if the step is there already.
 
         Args:
-          iterator: a grain iterator, of which the position is saved.
+          iterator: a grain iterator of `batches.train_batches`, of which the position is saved.
           config: the settings, for whoever finds the checkpoint alone.
           validation: held-out cross-entropy, by which the best are kept; None if not known.
 
@@ -98,7 +98,7 @@ class Checkpoints:
             return
         items = {
             "state": ocp.args.StandardSave(state),
-            "data": grain.checkpoint.CheckpointSave(iterator),
+            "data": ocp.args.JsonSave(joined_states(distributed.gathered(iterator.get_state()))),
             "config": ocp.args.JsonSave(config),
         }
         metrics = None if validation is None else {"cross_entropy": validation}
@@ -126,7 +126,7 @@ class Checkpoints:
 
         Args:
           state: a tree of arrays or ShapeDtypeStructs.
-          iterator: a grain iterator, moved to its saved position; None: left alone.
+          iterator: one of `batches.train_batches`, moved to its saved position; None: left alone.
 
         Raises:
           CheckpointError: nothing there, unreadable, or of another shape. Nothing is overwritten.
@@ -138,9 +138,12 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         items = {"state": ocp.args.StandardRestore(abstract)}
         if iterator is not None:
-            items["data"] = grain.checkpoint.CheckpointRestore(iterator)
+            items["data"] = ocp.args.JsonRestore()
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))["state"]
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
+            if iterator is not None:
+                iterator.set_state(found["data"])
+            return found["state"]
         except Exception as error:
             others = [s for s in self.steps() if s != step]
             raise CheckpointError(
@@ -194,30 +197,15 @@ class Checkpoints:
 
     def _write_manifest(self) -> None:
         """Orbax calls this in the background when all files of a save are written, before it renames them."""
-        if jax.process_index() == 0:
+        if distributed.is_main():
             (written,) = self.directory.glob(f"{self._started}.*tmp*")
             integrity.write_manifest(written)
 
     def _set_damaged_aside(self) -> None:
-        """The newest step is verified; of those before it, only what Orbax reads of each when it opens them."""
-        if not self.directory.is_dir():
-            return
-        steps = sorted(
-            (int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), reverse=True
-        )
-        good, damaged = None, {}
-        for step in steps:
-            problem = integrity.damage(self.directory / str(step), "" if good is None else "metrics")
-            if problem:
-                damaged[step] = problem
-            elif good is None:
-                good = step
+        good, damaged = distributed.gathered(_screen(self.directory) if distributed.is_main() else None)[0]
         if not damaged:
             return
-        found = "; ".join(
-            f"checkpoint {self.directory / str(step)} is damaged: {problem}"
-            for step, problem in damaged.items()
-        )
+        found = "; ".join(f"checkpoint {self.directory / step} is damaged: {why}" for step, why in damaged)
         if good is None:
             raise CheckpointError(
                 f"{found}. No good one is left, nothing was changed; accepted is a good copy, or another --workdir"
@@ -227,16 +215,32 @@ class Checkpoints:
                 f"{found}. Nothing was changed; accepted is a good copy, or checkpoint.on_damage=previous, which"
                 f" renames it to *.damaged and goes on from step {good}"
             )
-        for step in damaged:
-            integrity.set_aside(self.directory / str(step))
+        if distributed.is_main():
+            for step, _ in damaged:
+                integrity.set_aside(self.directory / step)
+        distributed.gathered("set aside")
         self._note(
             f"warning: {found}. Kept as *.damaged; going on from step {good} (checkpoint.on_damage=previous)"
         )
 
 
+def _screen(directory: Path) -> tuple[int | None, list[tuple[str, str]]]:
+    """(newest good step, (step, damage) of others): of those before it, only what Orbax reads to open them."""
+    good, damaged = None, []
+    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+    for step in sorted(steps, reverse=True):
+        problem = integrity.damage(directory / str(step), "" if good is None else "metrics")
+        if problem:
+            damaged.append((str(step), problem))
+        elif good is None:
+            good = step
+    return good, damaged
+
+
 def _check_space(directory: Path, state: Any) -> None:
     """Before Orbax starts: a disk that fills up under its threads ends in pages of their tracebacks."""
     needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(directory).free
+    free = distributed.gathered(free)[0]  # all processes go on, or none
     if needed > free:
         raise OSError(
             f"it takes up to {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free on that disk"

@@ -108,6 +108,24 @@ class RelativeBias(nn.Module):
         return table_HR[:, bucket_LL]
 
 
+@jax.custom_vjp
+def add_to_all(x_BHQM: jax.Array, bias_HQM: jax.Array) -> jax.Array:
+    """``x + bias``; the bias's gradient is summed over B by a matrix product.
+
+    XLA's CPU back end of jax 0.10 takes 18 ms to add up [16, 4, 256, 256] float32 over its first axis,
+    0.6 ms so (2 cores).
+    """
+    return x_BHQM + bias_HQM[None]
+
+
+def _add_to_all_backward(_: None, g_BHQM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    ones_B = jnp.ones(g_BHQM.shape[:1], g_BHQM.dtype)
+    return g_BHQM, jnp.einsum("B,BHQM->HQM", ones_B, g_BHQM, precision=jax.lax.Precision.HIGHEST)
+
+
+add_to_all.defvjp(lambda x_BHQM, bias_HQM: (add_to_all(x_BHQM, bias_HQM), None), _add_to_all_backward)
+
+
 def attention_inits(model: ModelSettings, batch_axis: Sequence[int] | int = ()) -> dict[str, Initializer]:
     """Initialisers of [..., D, H, K] kernels; the logits' scale is folded into the query's (T5)."""
     first = 0 if batch_axis == () else 1
@@ -129,11 +147,13 @@ class Attention(nn.Module):
         self,
         x_BQD: jax.Array,
         kv_BMD: jax.Array,
-        bias_BHQM: jax.Array,
+        mask_B1QM: jax.Array,
+        bias_HQM: jax.Array | None = None,
         projected: jax.Array | None = None,
     ) -> jax.Array:
-        """Args: queries' and keys' inputs; bias, float32, broadcast over B and H, -inf-like where masked;
-        queries, keys and values side by side, [B, Q, 3 * H * K], where experts have made them.
+        """Args: queries' and keys' inputs; what is added to the logits, float32, broadcast over B and Q,
+        -inf-like where masked; a learned bias of all sequences, float32; queries, keys and values side
+        by side, [B, Q, 3 * H * K], where experts have made them.
         """
         model = self.model
         shape = (model.d_model, model.num_heads, model.d_kv)
@@ -151,7 +171,9 @@ class Attention(nn.Module):
                 for name, init in attention_inits(model).items()
             )
         logits_BHQM = jnp.einsum("BQHK,BMHK->BHQM", query_BQHK, key_BMHK, preferred_element_type=jnp.float32)
-        weight_BHQM = jax.nn.softmax(logits_BHQM + bias_BHQM, axis=-1).astype(x_BQD.dtype)
+        if bias_HQM is not None:
+            logits_BHQM = add_to_all(logits_BHQM, bias_HQM)
+        weight_BHQM = jax.nn.softmax(logits_BHQM + mask_B1QM, axis=-1).astype(x_BQD.dtype)
         weight_BHQM = nn.Dropout(model.dropout_rate, deterministic=not self.train)(weight_BHQM)
         mixed_BQHK = jnp.einsum("BHQM,BMHK->BQHK", weight_BHQM, value_BMHK)
         init = kernel_init(model.init_scale, in_axis=(0, 1), out_axis=2)

@@ -9,9 +9,7 @@ import functools
 import importlib.metadata
 import math
 import platform
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,15 @@ import numpy as np
 import optax
 
 import switchmoe
-from switchmoe import checkpoints, decoding, flops, optimizers, sharding, training, transformer
+from switchmoe import checkpoints, decoding, distributed, flops, optimizers, sharding, training, transformer
 from switchmoe.analysis import report
 from switchmoe.data import batches, sources, vocabulary
 from switchmoe.moe import dispatch_name, group_shape, router_name
-from switchmoe.reporting import MetricsWriter, Progress
+from switchmoe.reporting import Clock, MetricsWriter, Progress
 from switchmoe.routing import expert_capacity
-from switchmoe.rundir import check, claim, read_run, update_run
+from switchmoe.rundir import check, claim, flat, read_run, update_run
 from switchmoe.settings import MoESettings, Settings, to_dict
+from switchmoe.signals import Stop, Stopped, stop_signals
 from switchmoe.skipping import Skips
 
 NUM_EXAMPLES = 5
@@ -40,10 +39,6 @@ class NonFiniteLoss(RuntimeError):
     """Training stopped at a loss or gradient that is not a number; one line."""
 
 
-class Stopped(RuntimeError):
-    """A signal asked the run to stop; its state is saved. ``args``: message, signal number."""
-
-
 def run(settings: Settings, workdir: Path, progress: Progress) -> Path:
     """Trains to ``train.num_steps`` in ``workdir`` and writes its report.
 
@@ -54,40 +49,54 @@ def run(settings: Settings, workdir: Path, progress: Progress) -> Path:
       ValueError: settings or data that can't work; nothing was written to the directory's run.
       NonFiniteLoss, Stopped, checkpoints.CheckpointError: see there.
     """
+    shared = {name: value for name, value in flat(to_dict(settings)).items() if name != "mesh.process"}
+    distributed.check_same(shared | _versions() | {"workdir": str(workdir)})
     check(workdir, settings)
-    with _stop_signals() as stop:
+    with stop_signals() as stop:
         return _Run(settings, workdir, progress, stop).train()
 
 
 class _Run:
     """What the steps of `run` share."""
 
-    def __init__(self, settings: Settings, workdir: Path, progress: Progress, stop: "_Stop"):
+    def __init__(self, settings: Settings, workdir: Path, progress: Progress, stop: Stop):
         self.settings, self.workdir, self.progress, self.stop = settings, workdir, progress, stop
         length = batches.target_length(settings.data)
         lengths = {"encoder": settings.data.input_length, "decoder": length}
         self.mesh = sharding.make_mesh(settings.mesh)
         self.group_tokens = sharding.check(settings, lengths, self.mesh.shape)
         self.target_length = length
-        documents = {split: sources.load(settings.data, split) for split in ("train", "validation")}
-        self.vocabulary = _vocabulary(settings, workdir, documents["train"])
+        with distributed.main_first():
+            documents = {split: sources.load(settings.data, split) for split in ("train", "validation")}
+            self.vocabulary = _vocabulary(settings, workdir, documents["train"])
+        distributed.check_same(
+            {f"{split} documents": found.fingerprint for split, found in documents.items()}
+            | {"vocabulary": self.vocabulary.sha256}
+        )
         self.evaluation = batches.eval_batches(
             settings.data, self.vocabulary, documents["validation"], settings.train.eval_batches
         )
         arguments = (settings.data, self.vocabulary, documents["train"], settings.train.seed)
-        self.unigram = read_run(workdir).get("unigram_cross_entropy")
+        self.main = distributed.is_main()
+        if self.main:
+            self._claim(arguments)
+        self.rows, streams = _rows(settings, self.mesh)
+        self.iterator = batches.train_batches(*arguments, streams)
+        self.layers = transformer.sparse_layer_names(settings)
+
+    def _claim(self, arguments: tuple) -> None:
+        """Makes the directory this run's; what is known before the first step goes into it."""
+        self.unigram = read_run(self.workdir).get("unigram_cross_entropy")
         if self.unigram is None:
             with contextlib.closing(batches.train_batches(*arguments)) as fresh:
                 self.unigram = batches.unigram_cross_entropy(
                     fresh,
                     self.evaluation,
-                    settings.embedding_rows,
-                    _unigram_batches(settings, documents["train"]),
+                    self.settings.embedding_rows,
+                    _unigram_batches(self.settings, arguments[2]),
                 )
-        self.iterator = batches.train_batches(*arguments, jax.process_index(), jax.process_count())
-        claim(workdir, settings)
-        _keep_vocabulary(self.vocabulary, workdir)
-        self.layers = transformer.sparse_layer_names(settings)
+        claim(self.workdir, self.settings)
+        _keep_vocabulary(self.vocabulary, self.workdir)
 
     def train(self) -> Path:
         with (
@@ -95,24 +104,27 @@ class _Run:
             sharding.rules(self.settings),
             contextlib.closing(self.iterator),
             contextlib.closing(
-                checkpoints.Checkpoints(
-                    self.workdir / "checkpoints", self.settings.checkpoint, self.progress.note
-                )
+                checkpoints.Checkpoints(self.workdir / "checkpoints", self.settings.checkpoint, self._note)
             ) as self.saved,
         ):
             state = self._compile()
             start = int(state.step)
             self.peak = flops.matmul_peak(self.settings.model.dtype)
             self.iterator.start_prefetch()  # only now, as it would have slowed the measurement
-            self._describe(start)
-            self.writer = MetricsWriter(self.workdir, resume_step=start)
-            self.skips = Skips(self.workdir, start)
-            with contextlib.closing(self.writer):
+            if self.main:
+                self._describe(start)
+            with contextlib.ExitStack() as writing:
+                if self.main:
+                    writer = MetricsWriter(self.workdir, resume_step=start)
+                    self.write = writing.enter_context(contextlib.closing(writer)).write
+                self.skips = Skips(self.workdir, start)
                 state = self._steps(state, start)
-            self._finish(state.params)
-            path = report.write_report(self.workdir)
+            examples = self._examples(state.params)
+            if self.main:
+                update_run(self.workdir, examples=examples)
+                report.write_report(self.workdir)
             self.saved.wait()  # last, as it may say that the state could not be saved
-        return path
+        return self.workdir / report.REPORT_FILE
 
     def _compile(self) -> training.TrainState:
         """Compiles both steps ahead of time; returns the first state, or the last saved one."""
@@ -131,11 +143,14 @@ class _Run:
         )
         batch = self._put_global(self.evaluation[0])
         step = functools.partial(training.train_step, settings=settings, tx=tx)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+        whole = jax.NamedSharding(mesh, jax.P())
+        step = jax.jit(step, donate_argnums=0, out_shardings=(where, whole))
         self.step = step.lower(abstract, batch).compile()
         evaluate = functools.partial(training.eval_step, settings=settings)
-        self.evaluate = jax.jit(evaluate).lower(abstract.params, batch).compile()
-        self.norm = jax.jit(optax.global_norm)
+        self.evaluate = jax.jit(evaluate, out_shardings=whole).lower(abstract.params, batch).compile()
+        self.norm = jax.jit(optax.global_norm, out_shardings=whole)
+        greedy = functools.partial(decoding.greedy, length=self.target_length, settings=settings)
+        self.decode = jax.jit(greedy, out_shardings=whole)
         self.compile_seconds = time.monotonic() - started
         if self.saved.latest() is not None:
             return self.saved.restore(abstract, self.iterator)
@@ -156,8 +171,8 @@ class _Run:
             group_tokens=self.group_tokens,
             compile_seconds=self.compile_seconds,
             vocabulary_sha256=self.vocabulary.sha256,
-            versions={"switchmoe": switchmoe.__version__, "python": platform.python_version()}
-            | {name: importlib.metadata.version(name) for name in VERSIONS_OF},
+            processes=jax.process_count(),
+            versions=_versions(),
         )
         say = self.progress.note
         experts = (
@@ -189,10 +204,10 @@ class _Run:
         """Steps start + 1 ... num_steps; a step's metrics are read when the next one is under way."""
         train, every = self.settings.train, self.settings.checkpoint.every
         self.stop.deferred = True
-        clock = _Clock()
+        clock = Clock()
         running: tuple[int, dict] | None = None
         for step in range(start + 1, train.num_steps + 1):
-            if self.stop.number:
+            if self.stop.due(step):
                 break
             with clock.waiting():
                 batch = self._put(next(self.iterator))
@@ -212,12 +227,13 @@ class _Run:
                         self._save(step, state, quality)
         if running:
             self._read(*running, clock)
-        update_run(self.workdir, add=clock.totals())
+        if self.main:
+            update_run(self.workdir, add=clock.totals())
         if self.stop.number and int(state.step) < train.num_steps:
             self._leave(state)
         return state
 
-    def _read(self, step: int, metrics: dict, clock: "_Clock") -> None:
+    def _read(self, step: int, metrics: dict, clock: "Clock") -> None:
         """Waits for a step; stops the run if it went wrong; logs it if it is due."""
         train = self.settings.train
         skipped = bool(metrics.get("skipped", False))
@@ -227,7 +243,7 @@ class _Run:
         if not skipped or self.skips.in_a_row(step) > train.skip_nonfinite:
             self._check(step, **seen)
         else:
-            self.progress.note(f"warning: step {step}: {_values(seen)}; its update is left out")
+            self._note(f"warning: step {step}: {_values(seen)}; its update is left out")
         clock.step()
         if step % train.log_every and step not in (1, train.num_steps) and not skipped:
             return
@@ -243,8 +259,7 @@ class _Run:
             "model_flops": work,
             "peak_share": work / seconds / (self.peak * jax.device_count()),
         }
-        self.writer.write(record)
-        self.progress.update(record)
+        self._tell(record)
 
     def _check(self, step: int, **seen: float) -> None:
         """Stops the run where a number is not finite."""
@@ -265,9 +280,17 @@ class _Run:
             step, "validation", jax.device_get(training.summarize(sums, counts, self.settings))
         )
         record["seconds"] = time.monotonic() - started
-        self.writer.write(record)
-        self.progress.update(record)
+        self._tell(record)
         return record["cross_entropy"]
+
+    def _tell(self, record: dict) -> None:
+        if self.main:
+            self.write(record)
+            self.progress.update(record)
+
+    def _note(self, text: str) -> None:
+        if self.main:
+            self.progress.note(text)
 
     def _record(self, step: int, split: str, metrics: dict[str, np.ndarray]) -> dict:
         record = {"step": step, "split": split, "layers": self.layers}
@@ -291,25 +314,30 @@ class _Run:
             self.stop.number,
         )
 
-    def _finish(self, params: Any) -> None:
+    def _examples(self, params: Any) -> list[dict[str, str]]:
         """The model's own fill-ins of the first held-out examples."""
         batch = self.evaluation[0]
-        inputs = batch["inputs"][:NUM_EXAMPLES]
-        decode = jax.jit(
-            functools.partial(decoding.greedy, length=self.target_length, settings=self.settings)
-        )
-        # Outside the mesh: a handful of examples need not divide among its devices.
-        predictions = jax.device_get(decode(jax.device_get(params), inputs))
-        examples = [
+        shards = self.mesh.shape["data"] * self.mesh.shape["expert"]
+        # As many as divide among the shards of the tokens.
+        first = {name: rows[: -(-NUM_EXAMPLES // shards) * shards] for name, rows in batch.items()}
+        predictions = jax.device_get(self.decode(params, self._put_global(first)["inputs"]))
+        return [
             dict(zip(("input", "target", "prediction"), map(self.vocabulary.decode, texts), strict=True))
-            for texts in zip(inputs, batch["targets"][:NUM_EXAMPLES], predictions, strict=True)
+            for texts in list(zip(first["inputs"], first["targets"], predictions, strict=True))[:NUM_EXAMPLES]
         ]
-        update_run(self.workdir, examples=examples)
 
     def _put(self, batch: batches.Batch) -> dict[str, jax.Array]:
-        """The global batch whose part this process has read."""
-        put = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(self.mesh))
-        return {name: put(value) for name, value in batch.items()}
+        """The global batch of whose rows this process has read its own."""
+
+        def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+            rows = np.arange(self.settings.data.batch_size)[index[0]]
+            return batch[name][np.searchsorted(self.rows, rows)]
+
+        shape, where = self.settings.data.batch_size, sharding.batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_callback((shape, value.shape[1]), where, functools.partial(read, name))
+            for name, value in batch.items()
+        }
 
     def _put_global(self, batch: batches.Batch) -> dict[str, jax.Array]:
         """A batch that every process has in full."""
@@ -320,72 +348,19 @@ class _Run:
         }
 
 
-class _Clock:
-    """Seconds a step and seconds of waiting for input, without evaluations and checkpoints."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._steps, self._waited = 0, 0.0
-        self._total = {"steps_timed": 0, "train_seconds": 0.0, "input_wait_seconds": 0.0}
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self._waited += time.monotonic() - started
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        started = time.monotonic()
-        yield
-        self._start += time.monotonic() - started
-
-    def step(self) -> None:
-        self._steps += 1
-
-    def lap(self) -> tuple[float, float]:
-        """(seconds, seconds waited) a step since the last lap."""
-        seconds, steps, waited = time.monotonic() - self._start, max(self._steps, 1), self._waited
-        self._total["steps_timed"] += self._steps
-        self._total["train_seconds"] += seconds
-        self._total["input_wait_seconds"] += waited
-        self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
-        return seconds / steps, waited / steps
-
-    def totals(self) -> dict[str, float]:
-        if self._steps:
-            self.lap()
-        return self._total
+def _versions() -> dict[str, str]:
+    return {"switchmoe": switchmoe.__version__, "python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in VERSIONS_OF
+    }
 
 
-class _Stop:
-    """The number of the SIGTERM or SIGINT that came, if any; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.deferred = False  # until there is a state to save, the signal itself raises `Stopped`
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.number).name
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    stop = _Stop()
-
-    def note(number: int, frame: Any) -> None:
-        stop.number = number
-        signal.signal(number, before[number])
-        if not stop.deferred:
-            raise Stopped(f"stopped by {stop.name} before the first step, nothing was changed", number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _rows(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[np.ndarray, list[int]]:
+    """(rows of a batch that this process reads, the streams that fill them): those that its devices need."""
+    rows_RN = batches.stream_rows(settings.data)
+    where = sharding.batch_sharding(mesh).addressable_devices_indices_map((settings.data.batch_size,))
+    needed = np.concatenate([np.arange(settings.data.batch_size)[index] for index in where.values()])
+    streams = [n for n, rows_N in enumerate(rows_RN) if np.isin(rows_N, needed).any()]
+    return rows_RN[streams].ravel(), streams
 
 
 def _values(seen: dict[str, float]) -> str:

@@ -4,13 +4,14 @@ A record is one JSON object: `step` (int), `split` (`train` or `validation`), fi
 a value per sparse layer, in the order of `layers`.
 """
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -264,3 +265,41 @@ def _open_events(directory: Path, resume_step: int | None) -> EventsWriter:
         events.write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=log))
     events.flush()
     return events
+
+
+class Clock:
+    """Seconds a step and seconds of waiting for input, without evaluations and checkpoints."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._steps, self._waited = 0, 0.0
+        self._total = {"steps_timed": 0, "train_seconds": 0.0, "input_wait_seconds": 0.0}
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._waited += time.monotonic() - started
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._start += time.monotonic() - started
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds, seconds waited) a step since the last lap."""
+        seconds, steps, waited = time.monotonic() - self._start, max(self._steps, 1), self._waited
+        self._total["steps_timed"] += self._steps
+        self._total["train_seconds"] += seconds
+        self._total["input_wait_seconds"] += waited
+        self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
+        return seconds / steps, waited / steps
+
+    def totals(self) -> dict[str, float]:
+        if self._steps:
+            self.lap()
+        return self._total

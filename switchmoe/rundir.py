@@ -7,12 +7,12 @@ from typing import Any
 from switchmoe.checkpoints import write_json
 from switchmoe.settings import Settings, to_dict
 
-# How a run meets faults: what it computes where there are none does not depend on it.
-MAY_CHANGE = ("checkpoint.on_damage", "checkpoint.on_error", "train.skip_nonfinite")
+# Where a run is computed, and how it meets faults: what it computes does not depend on them.
+MAY_CHANGE = ("mesh.", "checkpoint.on_damage", "checkpoint.on_error", "train.skip_nonfinite")
 
 
 def check(workdir: Path, settings: Settings) -> None:
-    """Refuses a directory that another run lives in.
+    """Refuses a directory that another run lives in; what is in MAY_CHANGE may be other.
 
     Raises:
       ValueError: names the fields that differ.
@@ -27,14 +27,14 @@ def check(workdir: Path, settings: Settings) -> None:
             )
         return
     try:
-        there = _flat(json.loads(path.read_text()))
+        there = flat(json.loads(path.read_text()))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"--workdir={workdir}: its config.json is not a run's ({error})") from error
-    here = _flat(asked)
+    here = flat(asked)
     different = [
         f"{name} ({there.get(name, 'none')} there, {here.get(name, 'none')} asked)"
         for name in sorted(there.keys() | here.keys())
-        if name not in MAY_CHANGE and there.get(name) != here.get(name)
+        if there.get(name) != here.get(name) and not name.startswith(MAY_CHANGE)
     ]
     if different:
         raise ValueError(
@@ -46,8 +46,7 @@ def check(workdir: Path, settings: Settings) -> None:
 def claim(workdir: Path, settings: Settings) -> None:
     """Makes the directory this run's; called when settings and data are known to be good."""
     workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / "config.json").exists():
-        write_json(workdir / "config.json", to_dict(settings))
+    write_json(workdir / "config.json", to_dict(settings))
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
@@ -76,5 +75,5 @@ def update_run(workdir: Path, add: dict[str, float] | None = None, **values: Any
     write_json(workdir / "run.json", known)
 
 
-def _flat(groups: dict) -> dict[str, Any]:
+def flat(groups: dict) -> dict[str, Any]:
     return {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}

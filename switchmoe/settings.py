@@ -162,11 +162,14 @@ class DataSettings:
     vocab_size: int = 32000  # SentencePiece pieces; 100 sentinels join them at the top
     noise_density: float = 0.15
     mean_span_length: float = 3.0
+    streams: int = 0  # documents go round so many streams, each of which fills rows of its own; 0: one a row
     prefetch: int = 8  # batches made ahead
 
     def __post_init__(self) -> None:
-        for field, least in (("batch_size", 1), ("input_length", 4), ("target_length", 0)):
+        for field, least in (("batch_size", 1), ("input_length", 4), ("target_length", 0), ("streams", 0)):
             _at_least("data", self, field, least)
+        if self.streams and self.batch_size % self.streams:
+            raise _bad("data.streams", self.streams, f"0, or a divisor of data.batch_size={self.batch_size}")
         _at_least("data", self, "vocab_size", 300)
         _at_least("data", self, "prefetch", 1)
         _one_of("data", self, "documents", ("line", "block"))
@@ -236,10 +239,11 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """Which devices hold what. A layout's axes: data (tokens), expert (tokens and experts), model (widths).
+    """Which devices hold what, and the processes that have them. A run may go on with other settings here.
 
-    Sizes are devices along an axis within a slice (ICI), and with ``dcn_`` slices along it (their network);
-    0 is the layout's own, -1 all that are left.
+    A layout's axes: data (tokens), expert (tokens and experts), model (widths). Sizes are devices along an
+    axis within a slice (ICI), and with ``dcn_`` slices along it (their network); 0 is the layout's own, -1
+    all that are left.
     """
 
     layout: str = "data"  # data | model | data_model | data_expert | data_expert_model: sharding.LAYOUTS
@@ -250,10 +254,27 @@ class MeshSettings:
     dcn_data: int = 0
     dcn_expert: int = 0
     dcn_model: int = 0
+    # Where process 0 listens, HOST:PORT; auto: as the environment says (`distributed.job`); none: one process
+    coordinator: str = "auto"
+    processes: int = 0  # of the job, and which of them this is: with HOST:PORT
+    process: int = -1
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self)[2:]:
-            _at_least("mesh", self, field.name, -1)
+        for field in ("data", "expert", "model", "dcn_data", "dcn_expert", "dcn_model", "process"):
+            _at_least("mesh", self, field, -1)
+        if self.coordinator in ("auto", "none"):
+            for field, unset in (("processes", 0), ("process", -1)):
+                if getattr(self, field) != unset:
+                    raise _bad(
+                        f"mesh.{field}", getattr(self, field), "a number with mesh.coordinator=HOST:PORT"
+                    )
+            return
+        host, colon, port = self.coordinator.rpartition(":")
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+            raise _bad("mesh.coordinator", self.coordinator, "auto, none, or HOST:PORT of process 0")
+        _at_least("mesh", self, "processes", 1)
+        if not 0 <= self.process < self.processes:
+            raise _bad("mesh.process", self.process, f"an integer from 0 to {self.processes - 1}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,11 +44,13 @@ class Block(nn.Module):
         if self.sparse and self.settings.moe.attention:
             projected = self._experts(normed_BLD, context, aux, "self_moe", AttentionExperts)
         attend = Attention(model, self.train, name="self")
-        x_BLD += dropout(attend(normed_BLD, normed_BLD, context["self_bias"], projected))
+        x_BLD += dropout(
+            attend(normed_BLD, normed_BLD, context["self_mask"], context["self_bias"], projected)
+        )
         if "encoded" in context:
             normed_BLD = RMSNorm(name="cross_norm")(x_BLD)
             attend = Attention(model, self.train, name="cross")
-            x_BLD += dropout(attend(normed_BLD, context["encoded"], context["cross_bias"]))
+            x_BLD += dropout(attend(normed_BLD, context["encoded"], context["cross_mask"]))
         normed_BLD = RMSNorm(name="ff_norm")(x_BLD)
         if self.sparse:
             y_BLD = self._experts(normed_BLD, context, aux, "moe", Experts)
@@ -128,11 +130,11 @@ class Stack(nn.Module):
             visible_BHLL = jnp.tril(jnp.ones((length, length), bool))[None, None]
         else:
             visible_BHLL = mask_BL[:, None, None, :]
-        self_bias = bias_HLL[None] + jnp.where(visible_BHLL, 0.0, MASKED)
-        context = {"self_bias": self_bias, "mask": mask_BL, "ids": ids_BL}
+        self_mask = jnp.where(visible_BHLL, 0.0, MASKED)
+        context = {"self_bias": bias_HLL, "self_mask": self_mask, "mask": mask_BL, "ids": ids_BL}
         if encoded_BMD is not None:
             context["encoded"] = encoded_BMD
-            context["cross_bias"] = jnp.where(encoded_mask_BM[:, None, None, :], 0.0, MASKED)
+            context["cross_mask"] = jnp.where(encoded_mask_BM[:, None, None, :], 0.0, MASKED)
         block = nn.remat(SuperBlock, prevent_cse=False) if model.remat else SuperBlock
         blocks = nn.scan(
             block,

@@ -47,6 +47,7 @@ def test_parsing_twice_starts_afresh():
         ("--config.model", "a whole group can't be overwritten"),
         ("--config=configs/nothing.py", "--config=configs/nothing.py: no such file; accepted is a file, or configs/NAME.py"),
         ("--config=configs/switch_base.py:swish", "argument swish: accepted is geglu, or relu"),
+        ("--workdir=gs://bucket/x", "--workdir=gs://bucket/x: accepted is a directory of a mounted file system"),
         ("--wrkdir=x", "Unknown command line flag 'wrkdir'"),
         ("--noconfig.modl.remat", "no group modl (did you mean model?)"),
         ("--noconfig.model.remt", "config.model has no field remt (did you mean remat?)"),

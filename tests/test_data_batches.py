@@ -1,5 +1,6 @@
 """Batches: exact shapes, nothing lost, the same in the seed, resumable, shared out by process."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -13,7 +14,8 @@ from switchmoe.data import batches, span_corruption, vocabulary
 from switchmoe.data.errors import DataError
 from switchmoe.settings import DataSettings
 
-SETTINGS = DataSettings(vocab_size=320, batch_size=4, input_length=25, prefetch=2)
+SETTINGS = DataSettings(vocab_size=320, batch_size=4, input_length=25, streams=1, prefetch=2)
+FOUR = dataclasses.replace(SETTINGS, streams=0)
 
 
 def texts(seed: int, count: int) -> list[str]:
@@ -134,13 +136,14 @@ def test_noise_differs_between_examples_and_epochs(documents, words):
     assert len(np.unique(restored(taken, words).reshape(20, raw_length), axis=0)) == 1
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, FOUR])
 @pytest.mark.parametrize("taken", [0, 1, 7, 60])
-def test_a_saved_state_resumes_bit_for_bit(start, taken):
-    iterator = start()
+def test_a_saved_state_resumes_bit_for_bit(start, taken, settings):
+    iterator = start(settings)
     take(iterator, taken)
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(iterator, 30)
-    for resumed in (start(), start()):
+    for resumed in (start(settings), start(settings)):
         take(resumed, 3)  # wherever it was
         resumed.set_state(state)
         assert resumed.get_state() == state
@@ -188,23 +191,42 @@ def test_a_state_survives_an_orbax_checkpoint(start, tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_share_the_documents_out(documents, count):
+def test_streams_share_the_documents_out(documents, count):
     numbered = [f"{n} {text}" for n, text in enumerate(documents)]
-    shares = [batches.document_order(numbered, 0, index, count) for index in range(count)]
+    shares = [batches.document_order(numbered, 0, stream, count) for stream in range(count)]
     first_epoch = [
-        [share[n] for n in range(-(-(len(numbered) - index) // count))] for index, share in enumerate(shares)
+        [share[n] for n in range(-(-(len(numbered) - stream) // count))]
+        for stream, share in enumerate(shares)
     ]
     together = list(itertools.chain(*first_epoch))
     assert sorted(together) == sorted(numbered)
     assert not set(first_epoch[0]) & set(first_epoch[1])
 
 
-def test_each_process_makes_its_part_of_the_batch(start):
-    parts = [take(start(process_index=index, process_count=2), 5) for index in (0, 1)]
-    assert parts[0][0]["inputs"].shape == (2, 25)
-    assert not any(same([a], [b]) for a, b in itertools.product(*parts))
-    with pytest.raises(DataError, match="data.batch_size=4: accepted is a multiple of the 3 processes"):
-        start(process_index=0, process_count=3)
+def test_batches_do_not_depend_on_who_reads_which_stream(start):
+    """One reader of four streams, then two, then four: each goes on from the joined states of those before."""
+    whole = take(start(FOUR), 15)
+    state = None
+    for streams in ([[0, 1, 2, 3]], [[0, 3], [1, 2]], [[0], [1], [2], [3]]):
+        readers = [start(FOUR, streams=mine) for mine in streams]
+        if state:
+            for reader in readers:
+                reader.set_state(state)
+        seen, expected = [take(reader, 5) for reader in readers], whole[:5]
+        del whole[:5]
+        for mine, parts in zip(streams, seen, strict=True):
+            rows = batches.stream_rows(FOUR)[mine].ravel()
+            assert same(parts, [{name: batch[name][rows] for name in batch} for batch in expected])
+        state = json.loads(json.dumps(batches.joined_states(reader.get_state() for reader in readers)))
+
+
+def test_a_stream_fills_rows_of_its_own_from_documents_of_its_own(start, documents, words):
+    taken = take(start(dataclasses.replace(SETTINGS, streams=2)), 6)
+    for stream in (0, 1):
+        rows = [{name: batch[name][2 * stream : 2 * stream + 2] for name in batch} for batch in taken]
+        order = batches.document_order(documents, 0, stream, 2)
+        expected = np.concatenate([words.encode(order[n]) for n in range(40)])
+        np.testing.assert_array_equal(restored(rows, words), expected[: 6 * 2 * 27])
 
 
 def test_documents_without_text_are_refused_rather_than_read_for_ever(words):

@@ -42,7 +42,7 @@ def test_activations():
 
 def test_query_variance_folds_the_logit_scale_in():
     x = jnp.zeros((1, 4, 16))
-    params = nn.unbox(Attention(MODEL).init(jax.random.key(0), x, x, jnp.zeros((1, 2, 4, 4))))["params"]
+    params = nn.unbox(Attention(MODEL).init(jax.random.key(0), x, x, jnp.zeros((1, 1, 4, 4))))["params"]
     ratio = float(params["key"].std() / params["query"].std())
     assert ratio == pytest.approx(8**0.5, rel=0.25)
 
@@ -59,7 +59,7 @@ def test_masked_keys_have_no_influence():
 
 def test_no_biases_anywhere():
     x = jnp.zeros((1, 4, 16))
-    attention = Attention(MODEL).init(jax.random.key(0), x, x, jnp.zeros((1, 2, 4, 4)))
+    attention = Attention(MODEL).init(jax.random.key(0), x, x, jnp.zeros((1, 1, 4, 4)))
     feed_forward = FeedForward(MODEL).init(jax.random.key(0), x)
     assert not any("bias" in name for tree in (attention, feed_forward) for name in tree["params"])
     assert (FeedForward(MODEL).apply(feed_forward, x) == 0).all()

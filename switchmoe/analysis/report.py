@@ -15,6 +15,7 @@ import numpy as np
 from switchmoe.analysis import plots
 from switchmoe.reporting import METRICS_FILE, Record, duration, read_metrics
 
+REPORT_FILE = "report.html"
 MISSING = "not recorded"
 MDASH = "\N{EM DASH}"
 STARVED = 0.1  # an expert with less than this multiple of its fair share
@@ -72,7 +73,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
     records = read_metrics(directory / METRICS_FILE)
     run, config = _read_json(directory / "run.json"), _read_json(directory / "config.json")
     pictures = plots.save_all(records, run, directory / "plots")
-    path = directory / "report.html"
+    path = directory / REPORT_FILE
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(page(directory.resolve().name, records, run, config, pictures), encoding="utf-8")
     os.replace(temporary, path)

@@ -43,17 +43,20 @@ def target_length(settings: DataSettings) -> int:
 
 
 def document_order(
-    documents: Sequence[str], seed: int, process_index: int = 0, process_count: int = 1
+    documents: Sequence[str], seed: int, stream: int = 0, streams: int = 1
 ) -> grain.MapDataset:
-    """One process's endless share of the documents, shuffled anew each epoch.
+    """One stream's endless share of the documents, shuffled anew each epoch.
 
-    Within an epoch the processes' shares are disjoint, and together they hold every document once.
+    Within an epoch the streams' shares are disjoint, and together they hold every document once.
     """
     # Grain adds the epoch to the seed: neighbouring seeds would share their epochs.
     (shuffle_seed,) = np.random.SeedSequence(seed).generate_state(1)
-    return (
-        grain.MapDataset.source(documents).shuffle(int(shuffle_seed)).repeat()[process_index::process_count]
-    )
+    return grain.MapDataset.source(documents).shuffle(int(shuffle_seed)).repeat()[stream::streams]
+
+
+def stream_rows(settings: DataSettings) -> np.ndarray:
+    """The rows of a global batch that each stream fills: [streams, rows of each], in order."""
+    return np.arange(settings.batch_size).reshape(settings.streams or settings.batch_size, -1)
 
 
 def train_batches(
@@ -61,40 +64,51 @@ def train_batches(
     vocabulary: Vocabulary,
     documents: Sequence[str],
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    streams: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
-    """An endless iterator of this process's batches, made ahead in a background thread.
+    """An endless iterator of the rows that ``streams`` fill, made ahead in a background thread.
 
-    The batches depend on the arguments only. ``get_state`` / ``set_state`` resume exactly; the state is
-    JSON, small, and belongs to one (process_index, process_count). ``close`` ends the thread.
+    Documents go round the batch's `data.streams` streams, each of which joins and cuts its own. So the
+    global batches depend on the arguments only, not on which process reads which stream; a process reads
+    those of its rows. ``get_state`` / ``set_state`` resume exactly; the state is JSON and small, with an
+    entry per stream: states of several iterators are joined by `joined_states`, and an iterator takes its
+    own streams from a joined one. ``close`` ends the thread.
+
+    Args:
+      streams: None: all of them.
 
     Returns:
-      an iterator of dict(inputs=[B / process_count, input_length], targets=[.., target_length(settings)]).
+      an iterator of dict(inputs=[rows, input_length], targets=[rows, target_length(settings)]), of the
+      rows `stream_rows(settings)[streams]`.
 
     Raises:
-      DataError: `data.batch_size` is not a multiple of the processes, `data.target_length` is too small,
-        no document has any token; ValueError as ``span_corruption.lengths``.
+      DataError: `data.target_length` is too small, no document has any token; ValueError as
+        ``span_corruption.lengths``.
     """
-    if settings.batch_size % process_count:
-        raise DataError(
-            f"data.batch_size={settings.batch_size}: accepted is a multiple of the {process_count} processes"
-        )
-    raw_length = _raw_length(settings)
+    count, rows = stream_rows(settings).shape
     corrupt = _corrupter(settings, vocabulary)
     if not any(len(vocabulary.encode(text)) for text in _items(documents)):
         raise DataError(f"data.source={settings.source}: none of its {len(documents)} documents has any text")
 
-    def example(position: int, tokens_L: np.ndarray) -> Batch:
-        return corrupt(tokens_L, np.random.default_rng((seed, process_index, position)))
+    def pieces(stream: int) -> grain.IterDataset:
+        def example(position: int, tokens_L: np.ndarray) -> Batch:
+            return corrupt(tokens_L, np.random.default_rng((seed, stream, position)))
 
-    # Threads hide a bucket's latency; on a local disk they only get in one another's way.
-    threads = 16 if "://" in settings.data_dir else 0
-    read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
-    tokens = document_order(documents, seed, process_index, process_count).map(vocabulary.encode)
-    pieces = _Pieces(tokens.to_iter_dataset(read_options), raw_length)
-    batches = pieces.map_with_index(example).batch(settings.batch_size // process_count)
+        # Threads hide a bucket's latency; on a local disk they only get in one another's way.
+        threads = -(-16 // count) if "://" in settings.data_dir else 0
+        read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
+        tokens = document_order(documents, seed, stream, count).map(vocabulary.encode)
+        pieces = _Pieces(tokens.to_iter_dataset(read_options), _raw_length(settings))
+        return pieces.map_with_index(example).batch(rows)
+
+    mine = range(count) if streams is None else streams
+    batches = _Streams({stream: pieces(stream) for stream in mine})
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=settings.prefetch))
+
+
+def joined_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The state of the iterator that reads all the streams of the iterators whose ``states`` these are."""
+    return {stream: state for part in states for stream, state in part.items()}
 
 
 def eval_batches(
@@ -179,6 +193,34 @@ def _corrupter(settings: DataSettings, vocabulary: Vocabulary) -> Any:
         return {"inputs": inputs, "targets": np.pad(targets, (0, padded - len(targets)))}
 
     return corrupt
+
+
+class _Streams(grain.IterDataset):
+    """Puts the rows of several streams below one another."""
+
+    def __init__(self, streams: dict[int, grain.IterDataset]):
+        super().__init__(list(streams.values()))
+        self._streams = streams
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _StreamsIterator({stream: iter(parent) for stream, parent in self._streams.items()})
+
+
+class _StreamsIterator(grain.DatasetIterator):
+    def __init__(self, streams: dict[int, grain.DatasetIterator]):
+        super().__init__(list(streams.values()))
+        self._streams = streams
+
+    def __next__(self) -> Batch:
+        parts = [next(stream) for stream in self._streams.values()]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def get_state(self) -> dict[str, Any]:
+        return {str(number): stream.get_state() for number, stream in self._streams.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for number, stream in self._streams.items():
+            stream.set_state(state[str(number)])
 
 
 class _Pieces(grain.IterDataset):

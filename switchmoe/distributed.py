@@ -1,0 +1,103 @@
+"""The processes of one run, one a host: how they find each other, and what they say to each other.
+
+With one process nothing here does anything. With several, each runs the same program on its own devices
+and reads its own rows of a batch; the first (main) one writes logs and reports, for which, and for
+checkpoints, all need the same directory.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from switchmoe.settings import MeshSettings
+
+HEARTBEAT_TIMEOUT = 10  # seconds without a sign of life after which a process counts as lost
+TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
+
+
+def job(settings: MeshSettings, environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` is to be told; None where there is but one process.
+
+    With ``mesh.coordinator=auto`` the environment decides: ``JAX_COORDINATOR_ADDRESS`` with
+    ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``; SLURM's or Open MPI's variables, where they tell of more than
+    one task; a TPU, whose runtime knows its pod. JAX itself reads the last three.
+    """
+    if settings.coordinator == "none":
+        return None
+    if settings.coordinator != "auto":
+        return _named(settings.coordinator, settings.processes, settings.process)
+    if "JAX_COORDINATOR_ADDRESS" in environment:
+        names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        try:
+            count, index = (int(environment[name]) for name in names)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"JAX_COORDINATOR_ADDRESS={environment['JAX_COORDINATOR_ADDRESS']}: accepted beside it are"
+                f" {' and '.join(names)}, both integers"
+            ) from error
+        return _named(environment["JAX_COORDINATOR_ADDRESS"], count, index)
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("OMPI_COMM_WORLD_SIZE", "1"))
+    on_tpu = any(os.path.exists(path) for path in TPU_DEVICES) and environment.get("JAX_PLATFORMS") != "cpu"
+    return {} if tasks != "1" or on_tpu else None
+
+
+def _named(coordinator: str, count: int, index: int) -> dict[str, Any] | None:
+    names = ("coordinator_address", "num_processes", "process_id")
+    return dict(zip(names, (coordinator, count, index), strict=True)) if count > 1 else None
+
+
+def initialize(settings: MeshSettings) -> None:
+    """Joins the run's other processes; must come before all else that asks JAX for its devices."""
+    arguments = job(settings, os.environ)
+    if arguments is not None:
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+
+
+def is_main() -> bool:
+    return jax.process_index() == 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every process's ``value``, which is JSON, by process; all must call."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(data)))
+    padded = np.pad(data, (0, int(sizes.max()) - len(data)))
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes.ravel(), strict=True)]
+
+
+def check_same(values: dict[str, Any]) -> None:
+    """Refuses a run whose processes do not agree; all must call, and all raise.
+
+    Raises:
+      ValueError: names the first process that differs from the main one, and what differs.
+    """
+    first, *others = gathered(values)
+    for index, other in enumerate(others, 1):
+        different = [
+            f"{name} ({other.get(name, 'none')} there, {first.get(name, 'none')} on process 0)"
+            for name in sorted(first.keys() | other.keys())
+            if first.get(name) != other.get(name)
+        ]
+        if different:
+            raise ValueError(
+                f"process {index} differs: {', '.join(different)}; accepted is the same on every process"
+            )
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The others do what is inside when the main process has done it, and may find its result on disk."""
+    if not is_main():
+        gathered("waiting")
+    yield
+    if is_main():
+        gathered("done")
