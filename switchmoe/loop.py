@@ -24,7 +24,7 @@ from switchmoe.data import batches, sources, vocabulary
 from switchmoe.moe import dispatch_name, group_shape, router_name
 from switchmoe.reporting import Clock, MetricsWriter, Progress
 from switchmoe.routing import expert_capacity
-from switchmoe.rundir import check, claim, flat, read_run, update_run
+from switchmoe.rundir import check, check_documents, claim, flat, read_run, update_run
 from switchmoe.settings import MoESettings, Settings, to_dict
 from switchmoe.signals import Stop, Stopped, stop_signals
 from switchmoe.skipping import Skips
@@ -69,10 +69,9 @@ class _Run:
         with distributed.main_first():
             documents = {split: sources.load(settings.data, split) for split in ("train", "validation")}
             self.vocabulary = _vocabulary(settings, workdir, documents["train"])
-        distributed.check_same(
-            {f"{split} documents": found.fingerprint for split, found in documents.items()}
-            | {"vocabulary": self.vocabulary.sha256}
-        )
+        self.fingerprints = {split: found.fingerprint for split, found in documents.items()}
+        check_documents(workdir, settings.data.source, self.fingerprints)
+        distributed.check_same(self.fingerprints | {"vocabulary": self.vocabulary.sha256})
         self.evaluation = batches.eval_batches(
             settings.data, self.vocabulary, documents["validation"], settings.train.eval_batches
         )
@@ -171,6 +170,7 @@ class _Run:
             group_tokens=self.group_tokens,
             compile_seconds=self.compile_seconds,
             vocabulary_sha256=self.vocabulary.sha256,
+            documents_sha256=self.fingerprints,
             processes=jax.process_count(),
             versions=_versions(),
         )

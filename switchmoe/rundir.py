@@ -17,6 +17,8 @@ def check(workdir: Path, settings: Settings) -> None:
     Raises:
       ValueError: names the fields that differ.
     """
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir}: a file; accepted is a directory, or a name that is free")
     asked = to_dict(settings)
     path = workdir / "config.json"
     if not path.exists():
@@ -40,6 +42,21 @@ def check(workdir: Path, settings: Settings) -> None:
         raise ValueError(
             f"--workdir={workdir} holds a run with other settings: {', '.join(different)};"
             " accepted is the same settings, or another --workdir"
+        )
+
+
+def check_documents(workdir: Path, source: str, fingerprints: dict[str, str]) -> None:
+    """Refuses to go on with other text than the run began with.
+
+    Raises:
+      ValueError: names the splits that differ.
+    """
+    known = read_run(workdir).get("documents_sha256", fingerprints)
+    changed = [split for split in fingerprints if known.get(split) != fingerprints[split]]
+    if changed:
+        raise ValueError(
+            f"data.source={source}: its {' and '.join(changed)} documents are not those that the run in {workdir}"
+            " began with; accepted are the same files (was one removed, added or changed?), or another --workdir"
         )
 
 
