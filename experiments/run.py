@@ -18,6 +18,7 @@ from absl import logging
 
 from experiments import command_line, process, supervisor
 from experiments.supervisor import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
+from switchmoe.settings import Settings
 
 DEFAULT_CONFIG = "configs/quickstart.py"
 EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_IO = 2, 3, 4
@@ -40,14 +41,13 @@ def main(argv: list[str]) -> int:
     process.keep_memory()
     if several:
         supervisor.leave_with_parent()
-        distributed.initialize(settings.mesh)
     code = _train(settings, Path(workdir))
     if several and code not in (0, EXIT_STOPPED):
         _leave_at_once(code, wait=distributed.is_main())
     return code
 
 
-def _train(settings, workdir: Path) -> int:
+def _train(settings: Settings, workdir: Path) -> int:
     import jax
 
     from switchmoe import checkpoints, distributed, loop, signals
@@ -55,6 +55,7 @@ def _train(settings, workdir: Path) -> int:
 
     progress = Progress(settings.train.num_steps, sys.stdout)
     try:
+        distributed.initialize(settings.mesh)
         path = loop.run(settings, workdir, progress)
     except ValueError as error:
         progress.close()
@@ -73,10 +74,10 @@ def _train(settings, workdir: Path) -> int:
         message, number = stopped.args
         return _fail(message, EXIT_STOPPED if number == signal.SIGTERM else EXIT_INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if not supervisor.is_child():
             raise
         time.sleep(PEERS_LEAVE)  # until then JAX has found out who is lost, and ended this process
-        return _fail(f"the job's other processes don't answer: {str(error).splitlines()[0]}", EXIT_LOST)
+        return _fail(f"{str(error).splitlines()[0]} (or another process of the job was lost)", EXIT_LOST)
     except KeyboardInterrupt:
         progress.close()
         return _fail("interrupted twice; saved is the last checkpoint", EXIT_INTERRUPTED)

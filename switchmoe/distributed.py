@@ -42,9 +42,12 @@ def job(settings: MeshSettings, environment: Mapping[str, str]) -> dict[str, Any
                 f" {' and '.join(names)}, both integers"
             ) from error
         return _named(environment["JAX_COORDINATOR_ADDRESS"], count, index)
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("OMPI_COMM_WORLD_SIZE", "1"))
     on_tpu = any(os.path.exists(path) for path in TPU_DEVICES) and environment.get("JAX_PLATFORMS") != "cpu"
-    return {} if tasks != "1" or on_tpu else None
+    return {} if _tasks(environment) != "1" or on_tpu else None
+
+
+def _tasks(environment: Mapping[str, str]) -> str:
+    return environment.get("SLURM_STEP_NUM_TASKS", environment.get("OMPI_COMM_WORLD_SIZE", "1"))
 
 
 def _named(coordinator: str, count: int, index: int) -> dict[str, Any] | None:
@@ -53,10 +56,21 @@ def _named(coordinator: str, count: int, index: int) -> dict[str, Any] | None:
 
 
 def initialize(settings: MeshSettings) -> None:
-    """Joins the run's other processes; must come before all else that asks JAX for its devices."""
+    """Joins the run's other processes; must come before all else that asks JAX for its devices.
+
+    Raises:
+      ValueError: the environment tells of several processes, but not where they are.
+      jax.errors.JaxRuntimeError: the others did not come within five minutes.
+    """
     arguments = job(settings, os.environ)
-    if arguments is not None:
+    if arguments is None:
+        return
+    try:
         jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+    except ValueError as error:
+        if _tasks(os.environ) != "1":
+            raise ValueError(f"mesh.coordinator=auto: {error}; accepted is HOST:PORT of process 0") from error
+        # Else a TPU on its own, such as a notebook's, that nothing says is part of a pod.
 
 
 def is_main() -> bool:

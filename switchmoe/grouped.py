@@ -20,7 +20,12 @@ def grouped_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -
         return blocked_matmul(x_ND, kernel_EDF, sizes_E)
     if importlib.util.find_spec("tokamax"):
         import tokamax
+        from absl import flags
 
+        if (
+            not flags.FLAGS.is_parsed()
+        ):  # else tokamax reads the command line, and fails at what isn't its own
+            flags.FLAGS.mark_as_parsed()
         return tokamax.ragged_dot(x_ND, kernel_EDF, sizes_E)
     return jax.lax.ragged_dot(x_ND, kernel_EDF, sizes_E)
 

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from switchmoe.moe import check as moe_check
 from switchmoe.moe import group_shape
 from switchmoe.optimizers import state_names
-from switchmoe.settings import MeshSettings, Settings
+from switchmoe.settings import MeshSettings, MoESettings, Settings
 
 AXES = ("data", "expert", "model")
 Rules = tuple[tuple[str, str | tuple[str, ...]], ...]
@@ -138,11 +138,20 @@ def check(settings: Settings, lengths: dict[str, int], mesh: Mapping[str, int]) 
             )
         if groups % shards:
             raise ValueError(
-                f"moe.group_size={moe.group_size}: accepted is a size that gives the {stack} a multiple of"
-                f" {shards} groups, one or more for each shard of the tokens; this gives {groups} of"
-                f" {tokens[stack]} tokens"
+                f"moe.group_size={moe.group_size}: accepted is a size that gives each stack a multiple of {shards}"
+                f" groups, one or more for each shard of the tokens{_largest(batch, lengths, moe, shards)}; this"
+                f" gives the {stack} {groups} of {tokens[stack]} tokens"
             )
     return tokens
+
+
+def _largest(batch: int, lengths: dict[str, int], moe: MoESettings, shards: int) -> str:
+    """The largest group size that would be accepted, if there is one, in words."""
+    for size in range(moe.group_size, 0, -1):
+        shapes = [group_shape(batch, length, size) for length in lengths.values()]
+        if all(groups % shards == 0 and moe.total_experts <= tokens for groups, tokens in shapes):
+            return f", {size} for one"
+    return ""
 
 
 def _check_widths(settings: Settings, mesh: Mapping[str, int]) -> None:

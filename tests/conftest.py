@@ -45,19 +45,6 @@ def pytest_unconfigure(config):
         shutil.rmtree(_CACHE, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(config, items):
-    """The long rows of the table of faults run only where they are asked for."""
-    if "faults" in (config.option.markexpr or ""):
-        return
-
-    def is_long(item):
-        mark = item.get_closest_marker("faults")
-        return mark is not None and not mark.kwargs.get("quick")
-
-    config.hook.pytest_deselected(items=[item for item in items if is_long(item)])
-    items[:] = [item for item in items if not is_long(item)]
-
-
 @pytest.fixture
 def user_environment():
     """Environment variables for a subprocess that stands for a user's command: one CPU device.

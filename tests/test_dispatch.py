@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from switchmoe import grouped
 from switchmoe.dispatch import DISPATCHERS
 from switchmoe.routing import ROUTERS, RouterSettings, Routing, switch
 
@@ -202,3 +203,29 @@ def test_gather_has_no_scatter_of_rows_in_its_gradient():
     grad = jax.grad(lambda w, x: through("gather", routing, w, x, routing.gate_SK).sum(), argnums=(0, 1))
     made_by_scatter = re.findall(r"(\w+)\[[\d,]*\] = scatter", str(jax.make_jaxpr(grad)(w_EDD, x_GSD)))
     assert made_by_scatter == ["i32"]
+
+
+@pytest.mark.parametrize("library", ["jax", "tokamax"])
+def test_the_grouped_product_of_an_accelerator(monkeypatch, library):
+    """What a GPU or TPU would call, on a CPU: an expert without rows, sizes no tile divides, rows of no expert."""
+    if library == "tokamax":
+        pytest.importorskip("tokamax")
+    monkeypatch.setattr(grouped.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(
+        grouped.importlib.util, "find_spec", lambda name: library if name == library == "tokamax" else None
+    )
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((40, 16), (4, 16, 24), (33, 24))
+    x_ND, kernel_EDF, d_NF = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    sizes_E = jnp.array([8, 0, 20, 5])
+    owner_N = np.repeat(np.arange(4), np.array(sizes_E))
+
+    def loop(x_ND, kernel_EDF):
+        return jnp.einsum("ND,NDF->NF", x_ND[:33], kernel_EDF[owner_N], precision="highest")
+
+    def product(x_ND, kernel_EDF):
+        return grouped.grouped_matmul(x_ND, kernel_EDF, sizes_E)[:33]
+
+    (found, back), (wanted, back_wanted) = (jax.vjp(f, x_ND, kernel_EDF) for f in (product, loop))
+    for a, b in zip((found, *back(d_NF)), (wanted, *back_wanted(d_NF)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))

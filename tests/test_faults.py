@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_faults.py -m faults -n 0 -s
 
-prints the table of docs/faults.md. Without ``-m faults`` only the quick rows run, as a part of the suite.
+prints the table of docs/faults.md. The quick rows are a part of the suite.
 """
 
 import json
@@ -32,6 +32,8 @@ LONG = [
     "--config.train.eval_batches=40",
 ]  # fmt: skip
 KILLS = 20
+
+pytestmark = pytest.mark.faults
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +136,7 @@ def state_of(workdir, kind):
     return kind if kind in ("starting", "in evaluation") else "in a step"
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_sigkill_at_random_moments(tmp_path, environment, table):
     undisturbed, broken = tmp_path / "undisturbed", tmp_path / "broken"
     finish(start(undisturbed, environment, *LONG))
@@ -164,7 +166,7 @@ def test_sigkill_at_random_moments(tmp_path, environment, table):
     table(f"SIGKILL, {KILLS} times ({where})", "the same command resumed; final state and all metrics bitwise those of the undisturbed run", f"nothing; at most {repeated} steps done again (checkpoint.every=4)")  # fmt: skip
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("harm", [truncate, empty, flip_a_bit, Path.unlink])
 def test_a_damaged_checkpoint(tmp_path, environment, whole, table, harm):
     workdir = tmp_path / "run"
@@ -207,7 +209,7 @@ def fill(disk, left):
     return filler
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.parametrize("on_error, room_again", [("stop", False), ("continue", False), ("continue", True)])
 def test_a_full_disk(small_disk, environment, table, on_error, room_again):
     process = start(small_disk, environment, *FULL, f"--config.checkpoint.on_error={on_error}")
@@ -248,7 +250,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(loop.sharding, "make_mesh", lambda mesh: make_mesh(mesh, loop.jax.devices()[:1]))
 
 
-@pytest.mark.faults
+@pytest.mark.long
 @pytest.mark.usefixtures("one_device")
 def test_a_shard_of_the_data(tmp_path, capsys, table):
     import lzma
@@ -290,7 +292,6 @@ class Bomb:
         return os.mkdir, (self.made,)
 
 
-@pytest.mark.faults(quick=True)
 def test_a_checkpoint_never_has_its_code_executed(tmp_path, table):
     made = tmp_path / "made"
     bomb = pickle.dumps(Bomb(str(made)))
@@ -321,7 +322,6 @@ def test_a_checkpoint_never_has_its_code_executed(tmp_path, table):
     table(f"a pickle that executes code, in place of each of {len(files)} files and beside them", "not executed; refused, or not read at all", "nothing")  # fmt: skip
 
 
-@pytest.mark.faults(quick=True)
 @pytest.mark.parametrize(
     "name, content, code, words",
     [

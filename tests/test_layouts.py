@@ -21,8 +21,8 @@ CASES += [("data_expert", False, "einsum"), ("data_expert_model", False, "ragged
 
 def case(layout="data", fsdp=False, dispatch="auto", **mesh):
     """Dropout and jitter on; sizes that divide among eight devices along any axis."""
-    model = dict(dropout_rate=0.1, num_heads=8, d_kv=4)
-    moe = dict(num_experts=8, jitter=0.1, dispatch=dispatch)
+    model = dict(dropout_rate=0.1, num_heads=8, d_kv=4, num_layers=1)
+    moe = dict(num_experts=8, every=1, num_shared=1, jitter=0.1, dispatch=dispatch)
     mesh = dict(layout=layout, fsdp=fsdp) | mesh
     return settings(model, moe, mesh=mesh, data=dict(batch_size=16))
 

@@ -160,9 +160,9 @@ def test_auto_says_what_it_takes():
 
 
 def transformer_settings(**moe):
-    model = dict(d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=2, dtype="float32")
+    model = dict(d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=1, dtype="float32")
     data = dict(batch_size=4, input_length=12, vocab_size=400)
-    return from_config(dict(model=model, moe=dict(num_experts=4, group_size=48) | moe, data=data))
+    return from_config(dict(model=model, moe=dict(num_experts=4, every=1, group_size=48) | moe, data=data))
 
 
 def step(settings, tx, state):
@@ -196,11 +196,11 @@ def test_the_bias_of_loss_free_follows_the_load_by_its_rate(name):
     s = dataclasses.replace(s, optimizer=dataclasses.replace(s.optimizer, name=name, clip_norm=1e-9))
     tx = optimizers.create(s.optimizer, 10, training.axis_names(s), s.moe.bias_rate)
     state = jax.jit(lambda: training.init_state(s, tx))()
-    bias_LE = state.params["encoder"]["blocks"]["block_1"]["moe"]["router_bias"]
+    bias_LE = state.params["encoder"]["blocks"]["block_0"]["moe"]["router_bias"]
     assert bias_LE.shape == (1, 4) and not bias_LE.any()
     state, metrics = step(s, tx, state)
     load_E = np.asarray(metrics["layer_expert_load"])[0]
-    moved_E = state.params["encoder"]["blocks"]["block_1"]["moe"]["router_bias"][0]
+    moved_E = state.params["encoder"]["blocks"]["block_0"]["moe"]["router_bias"][0]
     np.testing.assert_allclose(moved_E, 0.01 * np.sign(0.25 - load_E), atol=1e-7)
 
 

@@ -58,7 +58,7 @@ def test_impossible_values_are_refused(config, message):
         (
             {"moe": {"group_size": 65536}},
             8,
-            "moe.group_size=65536: accepted is a size that gives the encoder",
+            "moe.group_size=65536: accepted is a size that gives each stack",
         ),
         (
             {"moe": {"num_experts": 6}, "mesh": {"layout": "data_expert"}},
