@@ -16,13 +16,14 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_checkpoints import empty, flip_a_bit, iterator, saved, state, truncate, written
-from test_run import TINY, finish, losses, start
+from test_run import TINY, finish, losses, run_here, start
 
 from experiments import run as command
-from switchmoe import integrity, loop, optimizers, training
+from switchmoe import integrity, optimizers, training
 from switchmoe.checkpoints import CheckpointError, Checkpoints
 from switchmoe.reporting import read_metrics
 from switchmoe.settings import CheckpointSettings, from_config
@@ -45,17 +46,9 @@ def table():
         print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 
-@pytest.fixture
-def environment(user_environment):
-    return user_environment | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-
-
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """A run of which a copy is damaged."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+def whole(tmp_path_factory, environment):
+    """A run of which copies are damaged."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     finish(start(workdir, environment))
     return workdir
@@ -244,12 +237,6 @@ def test_a_full_disk(small_disk, environment, table, on_error, room_again):
         table("disk full to the end; checkpoint.on_error=continue", "a warning at each failed save, trained and reported to the end, then exit 4", f"the state after step 20 ({reached - 20} steps)")  # fmt: skip
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    make_mesh = loop.sharding.make_mesh
-    monkeypatch.setattr(loop.sharding, "make_mesh", lambda mesh: make_mesh(mesh, loop.jax.devices()[:1]))
-
-
 @pytest.mark.long
 @pytest.mark.usefixtures("one_device")
 def test_a_shard_of_the_data(tmp_path, capsys, table):
@@ -280,6 +267,54 @@ def test_a_shard_of_the_data(tmp_path, capsys, table):
 
 def contents(directory):
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Has the gradients of the given steps be NaN."""
+
+    def poison(steps):
+        def token_sums(params, batch, settings, key=None):
+            sums = real(params, batch, settings, key)
+            if key is not None:
+                first = jax.random.key(settings.train.seed)
+                keys = jnp.stack([jax.random.key_data(jax.random.fold_in(first, step - 1)) for step in steps])
+                here = (keys == jax.random.key_data(key)[None]).all(-1).any()
+                sums["nll"] = sums["nll"] * jnp.where(here, jnp.nan, 1.0)
+            return sums
+
+        monkeypatch.setattr(training, "token_sums", token_sums)
+
+    real = training.token_sums
+    return poison
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("one_device")
+def test_so_many_updates_in_a_row_are_left_out_and_the_next_stops_the_run(tmp_path, capsys, poisoned, table):
+    """Steps 3, 8, 9 are left out; 14, 15, 16 are one too many in a row, after a checkpoint at 15, too."""
+    poisoned([3, 8, 9, 14, 15, 16])
+    short = ["--config.train.skip_nonfinite=2", "--config.train.log_every=6"]
+    for _ in range(2):
+        code, captured = run_here(tmp_path, capsys, *short)
+        assert code == command.EXIT_NON_FINITE and captured.err.count("\n") == 1
+        assert "step 16: loss nan, grad_norm nan, after 2 skipped" in captured.err
+        assert str(tmp_path / "run" / "checkpoints" / "15") in captured.err
+        records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        skipped = [r for r in records if r.get("skipped")]
+        assert [r["step"] for r in skipped] == [3, 8, 9, 14, 15]
+    assert all(r["grad_norm"] is None for r in skipped), "null in JSON"
+    assert "warning: step" not in captured.out, "the second run began after 15"
+    rates = {r["step"]: r["learning_rate"] for r in records if r["split"] == "train"}
+    step = (rates[3] - rates[1]) / 2  # it rises with the updates: before step 6 those were 4
+    assert rates[6] == pytest.approx(rates[1] + 4 * step)
+
+    # Three in a row allowed: the same directory goes on to the end.
+    code, captured = run_here(tmp_path, capsys, *short, "--config.train.skip_nonfinite=3")
+    assert code == 0, captured.err
+    assert "step 16: loss nan, grad_norm nan; its update is left out" in captured.out
+    assert (tmp_path / "run" / "report.html").exists()
+    table("the gradient not finite, train.skip_nonfinite=2", "one and two in a row: each update left out, warned of, recorded; a third in a row stops the run, exit 3", "the updates that were left out")  # fmt: skip
 
 
 class Bomb:
