@@ -221,9 +221,7 @@ class TrainSettings:
     accumulate: int = 1  # microbatches a step; gradients are those of the whole batch
     label_smoothing: float = 0.0
     output_z_loss_weight: float = 1e-4  # on the vocabulary logits; 0 leaves it out
-    skip_nonfinite: int = (
-        0  # updates in a row left out for a loss or gradient not finite; one more stops the run
-    )
+    skip_nonfinite: int = 0  # updates in a row left out as loss or gradient is not finite; one more: a stop
     seed: int = 0
 
     def __post_init__(self) -> None:
