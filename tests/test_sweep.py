@@ -313,7 +313,7 @@ def test_a_sweep_killed_stopped_and_continued_ends_like_an_undisturbed_one(confi
     first, second = (tmp_path / "out" / f"num_experts={n}" / "metrics.jsonl" for n in (1, 4))
 
     process = start(arguments, environment, tmp_path)
-    wait_for(process, first, '"step": 6,')
+    wait_for(process, first, '"step": 14,')
     process.kill()
     process.communicate()
     for number, code, step in ((signal.SIGTERM, 75, 4), (signal.SIGINT, 130, 9)):
