@@ -105,7 +105,7 @@ def page(
         "<h2>Settings</h2>",
         _groups(config),
         "<h2>Versions</h2>",
-        _table(run["versions"].items()) if run.get("versions") else f"<p>{MISSING}</p>",
+        table(run["versions"].items()) if run.get("versions") else f"<p>{MISSING}</p>",
     ]
     return document(name, sections)
 
@@ -272,13 +272,14 @@ def _groups(config: dict[str, Any]) -> str:
     if not config:
         return f"<p>{MISSING}</p>"
     tables = "".join(
-        f"<div><h3>{escape(group)}</h3>{_table((k, json.dumps(v, ensure_ascii=False)) for k, v in fields.items())}</div>"
+        f"<div><h3>{escape(group)}</h3>{table((k, json.dumps(v, ensure_ascii=False)) for k, v in fields.items())}</div>"
         for group, fields in config.items()
     )
     return f'<div class="groups">{tables}</div>'
 
 
-def _table(rows: Iterable[tuple[Any, Any]]) -> str:
+def table(rows: Iterable[tuple[Any, Any]]) -> str:
+    """Rows of names and values, escaped."""
     return f"<table><tbody>{''.join(f'<tr>{cells(row)}</tr>' for row in rows)}</tbody></table>"
 
 

@@ -43,6 +43,14 @@ class Law:
         log_size, log_e = np.log10(size), _log_saturated(np.asarray(experts, float), shift, self.e_max)
         return 10 ** (self.a * log_size + (self.b + self.c * log_size) * log_e + self.d)
 
+    def values(self, size: float) -> dict[str, float]:
+        """The coefficients by the names of `Fit.values`, b' and d' at size N among them."""
+        log_size = math.log10(size)
+        names = dataclasses.asdict(self)
+        start, top = names.pop("e_start"), names.pop("e_max")
+        one_size = {"b'": self.b + self.c * log_size, "d'": self.a * log_size + self.d}
+        return names | one_size | {"E_start": start, "E_max": top}
+
 
 PUBLISHED = {  # Clark et al., fitted to 15M ... 1.3B parameters and 1 ... 512 experts
     "S-BASE": Law(-0.082, -0.108, 0.009, 1.104, 1.847, 314.478),
