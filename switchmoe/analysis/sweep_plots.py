@@ -1,7 +1,8 @@
 """Pictures of a sweep (`switchmoe.analysis.sweeps`): each function returns a Figure, in the style of `plots`.
 
 Experts are on a logarithmic axis to base 2. A line goes through the means over seeds; where there are
-several, a bar or a band goes from the least to the greatest. Lines are named where they end.
+several, a bar or a band goes from the least to the greatest. Lines are named where they end, and groups,
+where there are several, in a legend.
 """
 
 import math
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from switchmoe.analysis import plots, scaling, sweeps
@@ -38,86 +40,59 @@ SHOWN_FROM = 0.15  # curves are shown from the loss that the dense model has aft
 def save_all(
     groups: Sequence[Group], fits: Sequence[Fit | None], out_dir: str | os.PathLike
 ) -> list[tuple[Path, str]]:
-    """Writes the pictures that the groups allow to ``out_dir`` as PNGs; returns paths and captions.
+    """Writes the pictures that the groups allow to ``out_dir`` as PNGs; returns paths, and whose picture each is.
 
     Args:
       groups: of `sweeps.group`.
       fits: for each group the fit of its family, None where there is none.
+
+    Returns:
+      paths, and the label of the group that a picture is of; "" for pictures of all. Pictures of groups have the
+      group's number at the end of their names where there are several.
     """
     directory = Path(out_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, tuple[Figure, str]] = {"loss_experts": (loss_experts(groups, fits), LOSS_EXPERTS)}
+    figures: dict[str, tuple[Figure, str]] = {"loss_experts": (loss_experts(groups, fits), "")}
     for number, one in enumerate(groups, start=1):
-        suffix, prefix = (f"_{number}", f"{one.label}: ") if len(groups) > 1 else ("", "")
-        figures[f"loss_steps{suffix}"] = loss_curves(one, "steps"), prefix + LOSS_STEPS
+        suffix = f"_{number}" if len(groups) > 1 else ""
+        figures[f"loss_steps{suffix}"] = loss_curves(one, "steps"), one.label
         if _timed(one):
-            figures[f"loss_time{suffix}"] = loss_curves(one, "time"), prefix + LOSS_TIME
+            figures[f"loss_time{suffix}"] = loss_curves(one, "time"), one.label
     if any(sweeps.speed_ups(one) for one in groups):
-        figures["speedups"] = speed_ups(groups), SPEED_UPS
-    if any(one.dense and len(one.cells) > 1 for one in groups):
-        figures["published"] = published(groups, fits), PUBLISHED
+        figures["speedups"] = speed_ups(groups), ""
+        figures["published"] = published(groups, fits), ""
     if any(run.routing for one in groups for runs in one.cells.values() for run in runs):
-        figures["routing"] = routing(groups), ROUTING
-    figures["size"] = size(groups), SIZE
+        figures["routing"] = routing(groups), ""
+    figures["size"] = size(groups), ""
     saved = []
-    for name, (figure, caption) in figures.items():
+    for name, (figure, label) in figures.items():
         path = directory / f"{name}.png"
         figure.savefig(path, dpi=plots.DPI)
-        saved.append((path, caption))
+        saved.append((path, label))
     return saved
 
 
-LOSS_EXPERTS = (
-    "Held-out loss at the end of training against the number of experts: mean over the seeds, and bars from the least "
-    "to the greatest where there are several. Dashed: the fitted scaling law. (The paper's figures 1, left, and 4.)"
-)
-LOSS_STEPS = (
-    "Held-out loss over the steps, a line for each number of experts; dashed the dense model's final loss. "
-    "Bands go from the least to the greatest seed. (The paper's figure 4, right.)"
-)
-LOSS_TIME = (
-    "Held-out loss over the time spent in training steps, on the device named below; evaluations, checkpoints and "
-    "compilation are left out. (The paper's figure 5.)"
-)
-SPEED_UPS = (
-    "How much sooner than the dense model its final held-out loss is reached, in steps and in time of training. A cross: "
-    "not every seed reaches it. Both axes are logarithmic."
-)
-PUBLISHED = (
-    "Loss over that of the dense model, beside the S-BASE models of the nearest size of Clark et al. (2022, DeepMind, "
-    "CC BY 4.0) after 10,000 steps and at the end (about 250,000), and their fitted law at this sweep's size. Their text, "
-    "their tokens and their decoder-only models are others: shapes can be compared, levels cannot."
-)
-ROUTING = (
-    "Left: choices dropped because their expert was full, mean over the sparse layers, at the start and the end of training. "
-    "Right: load of the busiest and the idlest expert of all sparse layers, mean over the last tenth of training."
-)
-SIZE = (
-    "Left: parameters, and those that a token uses. Right: bytes of parameters and optimizer state on one device, "
-    "from their shapes; activations and gradients come on top."
-)
-
-
 def loss_experts(groups: Sequence[Group], fits: Sequence[Fit | None]) -> Figure:
-    """Final held-out loss against experts, with the fitted law."""
+    """Final held-out loss against experts, with the fitted law; where there is none a line joins the points."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
     ends = []
     for one, fit, colour in zip(groups, fits, _colours(groups), strict=True):
         found = _by_experts(one, lambda run: run.loss)
+        end = found[max(found)].mean
         if fit:
-            experts = np.geomspace(1, max(found), 200) if max(found) > 1 else np.ones(1)
-            axes.plot(
-                experts, fit.law.loss(one.size, experts), color=colour, linestyle="--", linewidth=1, alpha=0.8
-            )
-        _line(axes, found, colour)
-        ends.append((max(found), found[max(found)].mean, one.label or "", colour))
+            experts = np.geomspace(min(found), max(found), 200)
+            curve = fit.law.loss(one.size, experts)
+            axes.plot(experts, curve, color=colour, linestyle="--", linewidth=1.2)
+            end = curve[-1]
+        _line(axes, found, colour, "o" if fit else "o-")
+        ends.append((max(found), end, "fitted law" if fit else "", colour))
         if len(groups) == 1:
-            _values(axes, found, "{:.3f}")
+            _values(axes, {experts: (s.mean, f"{s.mean:.3f}") for experts, s in found.items()})
     plots.finish(axes, "held-out loss (nats per target token)")
     _experts_axis(axes, groups)
     axes.margins(y=0.12)
-    _name_ends(axes, ends)
+    _name(figure, groups, {axes: ends})
     return figure
 
 
@@ -160,20 +135,18 @@ def speed_ups(groups: Sequence[Group]) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     colours = _colours(groups)
     for axes, name in zip(panels, ("step", "time"), strict=True):
-        ends, missing = [], []
+        missing = []
         for one, colour in zip(groups, colours, strict=True):
-            found = {1: Spread(1, 1, 1)} if one.dense else {}
-            for up in sweeps.speed_ups(one):
-                value = getattr(up, name)
-                if value and up.reached == up.runs:
-                    found[up.experts] = value
-                elif up.reached < up.runs:
-                    missing.append((up.experts, colour))
-            if found:
-                _line(axes, found, colour)
-                ends.append((max(found), found[max(found)].mean, one.label, colour))
+            ups = [up for up in sweeps.speed_ups(one) if up.reached == up.runs and getattr(up, name)]
+            missing += [(up.experts, colour) for up in sweeps.speed_ups(one) if up.reached < up.runs]
+            if not one.dense:
+                continue
+            found = {1: Spread(1, 1, 1)} | {up.experts: getattr(up, name) for up in ups}
+            _line(axes, found, colour)
             if len(groups) == 1:
-                _values(axes, {e: s for e, s in found.items() if e > 1}, "{:.1f}x")
+                bound = {True: "\N{GREATER-THAN OR EQUAL TO}", False: ""}
+                told = {up.experts: f"{bound[up.at_first > 0]}{found[up.experts].mean:.1f}" for up in ups}
+                _values(axes, {experts: (found[experts].mean, text) for experts, text in told.items()})
         plots.finish(axes, "speed-up over the dense model" if name == "step" else "")
         axes.set_title(
             f"{name}s to its final loss" if name == "step" else "time to its final loss", fontsize=10
@@ -195,7 +168,7 @@ def speed_ups(groups: Sequence[Group]) -> Figure:
         if name == "time":
             _log_axis(axes, "{:g}x")
             axes.margins(y=0.15)
-            _name_ends(axes, ends)
+    _name(figure, groups)
     return figure
 
 
@@ -223,7 +196,7 @@ def published(groups: Sequence[Group], fits: Sequence[Fit | None]) -> Figure:
         dense = float(np.mean([run.loss for run in one.dense]))
         found = _by_experts(one, lambda run, dense=dense: run.loss / dense)
         _line(axes, found, colour)
-        ends.append((max(found), found[max(found)].mean, one.label or "this sweep", colour))
+        ends.append((max(found), found[max(found)].mean, "" if len(groups) > 1 else "this sweep", colour))
         if fit:
             within = np.geomspace(1, max(found), 200)
             axes.plot(
@@ -232,6 +205,7 @@ def published(groups: Sequence[Group], fits: Sequence[Fit | None]) -> Figure:
     plots.finish(axes, "loss / loss of the dense model")
     _experts_axis(axes, groups, rows[-1].experts)
     _name_ends(axes, ends)
+    _name(figure, groups)
     return figure
 
 
@@ -250,9 +224,7 @@ def routing(groups: Sequence[Group]) -> Figure:
             found = _by_experts(one, lambda run, of=figure_of: of(run.routing) if run.routing else math.nan)
             if found:
                 _line(axes, found, colour, style)
-                where = one.label if len(groups) > 1 else name
-                if len(groups) == 1 or style == "o-":
-                    ends[axes].append((max(found), found[max(found)].mean, where, colour))
+                ends[axes].append((max(found), found[max(found)].mean, name, colour))
     right.axhline(1, color=GREY, linestyle="--", linewidth=1)
     for axes, label in ((left, "choices dropped (%)"), (right, "load / fair share")):
         plots.finish(axes, label)
@@ -265,8 +237,7 @@ def routing(groups: Sequence[Group]) -> Figure:
     right.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if tick <= top]))
     right.yaxis.set_minor_locator(NullLocator())
     right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    for axes, named in ends.items():
-        _name_ends(axes, named)
+    _name(figure, groups, ends)
     return figure
 
 
@@ -283,16 +254,14 @@ def size(groups: Sequence[Group]) -> Figure:
         ):
             found = _by_experts(one, value)
             _line(axes, found, colour, style)
-            if len(groups) == 1 or style == "o-":
-                where = one.label if len(groups) > 1 else name
-                ends[axes].append((max(found), found[max(found)].mean, where, colour))
-    for axes, label in ((left, "parameters"), (right, "parameters and optimizer state (bytes)")):
+            ends[axes].append((max(found), found[max(found)].mean, name, colour))
+    for axes, label, unit in ((left, "parameters", ""), (right, "parameters and optimizer state", "B")):
         plots.finish(axes, label)
         _experts_axis(axes, groups)
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _short(y)))
-        _name_ends(axes, ends[axes])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _, unit=unit: _short(y) + unit))
+    _name(figure, groups, ends)
     return figure
 
 
@@ -317,17 +286,14 @@ def _line(axes: Axes, found: dict[int, Spread], colour: str, style: str = "o-") 
         )
 
 
-def _values(axes: Axes, found: dict[int, Spread], form: str) -> None:
-    if len(found) <= MAX_VALUES:
-        for experts, one in found.items():
-            axes.annotate(
-                form.format(one.mean),
-                (experts, one.high),
-                (0, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
+def _values(axes: Axes, told: dict[int, tuple[float, str]]) -> None:
+    """Texts beside the points of a line, on the side of it that is free."""
+    if not told or len(told) > MAX_VALUES:
+        return
+    rises = list(told.values())[-1][0] > list(told.values())[0][0]
+    for experts, (y, text) in told.items():
+        offset, side = ((-3, 5), "right") if rises else ((3, 5), "left")
+        axes.annotate(text, (experts, y), offset, textcoords="offset points", ha=side, fontsize=8)
 
 
 def _experts_axis(axes: Axes, groups: Sequence[Group], most: int = 1, least: int = 1) -> None:
@@ -347,6 +313,18 @@ def _log_axis(axes: Axes, form: str) -> None:
     axes.yaxis.set_major_locator(FixedLocator([2.0**n for n in powers]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: form.format(y)))
+
+
+def _name(figure: Figure, groups: Sequence[Group], ends: dict[Axes, list] | None = None) -> None:
+    """Names lines at their ``ends`` where there is one group; a legend names the groups where there are several."""
+    if len(groups) == 1:
+        for axes, named in (ends or {}).items():
+            _name_ends(axes, named)
+        return
+    lines = [Line2D([], [], color=colour, marker="o", markersize=5) for colour in _colours(groups)]
+    labels = [one.label for one in groups]
+    columns = 2 if max(map(len, labels)) < 60 else 1
+    figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, object]]) -> None:

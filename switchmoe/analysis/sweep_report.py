@@ -16,9 +16,27 @@ from switchmoe.analysis.sweeps import Group, Run, Spread, Sweep
 from switchmoe.reporting import duration
 
 POINTS_FILE, SPEED_UPS_FILE, FIT_FILE = "points.csv", "speedups.csv", "fit.json"
+CAPTIONS = {
+    "loss_experts": "Held-out loss at the end of training against the number of experts: mean over the seeds, and bars from the least "
+    "to the greatest where there are several. Dashed: the fitted scaling law. (The paper's figures 1, left, and 4.)",
+    "loss_steps": "Held-out loss over the steps, a line for each number of experts; dashed the dense model's final loss. "
+    "Bands go from the least to the greatest seed. (The paper's figure 4, right.)",
+    "loss_time": "Held-out loss over the time spent in training steps, on the device named below; evaluations, checkpoints and "
+    "compilation are left out. (The paper's figure 5.)",
+    "speedups": "How much sooner than the dense model its final held-out loss is reached, in steps and in time of training. A cross: "
+    "not every seed reaches it. \N{GREATER-THAN OR EQUAL TO}: it is reached by the first evaluation, and when before that is not known. Both axes are logarithmic.",
+    "published": "Loss over that of the dense model, beside the S-BASE models of the nearest size of Clark et al. (2022, DeepMind, "
+    "CC BY 4.0) after 10,000 steps and at the end (about 250,000), and their fitted law at this sweep's size. Their text, "
+    "their tokens and their decoder-only models are others: shapes can be compared, levels cannot.",
+    "routing": "Left: choices dropped because their expert was full, mean over the sparse layers, in the first tenth (dotted) and the last tenth of training. "
+    "Right: load of the busiest and the idlest (dotted) expert of all sparse layers, mean over the last tenth of training.",
+    "size": "Left: parameters, and those that a token uses (dotted). Right: bytes of parameters and optimizer state on one device, "
+    "from their shapes; activations and gradients come on top.",
+}
 INTERPOLATION = (
     "A held-out curve is replaced by the lowest loss so far, which is taken to be linear in the step between two "
-    "evaluations; a loss reached by the first evaluation counts as reached at it. The target is the mean over the dense "
+    "evaluations; a loss reached by the first evaluation counts as reached at it, which makes "
+    "its speed-up a lower bound. The target is the mean over the dense "
     "model's seeds of their lowest loss (the final one of a curve that falls to its end), and the steps and the time are "
     "those at which they came to it. Spreads are over the seeds that reach the target; a mean is given where all do."
 )
@@ -42,7 +60,7 @@ def write(sweep: Sweep, out_dir: str | os.PathLike, title: str) -> Path:
     sections = [
         f"<h1>{escape(title)}</h1>",
         report.tiles(headline(sweep, groups, fits)),
-        *(report.picture(path, caption) for path, caption in pictures),
+        *(report.picture(path, _caption(path, label)) for path, label in pictures),
         "<h2>Loss by experts</h2>", _losses(groups),
         "<h2>Speed-up to the dense model's final loss</h2>", _speed_ups(groups),
         "<h2>The scaling law</h2>", _fits(groups, fits, reasons),
@@ -90,7 +108,7 @@ def point(one: Group, run: Run) -> dict[str, Any]:
 
 
 SPEED_UP_FIELDS = (
-    "group", "num_experts", "target_loss", "runs", "reached", "step_mean", "step_min", "step_max",
+    "group", "num_experts", "target_loss", "runs", "reached", "at_first", "step_mean", "step_min", "step_max",
     "time_mean", "time_min", "time_max",
 )  # fmt: skip
 
@@ -98,7 +116,7 @@ SPEED_UP_FIELDS = (
 def speed_up_line(one: Group, up: sweeps.SpeedUp) -> dict[str, Any]:
     """A line of `speedups.csv`; a mean is empty where not every run reaches the target."""
     loss, _, _ = sweeps.target(one.dense)
-    found = [one.label, up.experts, loss, up.runs, up.reached]
+    found = [one.label, up.experts, loss, up.runs, up.reached, up.at_first]
     for values in (up.step, up.time):
         found += (
             [None] * 3 if values is None else [values.mean if up.reached == up.runs else None, *values[1:]]
@@ -165,6 +183,11 @@ def headline(sweep: Sweep, groups: Sequence[Group], fits: dict[str, Fit]) -> lis
     return found
 
 
+def _caption(path: Path, label: str) -> str:
+    caption = CAPTIONS[path.stem.rstrip("_0123456789")]
+    return f"{label}: {caption}" if label else caption
+
+
 def _members(groups: Sequence[Group]) -> Iterable[tuple[Group, Run]]:
     """Every run of every group: a dense one as often as it is compared with."""
     return ((one, run) for one in groups for runs in one.cells.values() for run in runs)
@@ -228,7 +251,8 @@ def _reached(up: sweeps.SpeedUp, values: Spread | None) -> str:
         return report.MISSING
     if up.reached < up.runs:
         return f"not reached by {up.runs - up.reached} ({values.low:.2f} to {values.high:.2f})"
-    return _range(values, ".2f", up.runs)
+    bound = "at least " if up.at_first else ""
+    return bound + _range(values, ".2f", up.runs)
 
 
 def _range(values: Spread, form: str, runs: int) -> str:

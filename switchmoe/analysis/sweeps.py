@@ -298,6 +298,7 @@ class SpeedUp(NamedTuple):
     experts: int
     runs: int
     reached: int
+    at_first: int  # of those that reach it, how many by their first evaluation: theirs are lower bounds
     step: Spread | None  # steps of the dense model / steps
     time: Spread | None  # likewise of seconds of training; None also where no times were recorded
 
@@ -327,7 +328,8 @@ def speed_ups(one: Group) -> list[SpeedUp]:
         when = [(run, step) for run, step in when if step is not None]
         by_step = spread([steps / step for _, step in when])
         by_time = spread([seconds / float(run.seconds_at(step)) for run, step in when])
-        found.append(SpeedUp(experts, len(runs), len(when), by_step, by_time))
+        at_first = sum(step == run.step_V[0] for run, step in when)
+        found.append(SpeedUp(experts, len(runs), len(when), at_first, by_step, by_time))
     return found
 
 
