@@ -69,7 +69,6 @@ class Fit:
     level: float
     residual: float | None  # standard deviation in log10 L; None where no run is left over
     runs: int
-    sizes: int
     notes: tuple[str, ...]
 
 
@@ -134,7 +133,7 @@ def fit(
     }
     a, b, c, d = (0.0, values["b'"], 0.0, values["d'"]) if sizes == 1 else linear.tolist()
     notes = _notes(sizes, at_edge, residual)
-    return Fit(Law(a, b, c, d, e_start, e_max), values, intervals, level, residual, len(loss_R), sizes, notes)
+    return Fit(Law(a, b, c, d, e_start, e_max), values, intervals, level, residual, len(loss_R), notes)
 
 
 def _columns(log_size_R: np.ndarray, log_e_R: np.ndarray, sizes: int) -> np.ndarray:

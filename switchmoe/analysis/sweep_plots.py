@@ -290,8 +290,9 @@ def _values(axes: Axes, told: dict[int, tuple[float, str]]) -> None:
     """Texts beside the points of a line, on the side of it that is free."""
     if not told or len(told) > MAX_VALUES:
         return
-    rises = list(told.values())[-1][0] > list(told.values())[0][0]
-    for experts, (y, text) in told.items():
+    heights = [y for y, _ in told.values()]
+    for n, (experts, (y, text)) in enumerate(told.items()):
+        rises = y >= heights[n - 1] if n else heights[-1] > y
         offset, side = ((-3, 5), "right") if rises else ((3, 5), "left")
         axes.annotate(text, (experts, y), offset, textcoords="offset points", ha=side, fontsize=8)
 
@@ -332,6 +333,7 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, object]]) -> 
     named = sorted((end for end in ends if end[2]), key=lambda end: end[1])
     if not named:
         return
+    axes.get_ylim()  # has pending limits worked out
     to_axes = axes.transAxes.inverted()
     heights = [to_axes.transform(axes.transData.transform((x, y)))[1] for x, y, *_ in named]
     gap = 12 / (axes.figure.get_figheight() * 72 * 0.8)

@@ -204,9 +204,7 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
 def _numbers(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     body = "".join(f"<tr>{report.cells(row)}</tr>" for row in rows)
     head = f"<tr>{report.cells(heads, 'th')}</tr>"
-    return (
-        f'<div class="wide"><table class="numbers"><thead></thead><tbody>{head}{body}</tbody></table></div>'
-    )
+    return f'<div class="wide"><table class="numbers"><tbody>{head}{body}</tbody></table></div>'
 
 
 def _losses(groups: Sequence[Group]) -> str:
@@ -241,7 +239,11 @@ def _speed_ups(groups: Sequence[Group]) -> str:
     if not rows:
         return "<p>There is no dense model (E=1) beside a sparse one: nothing to be compared with.</p>"
     heads = ["group", "experts", "target", "reached by", "steps", "time"]
-    return f'<p class="note">{INTERPOLATION}</p>{_numbers(heads, rows)}'
+    devices = {run.device for _, run in _members(groups)}
+    warning = (
+        "<p>The runs are of several devices: their times are no comparison.</p>" if len(devices) > 1 else ""
+    )
+    return f'<p class="note">{INTERPOLATION}</p>{warning}{_numbers(heads, rows)}'
 
 
 def _reached(up: sweeps.SpeedUp, values: Spread | None) -> str:
@@ -287,7 +289,7 @@ def _fits(groups: Sequence[Group], fits: dict[str, Fit], reasons: dict[str, str]
 def _value(fit: Fit, name: str) -> str:
     interval = fit.intervals[name]
     told = f"{fit.values[name]:.4g}"
-    return f"{told} ({interval[0]:.4g} to {interval[1]:.4g})" if interval else f"{told} (not determined)"
+    return f"{told} ({interval[0]:.4g} to {interval[1]:.4g})" if interval else f"{told} (no interval)"
 
 
 def _routing(groups: Sequence[Group]) -> str:

@@ -14,11 +14,11 @@ import numpy as np
 
 from switchmoe import memory, sharding
 from switchmoe.analysis import plots
+from switchmoe.analysis.report import STARVED
 from switchmoe.reporting import METRICS_FILE, Record, read_metrics
 from switchmoe.rundir import flat, read_run
 from switchmoe.settings import Settings, from_config, to_dict
 
-STARVED = 0.1  # an expert with less than this multiple of its fair share
 SHAPE = {f"model.{name}" for name in ("d_model", "d_ff", "d_kv", "num_heads", "num_layers")}
 # What a comparison at equal settings does not ask about.
 SAME = {
