@@ -27,11 +27,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     # A report needs no accelerator, and one in use by a run would be waited for.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from experiments.sweep import CACHE_DIR
     from switchmoe.analysis import sweep_report, sweeps
 
     try:
         directory, out = _arguments(argv[1:])
-        sweep = sweeps.read_sweep(directory, skip=[out])
+        sweep = sweeps.read_sweep(directory, skip=[out, directory / CACHE_DIR])
         for name, reason in sweep.left_out.items():
             print(f"left out: {directory / name}: {reason}", file=sys.stderr)
         print(sweep_report.write(sweep, out, title=directory.resolve().name))

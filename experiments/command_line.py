@@ -28,9 +28,9 @@ def parse(argv: Sequence[str], default_config: str, doc: str) -> tuple[Settings,
     if {"--help", "-h", "-help"} & set(argv[1:]):
         print(_help(doc))
         raise SystemExit(0)
-    argv = [argv[0], *(_check(argument) for argument in _joined(argv[1:]))]
+    argv = [argv[0], *(_check(argument) for argument in joined(argv[1:]))]
     values = flags.FlagValues()
-    path = _resolve(default_config)
+    path = resolve(default_config)
     config = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", "", "the run's directory", flag_values=values)
     try:
@@ -52,17 +52,17 @@ def parse(argv: Sequence[str], default_config: str, doc: str) -> tuple[Settings,
     return from_config(found), values.workdir or f"runs/{name}"
 
 
-def _joined(arguments: Sequence[str]) -> list[str]:
+def joined(arguments: Sequence[str]) -> list[str]:
     """``--name value`` as ``--name=value``, for the names that take one."""
-    joined: list[str] = []
+    found: list[str] = []
     for argument in arguments:
-        before = joined[-1].lstrip("-") if joined else ""
+        before = found[-1].lstrip("-") if found else ""
         takes_value = before in ("config", "workdir") or (before.startswith("config.") and "=" not in before)
         if takes_value and not argument.startswith("--"):
-            joined[-1] += f"={argument}"
+            found[-1] += f"={argument}"
         else:
-            joined.append(argument)
-    return joined
+            found.append(argument)
+    return found
 
 
 def _check(argument: str) -> str:
@@ -71,7 +71,7 @@ def _check(argument: str) -> str:
     if not argument.startswith("-"):
         return argument
     if name == "config" and equals:
-        return f"--config={_resolve(value)}"
+        return f"--config={resolve(value)}"
     if name == "flagfile":
         raise ValueError(f"{argument}: accepted are --config=, --workdir= and --config.GROUP.FIELD=")
     if not name.startswith(("config.", "noconfig.")):
@@ -93,17 +93,18 @@ def _check(argument: str) -> str:
     return argument
 
 
-def _resolve(value: str) -> str:
+def resolve(value: str) -> str:
     """FILE.py[:ARGS], where FILE.py is looked for here, then among the configs that came with the package."""
     path, colon, arguments = value.partition(":")
     if Path(path).is_file():
         return value
     if not path:
         raise ValueError("--config=: accepted is a file, FILE.py[:ARGUMENTS]")
-    packaged = Path(configs.__file__).parent / Path(path).name
-    if Path(path).parent == Path("configs") and packaged.is_file():
+    room = Path(configs.__file__).parent
+    packaged = room / Path(path).relative_to("configs") if Path(path).is_relative_to("configs") else room
+    if packaged.is_file():
         return f"{packaged}{colon}{arguments}"
-    known = sorted(p.stem for p in packaged.parent.glob("[a-z]*.py"))
+    known = sorted(str(p.relative_to(room).with_suffix("")) for p in room.rglob("[a-z]*.py"))
     raise ValueError(
         f"--config={value}: no such file; accepted is a file, or configs/NAME.py with NAME of {', '.join(known)}"
     )

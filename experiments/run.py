@@ -26,6 +26,8 @@ PEERS_LEAVE = 30  # seconds within which JAX ends a process whose peer is lost
 
 
 def main(argv: list[str]) -> int:
+    if supervisor.FOLLOWS in os.environ:
+        supervisor.leave_with_parent()
     try:
         settings, workdir = command_line.parse(argv, DEFAULT_CONFIG, __doc__)
         # Imported once the settings are known to be good: an error in them shows at once.

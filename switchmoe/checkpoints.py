@@ -1,19 +1,22 @@
 """Checkpoints: train state, data iterator and settings, saved and restored as one.
 
 Orbax writes in the background and renames when complete: a killed save leaves the steps before it as
-they were. Loading executes no code from a checkpoint: arrays and JSON only.
+they were. Each step has a manifest, by which it is verified before it is read (`integrity`). Loading
+executes no code from a checkpoint: arrays and JSON only.
 """
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from switchmoe import distributed
+from switchmoe import distributed, integrity
 from switchmoe.data.batches import joined_states
 from switchmoe.settings import CheckpointSettings
 from switchmoe.sharding import path_keys
@@ -24,18 +27,39 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run's directory: the newest ``keep`` and the best ``keep_best``."""
+    """The checkpoints of one run's directory: the newest ``keep`` and the best ``keep_best``.
 
-    def __init__(self, directory: Path, settings: CheckpointSettings):
-        self.directory = Path(directory).absolute()
-        policies = [ocp.checkpoint_managers.LatestN(settings.keep)]
-        if settings.keep_best:
+    Opening them verifies the newest. A damaged one is refused, or with ``on_damage="previous"`` kept
+    under another name, so that the newest good one is the newest.
+
+    Args:
+      note: told of what was set aside and of saves that failed, a line each.
+
+    Raises:
+      CheckpointError: the newest is damaged, or none is good; nothing was changed.
+    """
+
+    def __init__(
+        self, directory: Path, settings: CheckpointSettings, note: Callable[[str], None] = lambda _: None
+    ):
+        self.directory, self._settings, self._note = Path(directory).absolute(), settings, note
+        self._started: int | None = None  # the step of the last save
+        self._failed: CheckpointError | None = None  # what became of it
+        self._set_damaged_aside()
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        if distributed.is_main():
+            for left in self.directory.glob("*.orbax-checkpoint-tmp*"):  # of saves that were killed or failed
+                shutil.rmtree(left, ignore_errors=True)
+        policies = [ocp.checkpoint_managers.LatestN(self._settings.keep)]
+        if self._settings.keep_best:
             best = ocp.checkpoint_managers.BestN(
-                get_metric_fn=_quality, n=settings.keep_best, keep_checkpoints_without_metrics=False
+                get_metric_fn=_quality, n=self._settings.keep_best, keep_checkpoints_without_metrics=False
             )
             policies.append(best)
         try:
-            self._manager = ocp.CheckpointManager(
+            return ocp.CheckpointManager(
                 self.directory,
                 item_handlers={
                     "state": ocp.StandardCheckpointHandler(),
@@ -45,6 +69,7 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     best_fn=_quality,
                     preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
                 ),
             )
         except Exception as error:
@@ -66,8 +91,8 @@ class Checkpoints:
           validation: held-out cross-entropy, by which the best are kept; None if not known.
 
         Raises:
-          CheckpointError: this save or the one before it failed (a full disk, say); names the last
-            complete step.
+          CheckpointError: with ``on_error="stop"``, this save or the one before it failed (a full disk,
+            say); names the last complete step. With "continue" that is only noted.
         """
         if step in self._manager.all_steps():
             return
@@ -79,15 +104,22 @@ class Checkpoints:
         metrics = None if validation is None else {"cross_entropy": validation}
 
         def start() -> None:
-            self._manager.wait_until_finished()
             _check_space(self.directory, state)
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-        self._guard(step, start)
+        self._guard(self._manager.wait_until_finished)
+        self._started, self._failed = step, None
+        self._guard(start)
 
     def wait(self) -> None:
-        """Returns when what was started is written."""
-        self._guard(None, self._manager.wait_until_finished)
+        """Returns when the last save is complete.
+
+        Raises:
+          CheckpointError: it failed, whatever ``on_error``.
+        """
+        self._guard(self._manager.wait_until_finished)
+        if self._failed:
+            raise self._failed
 
     def restore(self, state: Any, iterator: Any | None = None, step: int | None = None) -> Any:
         """Reads a step (None: the newest), into the shapes, types and shardings of ``state``.
@@ -120,7 +152,11 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        self._manager.close()
+        """Ends the background work. A save that fails only now is noted: `wait` is where it is raised."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            self._note(f"warning: {self._failure(error)}")
 
     def _check_shapes(self, step: int, state: Any) -> None:
         try:
@@ -139,16 +175,66 @@ class Checkpoints:
                 f" {saved.get(path, 'none')} there, {asked.get(path, 'none')} here ({len(different)} differ)"
             )
 
-    def _guard(self, step: int | None, action: Any) -> None:
+    def _guard(self, action: Callable[[], Any]) -> None:
+        """Does a part of the last save; after a failure, what it left is removed."""
         try:
             action()
         except Exception as error:
-            what = "a checkpoint" if step is None else f"the checkpoint of step {step} (or the one before it)"
-            good = [s for s in self.steps() if (self.directory / str(s)).exists()]
+            with contextlib.suppress(Exception):
+                self._manager.close()  # it would raise the same error at every later save
+            self._manager = self._open()
+            self._failed = self._failure(error)
+            if self._settings.on_error == "stop":
+                raise self._failed from error
+            self._note(f"warning: {self._failed}; going on (checkpoint.on_error=continue)")
+
+    def _failure(self, error: Exception) -> CheckpointError:
+        good = self.latest()
+        return CheckpointError(
+            f"the checkpoint of step {self._started} can't be written to {self.directory}: {_line(error)};"
+            f" last complete: {'none' if good is None else good}"
+        )
+
+    def _write_manifest(self) -> None:
+        """Orbax calls this in the background when all files of a save are written, before it renames them."""
+        if distributed.is_main():
+            (written,) = self.directory.glob(f"{self._started}.*tmp*")
+            integrity.write_manifest(written)
+
+    def _set_damaged_aside(self) -> None:
+        good, damaged = distributed.gathered(_screen(self.directory) if distributed.is_main() else None)[0]
+        if not damaged:
+            return
+        found = "; ".join(f"checkpoint {self.directory / step} is damaged: {why}" for step, why in damaged)
+        if good is None:
             raise CheckpointError(
-                f"{what} can't be written to {self.directory}: {_line(error)};"
-                f" last complete: {good[-1] if good else 'none'}"
-            ) from error
+                f"{found}. No good one is left, nothing was changed; accepted is a good copy, or another --workdir"
+            )
+        if self._settings.on_damage == "stop":
+            raise CheckpointError(
+                f"{found}. Nothing was changed; accepted is a good copy, or checkpoint.on_damage=previous, which"
+                f" renames it to *.damaged and goes on from step {good}"
+            )
+        if distributed.is_main():
+            for step, _ in damaged:
+                integrity.set_aside(self.directory / step)
+        distributed.gathered("set aside")
+        self._note(
+            f"warning: {found}. Kept as *.damaged; going on from step {good} (checkpoint.on_damage=previous)"
+        )
+
+
+def _screen(directory: Path) -> tuple[int | None, list[tuple[str, str]]]:
+    """(newest good step, (step, damage) of others): of those before it, only what Orbax reads to open them."""
+    good, damaged = None, []
+    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+    for step in sorted(steps, reverse=True):
+        problem = integrity.damage(directory / str(step), "" if good is None else "metrics")
+        if problem:
+            damaged.append((str(step), problem))
+        elif good is None:
+            good = step
+    return good, damaged
 
 
 def _check_space(directory: Path, state: Any) -> None:
@@ -179,4 +265,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+    """The first line of an error; of a long one both ends, as systems say last what was wrong."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line if len(line) < 300 else f'{line[:140]} ... {line[-150:]}'}"

@@ -24,9 +24,10 @@ from switchmoe.data import batches, sources, vocabulary
 from switchmoe.moe import dispatch_name, group_shape, router_name
 from switchmoe.reporting import Clock, MetricsWriter, Progress
 from switchmoe.routing import expert_capacity
-from switchmoe.rundir import check, claim, flat, read_run, update_run
+from switchmoe.rundir import check, check_documents, claim, flat, read_run, update_run
 from switchmoe.settings import MoESettings, Settings, to_dict
 from switchmoe.signals import Stop, Stopped, stop_signals
+from switchmoe.skipping import Skips
 
 NUM_EXAMPLES = 5
 UNIGRAM_BATCHES = 200
@@ -68,10 +69,9 @@ class _Run:
         with distributed.main_first():
             documents = {split: sources.load(settings.data, split) for split in ("train", "validation")}
             self.vocabulary = _vocabulary(settings, workdir, documents["train"])
-        distributed.check_same(
-            {f"{split} documents": found.fingerprint for split, found in documents.items()}
-            | {"vocabulary": self.vocabulary.sha256}
-        )
+        self.fingerprints = {split: found.fingerprint for split, found in documents.items()}
+        check_documents(workdir, settings.data.source, self.fingerprints)
+        distributed.check_same(self.fingerprints | {"vocabulary": self.vocabulary.sha256})
         self.evaluation = batches.eval_batches(
             settings.data, self.vocabulary, documents["validation"], settings.train.eval_batches
         )
@@ -103,7 +103,7 @@ class _Run:
             sharding.rules(self.settings),
             contextlib.closing(self.iterator),
             contextlib.closing(
-                checkpoints.Checkpoints(self.workdir / "checkpoints", self.settings.checkpoint)
+                checkpoints.Checkpoints(self.workdir / "checkpoints", self.settings.checkpoint, self._note)
             ) as self.saved,
         ):
             state = self._compile()
@@ -116,11 +116,13 @@ class _Run:
                 if self.main:
                     writer = MetricsWriter(self.workdir, resume_step=start)
                     self.write = writing.enter_context(contextlib.closing(writer)).write
+                self.skips = Skips(self.workdir, start)
                 state = self._steps(state, start)
             examples = self._examples(state.params)
-        if self.main:
-            update_run(self.workdir, examples=examples)
-            report.write_report(self.workdir)
+            if self.main:
+                update_run(self.workdir, examples=examples)
+                report.write_report(self.workdir)
+            self.saved.wait()  # last, as it may say that the state could not be saved
         return self.workdir / report.REPORT_FILE
 
     def _compile(self) -> training.TrainState:
@@ -168,6 +170,7 @@ class _Run:
             group_tokens=self.group_tokens,
             compile_seconds=self.compile_seconds,
             vocabulary_sha256=self.vocabulary.sha256,
+            documents_sha256=self.fingerprints,
             processes=jax.process_count(),
             versions=_versions(),
         )
@@ -228,22 +231,28 @@ class _Run:
             update_run(self.workdir, add=clock.totals())
         if self.stop.number and int(state.step) < train.num_steps:
             self._leave(state)
-        self.saved.wait()
         return state
 
     def _read(self, step: int, metrics: dict, clock: "Clock") -> None:
         """Waits for a step; stops the run if it went wrong; logs it if it is due."""
-        self._check(step, loss=float(metrics["loss"]), grad_norm=float(metrics["grad_norm"]))
-        clock.step()
         train = self.settings.train
-        if step % train.log_every and step not in (1, train.num_steps):
+        skipped = bool(metrics.get("skipped", False))
+        seen = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+        if skipped:
+            self.skips.add(step)
+        if not skipped or self.skips.in_a_row(step) > train.skip_nonfinite:
+            self._check(step, **seen)
+        else:
+            self._note(f"warning: step {step}: {_values(seen)}; its update is left out")
+        clock.step()
+        if step % train.log_every and step not in (1, train.num_steps) and not skipped:
             return
         seconds, waited = clock.lap()
         record = self._record(step, "train", jax.device_get(metrics))
         work = flops.train_flops(self.settings, self.target_length)
         tokens = self.settings.data.batch_size * (self.settings.data.input_length + self.target_length)
         record |= {
-            "learning_rate": float(self.schedule(step - 1)),
+            "learning_rate": float(self.schedule(self.skips.updates_before(step))),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "input_wait_share": waited / seconds,
@@ -256,9 +265,10 @@ class _Run:
         """Stops the run where a number is not finite."""
         if not all(map(math.isfinite, seen.values())):
             size, good = self.settings.data.batch_size, self.saved.latest()
+            skipped = self.skips.in_a_row(step - 1)
             raise NonFiniteLoss(
-                f"step {step}: {', '.join(f'{name} {value}' for name, value in seen.items())}. Batch {step} of the data's order (sequences"
-                f" {(step - 1) * size} to {step * size - 1}); last good checkpoint:"
+                f"step {step}: {_values(seen)}{f', after {skipped} skipped' if skipped else ''}. Batch {step} of the"
+                f" data's order (sequences {(step - 1) * size} to {step * size - 1}); last good checkpoint:"
                 f" {'none' if good is None else self.saved.directory / str(good)}"
             )
 
@@ -277,6 +287,10 @@ class _Run:
         if self.main:
             self.write(record)
             self.progress.update(record)
+
+    def _note(self, text: str) -> None:
+        if self.main:
+            self.progress.note(text)
 
     def _record(self, step: int, split: str, metrics: dict[str, np.ndarray]) -> dict:
         record = {"step": step, "split": split, "layers": self.layers}
@@ -347,6 +361,10 @@ def _rows(settings: Settings, mesh: jax.sharding.Mesh) -> tuple[np.ndarray, list
     needed = np.concatenate([np.arange(settings.data.batch_size)[index] for index in where.values()])
     streams = [n for n, rows_N in enumerate(rows_RN) if np.isin(rows_N, needed).any()]
     return rows_RN[streams].ravel(), streams
+
+
+def _values(seen: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in seen.items())
 
 
 def _group(tokens: int, moe: MoESettings, factor: float) -> str:

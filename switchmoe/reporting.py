@@ -184,18 +184,19 @@ def _fields(record: Record, num_steps: int) -> list[str]:
     fields = [f"step {record['step']}/{num_steps}"]
     validation = "" if record["split"] == "train" else f"{record['split']} "
     if "cross_entropy" in record:
-        fields.append(f"{validation}loss {_figure(record['cross_entropy'], '.3f')}")
+        fields.append(f"{validation}loss {figure(record['cross_entropy'], '.3f')}")
     if validation and "perplexity" in record:
-        fields.append(f"perplexity {_figure(record['perplexity'], ',.1f')}")
+        fields.append(f"perplexity {figure(record['perplexity'], ',.1f')}")
     if "tokens_per_second" in record:
-        fields.append(f"{_figure(record['tokens_per_second'], ',.0f')} tokens/s")
+        fields.append(f"{figure(record['tokens_per_second'], ',.0f')} tokens/s")
     dropped = [value for value in record.get("layer_fraction_dropped", []) if _is_number(value)]
     if dropped:
         fields.append(f"dropped {sum(dropped) / len(dropped):.1%}")
     return fields
 
 
-def _figure(value: Any, spec: str) -> str:
+def figure(value: Any, spec: str) -> str:
+    """A number of a record, in which None stands for one that is not finite."""
     return format(float(value), spec) if value is not None else "nan"
 
 

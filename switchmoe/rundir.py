@@ -7,13 +7,18 @@ from typing import Any
 from switchmoe.checkpoints import write_json
 from switchmoe.settings import Settings, to_dict
 
+# Where a run is computed, and how it meets faults: what it computes does not depend on them.
+MAY_CHANGE = ("mesh.", "checkpoint.on_damage", "checkpoint.on_error", "train.skip_nonfinite")
+
 
 def check(workdir: Path, settings: Settings) -> None:
-    """Refuses a directory that another run lives in; the mesh may be another one.
+    """Refuses a directory that another run lives in; what is in MAY_CHANGE may be other.
 
     Raises:
       ValueError: names the fields that differ.
     """
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir}: a file; accepted is a directory, or a name that is free")
     asked = to_dict(settings)
     path = workdir / "config.json"
     if not path.exists():
@@ -31,12 +36,27 @@ def check(workdir: Path, settings: Settings) -> None:
     different = [
         f"{name} ({there.get(name, 'none')} there, {here.get(name, 'none')} asked)"
         for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name) and not name.startswith("mesh.")
+        if there.get(name) != here.get(name) and not name.startswith(MAY_CHANGE)
     ]
     if different:
         raise ValueError(
             f"--workdir={workdir} holds a run with other settings: {', '.join(different)};"
             " accepted is the same settings, or another --workdir"
+        )
+
+
+def check_documents(workdir: Path, source: str, fingerprints: dict[str, str]) -> None:
+    """Refuses to go on with other text than the run began with.
+
+    Raises:
+      ValueError: names the splits that differ.
+    """
+    known = read_run(workdir).get("documents_sha256", fingerprints)
+    changed = [split for split in fingerprints if known.get(split) != fingerprints[split]]
+    if changed:
+        raise ValueError(
+            f"data.source={source}: its {' and '.join(changed)} documents are not those that the run in {workdir}"
+            " began with; accepted are the same files (was one removed, added or changed?), or another --workdir"
         )
 
 

@@ -221,12 +221,14 @@ class TrainSettings:
     accumulate: int = 1  # microbatches a step; gradients are those of the whole batch
     label_smoothing: float = 0.0
     output_z_loss_weight: float = 1e-4  # on the vocabulary logits; 0 leaves it out
+    skip_nonfinite: int = 0  # updates in a row left out as loss or gradient is not finite; one more: a stop
     seed: int = 0
 
     def __post_init__(self) -> None:
         for field in ("num_steps", "log_every", "eval_every", "eval_batches", "accumulate"):
             _at_least("train", self, field, 1)
-        _at_least("train", self, "seed", 0)
+        for field in ("seed", "skip_nonfinite"):
+            _at_least("train", self, field, 0)
         if self.seed >= 2**32:  # what a JAX key has room for: larger seeds would repeat smaller ones
             raise _bad("train.seed", self.seed, "an integer < 2**32")
         _rate("train", self, "label_smoothing")
@@ -278,10 +280,14 @@ class CheckpointSettings:
     every: int = 1000  # steps
     keep: int = 2  # the newest so many
     keep_best: int = 1  # and the best so many by validation cross-entropy
+    on_damage: str = "stop"  # stop | previous: where the newest is damaged, go on from the good one before it
+    on_error: str = "stop"  # stop | continue: where one can't be written, warn and try again at the next
 
     def __post_init__(self) -> None:
         for field, least in (("every", 1), ("keep", 1), ("keep_best", 0)):
             _at_least("checkpoint", self, field, least)
+        _one_of("checkpoint", self, "on_damage", ("stop", "previous"))
+        _one_of("checkpoint", self, "on_error", ("stop", "continue"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,6 +122,9 @@ def train_step(
     """One update; gradients are those of the mean over the whole batch, whatever ``train.accumulate``.
 
     The step's key is ``fold_in(key(train.seed), step)``: a resumed run draws what it would have drawn.
+
+    With ``train.skip_nonfinite`` a step whose loss or gradient norm is not finite leaves parameters and
+    optimizer as they were, and ``skipped`` is 1; the step is counted all the same.
     """
     key = jax.random.fold_in(jax.random.key(settings.train.seed), state.step)
     counts = token_counts(batch)
@@ -138,6 +141,14 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = summarize(sums, counts, settings) | {"grad_norm": optax.global_norm(grads)}
+    if settings.train.skip_nonfinite:
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["skipped"] = 1 - finite.astype(jnp.int32)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

@@ -45,7 +45,7 @@ def pytest_unconfigure(config):
         shutil.rmtree(_CACHE, ignore_errors=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def user_environment():
     """Environment variables for a subprocess that stands for a user's command: one CPU device.
 
@@ -58,3 +58,18 @@ def user_environment():
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return environment
+
+
+@pytest.fixture(scope="session")
+def environment(user_environment):
+    """The same, and compiled without optimisation: the same program in every process, and sooner."""
+    return user_environment | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """A run in this very process is one on a single device."""
+    from switchmoe import sharding
+
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 
-from experiments import analyze
+from experiments import analyze, sweep
 from switchmoe import training
 from switchmoe.analysis import scaling, sweep_plots, sweep_report, sweeps
 from switchmoe.settings import (
@@ -202,9 +202,9 @@ def test_a_directory_that_is_not_a_finished_run_is_left_out_and_says_why(tmp_pat
     damage(write_run(tmp_path / "bad", settings_of(4), [5, 4, 3.5, 3]), how)
     (tmp_path / "file.json").write_text("{}")
     (tmp_path / ".hidden").mkdir()
-    sweep = sweeps.read_sweep(tmp_path)
-    assert [run.name for run in sweep.runs] == ["good"] and list(sweep.left_out) == ["bad"]
-    assert re.search(reason, sweep.left_out["bad"]) and "\n" not in sweep.left_out["bad"]
+    runs, left_out = sweeps.read_sweep(tmp_path)
+    assert [run.name for run in runs] == ["good"] and list(left_out) == ["bad"]
+    assert re.search(reason, left_out["bad"]) and "\n" not in left_out["bad"]
 
 
 def test_a_torn_last_line_of_a_finished_run_does_no_harm(tmp_path):
@@ -256,9 +256,11 @@ def rows_of(path):
 def test_the_analysis_is_one_page_with_its_pictures_and_tables(tmp_path, capsys, quick_memory):
     write_sweep(tmp_path, seeds=(0, 1))
     damage(write_run(tmp_path / "<b>bad", settings_of(64), [5, 4, 3.5, 3]), "unfinished")
+    (tmp_path / sweep.CACHE_DIR).mkdir()  # no run
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert run_analysis(tmp_path) == 0
     printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
     out = tmp_path / "analysis"
     assert printed.out == f"{out / 'report.html'}\n" and printed.err.startswith(
         f"left out: {tmp_path / '<b>bad'}: "

@@ -49,7 +49,7 @@ def compiled(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.long) for name in CASES]
 )
 def test_memory_is_xlas_within_15_percent(name):
     """Parameters, state and temporaries of a float32 step; a CPU computes bfloat16 in float32."""
@@ -71,7 +71,7 @@ def test_all_to_alls_are_those_compiled():
     assert moved.ici == repeats * found["all-to-all"]["bytes"] * 7 / 8 and moved.dcn == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sums_over_the_model_axis_are_those_compiled():
     """To 1 %: softmax's statistics and norms are left out. In the scans' bodies each is written once."""
     settings, devices = CASES["widths apart"]
@@ -139,7 +139,7 @@ def test_switch_c_is_planned_without_allocating_it():
     assert optimizer < 0.01 * parameters  # Adafactor's factors
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_switch_base_over_32_devices_compiles_as_planned(capsys):
     """The paper's 128 experts, whole: 2 all-to-alls forward and 2 backward in each of 12 sparse layers."""
     arguments = [BASE, "--devices=32", "--layout=data_expert", "--hbm=1TiB", "--compile"]

@@ -24,12 +24,6 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def environment(user_environment):
-    # Compiled without optimisation: the same program in every process, and sooner.
-    return user_environment | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-
-
 def start(workdir, environment, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.run", f"--workdir={workdir}", *TINY, *arguments],
@@ -104,12 +98,6 @@ def test_a_killed_and_a_stopped_run_end_like_an_undisturbed_one(tmp_path, enviro
         and err.count("\n") == 1
     )
     assert losses(whole) == before
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    make_mesh = loop.sharding.make_mesh
-    monkeypatch.setattr(loop.sharding, "make_mesh", lambda mesh: make_mesh(mesh, loop.jax.devices()[:1]))
 
 
 def run_here(tmp_path, capsys, *arguments):

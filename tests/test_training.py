@@ -170,3 +170,34 @@ def test_it_learns_one_batch(optimizer_name):
     for _ in range(60):
         state, metrics = compiled_step(s)(state, batch())
     assert float(metrics["cross_entropy"]) < 0.5 * float(first["cross_entropy"])
+
+
+def overflowing(state):
+    """Parameters of which the loss is not finite."""
+    return state.replace(params=jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(jnp.inf), state.params))
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_the_next_is_as_ever():
+    skipping = settings(train=dict(skip_nonfinite=1))
+    state, data = first_state(skipping), batch()
+    broken, metrics = compiled_step(skipping)(overflowing(state), data)
+    assert metrics["skipped"] == 1 and not math.isfinite(metrics["grad_norm"]) and broken.step == 1
+    kept = jax.tree.map(np.array_equal, broken.replace(step=0), overflowing(state).replace(step=0))
+    assert all(jax.tree.leaves(kept))
+    state, metrics = after(skipping, 2, data)
+    assert metrics["skipped"] == 0
+    assert_close(state, after(settings(), 2, data)[0])
+
+
+def test_skipping_is_not_in_the_program_where_it_is_off_and_copies_no_state_where_it_is_on():
+    def step(s):
+        function = functools.partial(training.train_step, settings=s, tx=optimizer(s))
+        return jax.jit(function, donate_argnums=0).lower(first_state(s), batch())
+
+    off, on = step(settings()), step(settings(train=dict(skip_nonfinite=3)))
+    assert on.as_text().count("is_finite") == off.as_text().count("is_finite") + 2
+    assert "skipped" not in off.out_info[1]
+    size = sum(x.nbytes for x in jax.tree.leaves(first_state(settings())))
+    off, on = (lowered.compile().memory_analysis() for lowered in (off, on))
+    assert on.alias_size_in_bytes >= off.alias_size_in_bytes > 0.99 * size, "the state is updated in place"
+    assert on.temp_size_in_bytes < off.temp_size_in_bytes + size / 4

@@ -1,0 +1,228 @@
+"""What a sweep is: a config, the products of its overrides, and what each run will cost.
+
+A sweep's config is an ordinary one, whose ``get_config()`` is the base of all runs, with a second function
+``get_sweep()``: a list of products, each ``{"group.field": [values]}``. The runs are those of all products,
+in their order. Fields that go together, such as the options of one router, are a product of their own.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import command_line
+from switchmoe import rundir
+from switchmoe.reporting import duration
+from switchmoe.settings import Settings, from_config, to_dict
+
+DEFAULT_CONFIG = "configs/sweeps/experts_tiny.py"
+DEFINITION_FILE = "sweep.json"
+ASSUMED_PEAK_SHARE = 0.3  # of the matrix-product peak, until a run of this sweep is done
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    name: str  # its overrides, and its directory in the sweep's
+    overrides: dict[str, Any]
+    settings: Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    workdir: Path
+    arguments: list[str]  # of `experiments.run`, for the base config
+    base: Settings
+    runs: list[Run]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one run: all parameters, those of a token, and per step FLOPs and tokens of both stacks."""
+
+    parameters: int
+    parameters_active: int
+    flops: float
+    tokens: int
+
+
+def read(argv: Sequence[str], doc: str) -> Sweep:
+    """The sweep of a command line, every run's settings validated.
+
+    Raises:
+      ValueError: one line; where a run is at fault, its name, field, value and what would be accepted.
+    """
+    base, workdir = command_line.parse(argv, DEFAULT_CONFIG, doc)
+    arguments = command_line.joined(argv[1:])
+    chosen = [a.lstrip("-").partition("=")[2] for a in arguments if a.lstrip("-").startswith("config=")]
+    config = command_line.resolve(chosen[-1] if chosen else DEFAULT_CONFIG)
+    overridden = [a for a in arguments if re.match(r"--?(no)?config\.", a)]
+    products = _products(config.partition(":")[0])
+    varied = {field for product in products for field in product}
+    for argument in overridden:
+        field = re.sub(r"^--?(no)?config\.|=.*$", "", argument)
+        if field in varied:
+            raise ValueError(f"{argument}: accepted are fields that the sweep does not vary")
+    runs = [
+        _run(base, dict(zip(product, values, strict=True)), varied)
+        for product in products
+        for values in itertools.product(*product.values())
+    ]
+    for name, same in itertools.groupby(sorted(run.name for run in runs)):
+        if len(list(same)) > 1:
+            raise ValueError(
+                f"get_sweep(): two runs {name}; accepted are runs that differ in their overrides"
+            )
+    return Sweep(Path(workdir), [f"--config={config}", *overridden], base, runs)
+
+
+def _products(path: str) -> list[dict[str, list]]:
+    spec = importlib.util.spec_from_file_location("sweep_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_sweep"):
+        raise ValueError(
+            f"--config={path}: no sweep; accepted is a config with get_sweep(), as {DEFAULT_CONFIG}"
+        )
+    products = module.get_sweep()
+    if not (products and isinstance(products, list) and all(p and isinstance(p, dict) for p in products)):
+        raise ValueError(f"get_sweep()={products!r}: accepted is a list of {{'group.field': [values]}}")
+    for field, values in (item for product in products for item in product.items()):
+        if not (isinstance(field, str) and field.count(".") == 1 and values and isinstance(values, list)):
+            raise ValueError(f"get_sweep(): {field!r}: {values!r}: accepted is 'group.field': [values]")
+    return products
+
+
+def _run(base: Settings, overrides: dict[str, Any], varied: set[str]) -> Run:
+    name = ",".join(f"{_short(field, varied)}={_word(value)}" for field, value in overrides.items())
+    groups = to_dict(base)
+    for path, value in overrides.items():
+        group, field = path.split(".")
+        groups.setdefault(group, {})[field] = value
+    try:
+        return Run(name, overrides, from_config(groups))
+    except ValueError as error:
+        raise ValueError(f"run {name}: {error}") from error
+
+
+def _short(field: str, varied: set[str]) -> str:
+    """The field without its group, where no other that varies is called so."""
+    short = field.partition(".")[2]
+    return field if [other.partition(".")[2] for other in varied].count(short) > 1 else short
+
+
+def _word(value: Any) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", str(value))
+
+
+def check_directory(sweep: Sweep) -> None:
+    """Refuses a directory with another sweep, or with other runs under this one's names. A sweep may grow.
+
+    Raises:
+      ValueError: names the fields or runs that differ.
+    """
+    where = f"--workdir={sweep.workdir}"
+    if (sweep.workdir / "config.json").exists():
+        raise ValueError(f"{where} holds a run; accepted is a directory of this sweep, or a new one")
+    path = sweep.workdir / DEFINITION_FILE
+    if path.exists():
+        try:
+            there, here = (_flat(d) for d in (json.loads(path.read_text()), definition(sweep)))
+        except (ValueError, AttributeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged ({error}); accepted is what a sweep wrote") from error
+        different = [
+            f"{name} ({value} there, {here.get(name, 'none')} asked)"
+            for name, value in there.items()
+            if here.get(name) != value and not name.startswith(rundir.MAY_CHANGE)
+        ]
+        if different:
+            raise ValueError(
+                f"{where} holds another sweep: {', '.join(different)}; accepted is the same one with the same"
+                " or more runs, or another --workdir"
+            )
+    for run in sweep.runs:
+        rundir.check(sweep.workdir / run.name, run.settings)
+
+
+def definition(sweep: Sweep) -> dict[str, Any]:
+    """What `sweep.json` holds."""
+    return {"base": to_dict(sweep.base), "runs": {run.name: run.overrides for run in sweep.runs}}
+
+
+def _flat(found: dict[str, Any]) -> dict[str, Any]:
+    runs = {f"run {name}": overrides for name, overrides in found["runs"].items()}
+    return rundir.flat(found["base"]) | runs
+
+
+def survey(runs: Sequence[Run], measure: bool) -> tuple[list[Cost], float]:
+    """Costs of the runs, and the FLOP/s of this machine's matrix products, 0 unless asked to ``measure``.
+
+    Takes the devices, which some platforms give to one process at a time: call it in one of its own.
+
+    Raises:
+      ValueError: a run that this machine's devices, its router or its text's lengths do not allow.
+    """
+    import jax
+
+    from switchmoe import flops, sharding, training
+    from switchmoe.data import batches
+
+    costs = []
+    for run in runs:
+        data = run.settings.data
+        try:
+            target = batches.target_length(data)
+            mesh = sharding.make_mesh(run.settings.mesh)
+            sharding.check(run.settings, {"encoder": data.input_length, "decoder": target}, mesh.shape)
+        except ValueError as error:
+            raise ValueError(f"run {run.name}: {error}") from None
+        counts = training.parameter_counts(run.settings)
+        work = flops.train_flops(run.settings, target)
+        costs.append(Cost(*counts, work, data.batch_size * (data.input_length + target)))
+    peak = flops.matmul_peak(runs[0].settings.model.dtype) * jax.device_count() if measure else 0.0
+    return costs, peak
+
+
+def table(sweep: Sweep, costs: Sequence[Cost], peak: float, results: Sequence[dict[str, Any]]) -> str:
+    """The runs with their parameters, FLOPs, tokens, and the seconds of training: predicted, or taken if done.
+
+    A run that is not done is predicted from the share of the peak that the done run nearest to it in
+    parameters reached: more experts take more time for the same FLOPs.
+    """
+    done = [
+        (cost.parameters, cost.flops / cost.tokens * result["tokens_per_second"] / peak)
+        for cost, result in zip(costs, results, strict=True)
+        if result["state"] == "done" and result["tokens_per_second"]
+    ]
+    rows = [("run", "parameters", "per token", "FLOPs a step", "FLOPs", "tokens", "time")]
+    left = total = 0.0
+    for run, cost, result in zip(sweep.runs, costs, results, strict=True):
+        steps = run.settings.train.num_steps
+        nearest = (
+            min(done, key=lambda d, p=cost.parameters: abs(d[0] - p)) if done else (0, ASSUMED_PEAK_SHARE)
+        )
+        if result["state"] == "done":
+            time = f"{duration(result['seconds'])} (done)"
+        else:
+            seconds = cost.flops * steps / (peak * nearest[1])
+            left += seconds
+            time = duration(seconds)
+        total += cost.flops * steps
+        counts = (f"{n / 1e6:,.2f} M" for n in (cost.parameters, cost.parameters_active))
+        tokens = f"{cost.tokens * steps / 1e6:,.1f} M"
+        rows.append((run.name, *counts, f"{cost.flops:.3g}", f"{cost.flops * steps:.3g}", tokens, time))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    shares = ", ".join(f"{share:.0%}" for _, share in done)
+    basis = f"the {shares} of done runs" if done else f"an assumed {ASSUMED_PEAK_SHARE:.0%}"
+    lines.append(
+        f"{len(sweep.runs)} runs, {total:.3g} FLOPs; {duration(left)} of training to come, at {basis} of the"
+        f" {peak / 1e9:,.0f} GFLOP/s of matrix products here (compilation, evaluation and start-up come on top)"
+    )
+    return "\n".join(lines)

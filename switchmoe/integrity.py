@@ -1,0 +1,81 @@
+"""A checkpoint's manifest: size and CRC-32 of each of its files, to tell a damaged step from a good one.
+
+Orbax reads some damage without a word (a flipped bit in its metadata, a file that is not there), names
+other damage by its own insides, and writes no checksum of the files as a whole. The manifest is a file
+of the step itself, so that it is committed, kept and removed with it.
+"""
+
+import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+MANIFEST = "files.json"
+ITEMS = ("state", "data")  # what a step without a manifest must have
+
+
+def write_manifest(step_directory: Path) -> None:
+    """Called before the step is renamed to its final name: that makes the manifest whole, or absent.
+
+    What lies beside the items (Orbax's own notes of the commit) is written later, and is nothing that is needed.
+    """
+    files = [path for path in sorted(step_directory.glob("*/**/*")) if path.is_file()]
+    with ThreadPoolExecutor() as pool:
+        entries = dict(
+            zip((str(p.relative_to(step_directory)) for p in files), pool.map(_entry, files), strict=True)
+        )
+    (step_directory / MANIFEST).write_text(json.dumps(entries, indent=1))
+
+
+def damage(step_directory: Path, under: str = "") -> str | None:
+    """What is wrong with a step, naming the first such file; None if nothing is, as far as can be told.
+
+    A step without a manifest is one of an earlier version: it must have its items, nothing more is known.
+
+    Args:
+      under: check only the files whose path begins so.
+    """
+    try:
+        entries = json.loads((step_directory / MANIFEST).read_bytes())
+        expected = {name: (int(size), int(crc)) for name, (size, crc) in entries.items()}
+    except FileNotFoundError:
+        return next((f"{item}/ is missing" for item in ITEMS if not (step_directory / item).is_dir()), None)
+    except OSError as error:
+        return f"{MANIFEST} can't be read ({error.strerror})"
+    except (ValueError, TypeError, AttributeError):
+        return f"{MANIFEST}, the list of its files, is not what was written"
+    names = [name for name in expected if name.startswith(under)]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _problem(step_directory / name, *expected[name]), names)
+        return next(
+            (f"{name} {problem}" for name, problem in zip(names, found, strict=True) if problem), None
+        )
+
+
+def set_aside(step_directory: Path) -> Path:
+    """Renames a step so that it is one no longer; returns where it is kept."""
+    kept, number = step_directory.with_name(f"{step_directory.name}.damaged"), 1
+    while kept.exists():
+        number += 1
+        kept = step_directory.with_name(f"{step_directory.name}.damaged-{number}")
+    return step_directory.rename(kept)
+
+
+def _problem(path: Path, size: int, crc: int) -> str | None:
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"has {found:,} bytes instead of {size:,}"
+        return None if _entry(path)[1] == crc else "has other content than was written (CRC-32)"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
+
+
+def _entry(path: Path) -> tuple[int, int]:
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc

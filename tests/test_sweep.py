@@ -1,0 +1,331 @@
+"""Sweeps: what a config's products make, what is refused before the first run, kills, and the results."""
+
+import csv
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import configs
+from experiments import sweep, sweep_plan, sweep_results
+from experiments.sweep_plan import Cost
+from switchmoe import rundir
+from switchmoe.reporting import read_metrics
+from switchmoe.settings import to_dict
+
+BASE = """
+from configs import quickstart
+
+def get_config():
+    config = quickstart.get_config()
+    config.model.update(d_model=16, d_ff=16, d_kv=8, num_heads=2)
+    config.moe.update(num_experts=4, group_size=256)
+    config.data.update(batch_size=8, input_length=32, vocab_size=600)
+    config.train.update(num_steps=24, log_every=1, eval_every=8, eval_batches=2)
+    config.checkpoint.update(every=4)
+    return config
+
+def get_sweep():
+    return {products}
+"""
+TWO = "[{'moe.num_experts': [1, 4]}]"
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a sweep's config with the given products; returns the arguments that name it."""
+
+    def write(products=TWO):
+        path = tmp_path / "study.py"
+        path.write_text(BASE.replace("{products}", products))
+        return [f"--config={path}", f"--workdir={tmp_path / 'out'}"]
+
+    return write
+
+
+@pytest.fixture
+def here(monkeypatch, one_device):
+    """The survey in this very process, of one device."""
+    monkeypatch.setattr(sweep, "_apart", lambda function, *arguments: function(*arguments))
+
+
+def read(*arguments):
+    return sweep_plan.read(["sweep", *arguments], "A doc.")
+
+
+def test_runs_are_the_products_in_order_named_by_their_overrides(config):
+    products = "[{'moe.num_experts': [1]}, {'moe.num_experts': [2, 4], 'train.seed': [0, 1]}, {'data.source': ['c4/en']}]"
+    found = read(*config(products), "--config.optimizer.learning_rate=0.5")
+    assert [run.name for run in found.runs] == [
+        "num_experts=1", "num_experts=2,seed=0", "num_experts=2,seed=1", "num_experts=4,seed=0",
+        "num_experts=4,seed=1", "source=c4_en",
+    ]  # fmt: skip
+    assert found.runs[4].settings.moe.num_experts == 4 and found.runs[4].settings.train.seed == 1
+    assert {run.settings.optimizer.learning_rate for run in found.runs} == {0.5}
+    assert found.arguments[1:] == ["--config.optimizer.learning_rate=0.5"]
+
+
+def test_fields_of_one_name_are_told_apart_by_their_groups(config):
+    found = read(
+        *config(
+            "[{'mesh.model': [1], 'mesh.data': [1]}, {'model.d_ff': [8], 'checkpoint.every': [2], 'moe.every': [1]}]"
+        )
+    )
+    assert [run.name for run in found.runs] == ["model=1,data=1", "d_ff=8,checkpoint.every=2,moe.every=1"]
+
+
+@pytest.mark.parametrize(
+    "products, more, message",
+    [
+        ("[{'moe.num_expert': [4]}]", [], "run num_expert=4: moe.num_expert=4: accepted is one of the fields"),
+        ("[{'mow.num_experts': [4]}]", [], "run num_experts=4: mow="),
+        ("[{'moe.num_experts': [4, '8']}]", [], "run num_experts=8: moe.num_experts=8: accepted is a value of type int"),
+        ("[{'moe.num_experts': [1, 0]}]", [], "run num_experts=0: moe.num_experts=0: accepted is an integer >= 1"),
+        ("[{'moe.num_experts': [1, 512]}]", [], "run num_experts=512: moe.num_experts=512: accepted is at most"),
+        ("[{'moe.router': ['switch', 'soft']}]", [], "run router=soft: moe.router=soft: accepted is in a decoder"),
+        ("[{'moe.choices': [2]}]", [], "run choices=2: moe.choices=2: accepted is 1 with the router switch"),
+        ("[{'data.target_length': [3]}]", [], "run target_length=3: data.target_length=3"),
+        ("[{'train.seed': [0, 0]}]", [], "two runs seed=0"),
+        ("[]", [], "get_sweep()=[]: accepted is a list"),
+        ("[{'train.seed': 3}]", [], "'train.seed': 3: accepted is 'group.field': [values]"),
+        ("[{'seed': [3]}]", [], "'seed': [3]: accepted is 'group.field': [values]"),
+        (TWO, ["--config.moe.num_experts=2"], "--config.moe.num_experts=2: accepted are fields that the sweep does not vary"),
+        (TWO, ["--config.moe.num_expert=2"], "did you mean num_experts?"),
+        (TWO, ["--config=configs/quickstart.py"], "no sweep; accepted is a config with get_sweep()"),
+        (TWO, ["--config=configs/sweeps/nothing.py"], "no such file"),
+        (TWO, ["--dryrun"], "Unknown command line flag 'dryrun'"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("here")
+def test_mistakes_get_one_line_before_the_first_run(config, tmp_path, capsys, products, more, message):
+    assert sweep.main(["sweep", *config(products), *more]) == sweep.EXIT_BAD_INPUT
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1, err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_dry_run_lists_and_writes_nothing(config, tmp_path, capsys):
+    assert sweep.main(["sweep", *config(), "--dry_run"]) == 0
+    header, dense, sparse, total = capsys.readouterr().out.splitlines()
+    assert header.split("  ")[0] == "run" and "predicted" not in dense
+    assert dense.startswith("num_experts=1 ") and sparse.startswith("num_experts=4 ")
+    assert "2 runs" in total and "at an assumed 30% of the" in total
+    assert not (tmp_path / "out").exists()
+
+
+def fabricate(directory, run, steps, seconds=2.0, load=(0.5, 0.3, 0.2, 0.0)):
+    """What a run of so many steps leaves behind."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(to_dict(run.settings)))
+    sparse = {"layers": ["encoder/1"], "layer_fraction_dropped": [0.25], "layer_expert_load": [list(load)]}
+    records = [
+        {"step": step, "split": split, "cross_entropy": loss, "tokens_per_second": 9.0, "step_seconds": 0.1}
+        | sparse
+        for step, split, loss in (
+            (1, "train", 6.0),
+            (8, "validation", 4.0),
+            (steps, "train", 5.0),
+            (steps, "validation", 4.5),
+        )
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rundir.update_run(directory, train_seconds=seconds, steps_timed=steps)
+    if steps == run.settings.train.num_steps:
+        (directory / "report.html").write_text("")
+
+
+def results(found, cost):
+    return [sweep_results.result(found.workdir / run.name, run, cost) for run in found.runs]
+
+
+def test_results_of_done_unfinished_and_waiting_runs(config):
+    found = read(*config("[{'moe.num_experts': [4]}, {'train.seed': [1, 2]}]"))
+    for run, steps in zip(found.runs, (24, 16), strict=False):
+        fabricate(found.workdir / run.name, run, steps)
+    sweep_results.write(found, results(found, Cost(100, 50, 3.0, 10)))
+    with (found.workdir / "results.csv").open() as file:
+        done, unfinished, waiting = csv.DictReader(file)
+    assert list(done)[:4] == ["run", "state", "moe.num_experts", "train.seed"]
+    assert [one["state"] for one in (done, unfinished, waiting)] == ["done", "unfinished", "waiting"]
+    figures = {
+        "cross_entropy": 4.5, "best_cross_entropy": 4.0, "dropped": 0.25, "load_min": 0.0, "load_max": 2.0,
+        "step": 24, "tokens": 240, "flops": 72, "seconds": 2.0, "tokens_per_second": 120.0, "parameters": 100,
+    }  # fmt: skip
+    assert {name: float(done[name]) for name in figures} == pytest.approx(figures)
+    assert (unfinished["train.seed"], unfinished["moe.num_experts"], waiting["cross_entropy"]) == (
+        "1",
+        "",
+        "",
+    )
+    assert [path.name for path in found.workdir.glob("*.tmp")] == []
+
+
+def test_a_prediction_goes_by_the_done_run_nearest_in_size(config):
+    """Of two done runs at 10 % and 40 % of the peak, the one with about as many parameters counts."""
+    found = read(*config("[{'moe.num_experts': [1, 2, 4]}]"))
+    costs = [Cost(size, 1, 1000.0, 10) for size in (10, 90, 100)]
+    done = [{"state": "done", "seconds": 1.0, "tokens_per_second": rate} for rate in (4.0, 1.0)]
+    waiting = {"state": "waiting", "seconds": None, "tokens_per_second": None}
+    text = sweep_plan.table(found, costs, 1000.0, [done[0], waiting, done[1]])
+    assert text.splitlines()[2].split()[-1] == "4m00s"  # 24 steps x 1000 FLOPs / (1000 x 0.1)
+    assert "at the 40%, 10% of done runs" in text
+
+
+@pytest.mark.usefixtures("here")
+def test_a_directory_of_another_sweep_is_refused_and_one_may_grow(config, tmp_path, capsys):
+    found = read(*config())
+    found.workdir.mkdir()
+    path = found.workdir / "sweep.json"
+    path.write_text(json.dumps(sweep_plan.definition(found)))
+    sweep_plan.check_directory(read(*config("[{'moe.num_experts': [1, 2, 4]}]")))
+    others = config("[{'moe.num_experts': [1]}]")
+    assert sweep.main(["sweep", *others, "--config.data.batch_size=16"]) == sweep.EXIT_BAD_INPUT
+    err = capsys.readouterr().err
+    assert (
+        "data.batch_size (8 there, 16 asked), run num_experts=4 ({'moe.num_experts': 4} there, none asked)"
+        in err
+    )
+    path.unlink()
+    fabricate(found.workdir / "num_experts=4", found.runs[0], 24)  # another run's settings under this name
+    assert sweep.main(["sweep", *config()]) == sweep.EXIT_BAD_INPUT
+    assert "moe.num_experts (1 there, 4 asked)" in capsys.readouterr().err
+    path.write_text("[")
+    assert sweep.main(["sweep", *config()]) == sweep.EXIT_BAD_INPUT
+    assert "sweep.json is damaged" in capsys.readouterr().err and path.read_text() == "["
+
+
+@pytest.mark.usefixtures("here")
+def test_two_sweeps_on_one_directory_are_refused(config, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "sweep.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert sweep.main(["sweep", *config()]) == sweep.EXIT_BAD_INPUT
+    assert "another sweep is under way there" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "sweep.json").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_done_runs_are_skipped_and_a_failed_one_does_not_stop_the_others(config, capsys, monkeypatch):
+    """A run's text is missing: it fails with a line, the one after it is reached, the done one stays."""
+    monkeypatch.delenv("XLA_FLAGS")  # the run is a user's command, of one device
+    arguments = config("[{'data.source': ['/nowhere/a.txt']}, {'moe.num_experts': [1]}]")
+    found = read(*arguments)
+    fabricate(found.workdir / found.runs[1].name, found.runs[1], 24)
+    before = (found.workdir / "num_experts=1" / "metrics.jsonl").read_text()
+    assert sweep.main(["sweep", *arguments]) == sweep.EXIT_FAILED
+    out, err = capsys.readouterr()
+    assert "1 of 2 runs done" in out and "num_experts=1          done step 24/24" in out and "\x1b" not in out
+    assert (
+        "source=_nowhere_a.txt failed (exit 2): experiments.run: data.source=/nowhere/a.txt: no file" in err
+    )
+    assert err.count("\n") == 1 and (found.workdir / "num_experts=1" / "metrics.jsonl").read_text() == before
+    with (found.workdir / "results.csv").open() as file:
+        assert [one["state"] for one in csv.DictReader(file)] == ["failed", "done"]
+
+
+class Terminal:
+    """A stream that says it is a terminal."""
+
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self):
+        return True
+
+    def flush(self):
+        pass
+
+    def write(self, text):
+        self.text += text
+
+
+def test_the_live_table_is_rewritten_in_place_and_fits(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sweep_results.shutil, "get_terminal_size", lambda: os.terminal_size((20, 4)))
+    names = [f"seed={n}" for n in range(9)]
+    stream = Terminal()
+    table = sweep_results.Table(names, stream)
+    table.show(dict.fromkeys(names, "waiting for a long time"), "seed=5")
+    first, stream.text = stream.text, ""
+    table.show(dict.fromkeys(names, "done"), "seed=5")
+    assert first.count("\n") == 3 and "seed=5  waiting for" in first and "\x1b[3A" not in first
+    assert stream.text.startswith("\x1b[3A") and "seed=5  done" in stream.text
+    assert all(len(line.removeprefix("\r\x1b[2K")) < 20 for line in first.split("\n"))
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_sweeps_that_come_with_the_package_are_valid_and_say_how_to_run_them():
+    directory = Path(configs.__file__).parent / "sweeps"
+    names = sorted(path.stem for path in directory.glob("[a-z]*.py"))
+    assert names == ["experts_base", "experts_small", "experts_tiny"]
+    for name in names:
+        found = read(f"--config=configs/sweeps/{name}.py")
+        assert found.workdir == Path(f"runs/{name}")
+        same = {
+            (
+                run.settings.data,
+                run.settings.moe.group_size,
+                run.settings.moe.capacity_factor,
+                run.settings.train,
+            )
+            for run in found.runs
+        }
+        assert len(same) == 1, "the same text, batches, groups and steps for all"
+        assert f"--config=configs/sweeps/{name}.py" in (directory / f"{name}.py").read_text()
+        sweep_plan.survey(found.runs[-1:], measure=False)
+
+
+def start(arguments, environment, directory):
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.sweep", *arguments],
+        env=environment, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(process, path, text):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{text} never came: {process.communicate()}")
+
+
+def computed(path):
+    timed = {"step_seconds", "tokens_per_second", "input_wait_share", "peak_share", "seconds"}
+    return [{k: v for k, v in record.items() if k not in timed} for record in read_metrics(path)]
+
+
+@pytest.mark.long
+def test_a_sweep_killed_stopped_and_continued_ends_like_an_undisturbed_one(config, tmp_path, environment):
+    """SIGKILL in the first run, SIGTERM and Ctrl-C in the second: bitwise the same in the end, nothing twice."""
+    arguments = config()
+    whole = start([*arguments, f"--workdir={tmp_path / 'whole'}"], environment, tmp_path)
+    out, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0 and "2 of 2 runs done" in out, (out, err)
+    first, second = (tmp_path / "out" / f"num_experts={n}" / "metrics.jsonl" for n in (1, 4))
+
+    process = start(arguments, environment, tmp_path)
+    wait_for(process, first, '"step": 14,')
+    process.kill()
+    process.communicate()
+    for number, code, step in ((signal.SIGTERM, 75, 4), (signal.SIGINT, 130, 9)):
+        process = start(arguments, environment, tmp_path)
+        wait_for(process, second, f'"step": {step},')
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == code and "the same command goes on" in err, (out, err)
+    process = start(arguments, environment, tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "num_experts=1  running" not in out, (out, err)
+    logs = [(tmp_path / "out" / f"num_experts={n}" / "log.txt").read_text() for n in (1, 4)]
+    assert [log.count("resuming from the checkpoint of step") for log in logs] == [1, 2]
+    for path in (first, second):
+        assert computed(path) == computed(tmp_path / "whole" / path.parent.name / path.name)
