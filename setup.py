@@ -20,7 +20,9 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["switchmoe*", "experiments*", "configs*"]),
-    package_data={"switchmoe": ["data/wiki_vital_en/*.jsonl.xz", "data/wiki_vital_en/*.md"]},
+    package_data={
+        "switchmoe": ["data/wiki_vital_en/*.jsonl.xz", "data/wiki_vital_en/*.md", "analysis/*.csv"]
+    },
     install_requires=[
         "absl-py>=2.1",
         "jax>=0.10",
@@ -37,6 +39,7 @@ setup(
         "tensorboardX>=2.6.2",
         "matplotlib>=3.8",
         "numpy>=2.0",
+        "scipy>=1.13",
     ],
     extras_require={
         "test": [

@@ -70,7 +70,7 @@ def loss_curves(records: Sequence[Record], unigram: float | None = None) -> Figu
     if unigram is not None:
         label = f"unigram baseline {unigram:.3f}"
         axes.axhline(unigram, color=GREY, linestyle="--", linewidth=1.2, label=label)
-    _finish(axes, "cross-entropy (nats per target token)")
+    finish(axes, "cross-entropy (nats per target token)")
     axes.set_xlabel("step")
     _legend(axes)
     return figure
@@ -149,7 +149,7 @@ def drop_and_entropy(records: Sequence[Record]) -> Figure:
         panels[1, column].set_xlabel("step")
         maximum = panels[1, column].axhline(math.log(num_experts), color=GREY, linestyle="--", linewidth=1.2)
         for row, label in enumerate(["tokens dropped (%)", "router entropy (nats)"]):
-            _finish(panels[row, column], label if column == 0 else "")
+            finish(panels[row, column], label if column == 0 else "")
             panels[row, column].set_ylim(bottom=0)
     if len(depths) > LEGEND_DEPTHS:
         bar = figure.colorbar(shade, ax=panels, aspect=40)
@@ -178,7 +178,7 @@ def speed(records: Sequence[Record]) -> Figure:
             median = scale * np.nanmedian(values)
             text = f"median {median:,.0f}" if scale == 1 else f"median {median:.2f}%"
             axes.axhline(median, color=ORANGE, linestyle="--", linewidth=1.2, label=text)
-        _finish(axes, label)
+        finish(axes, label)
         axes.set_ylim(bottom=0)
         _legend(axes)
     panels[0].yaxis.set_major_formatter("{x:,.0f}")
@@ -249,7 +249,8 @@ def _marker(steps: np.ndarray) -> dict[str, Any]:
     return {"marker": "o", "markersize": 4} if len(steps) < 10 else {}
 
 
-def _finish(axes: Axes, label: str) -> None:
+def finish(axes: Axes, label: str) -> None:
+    """The look of all axes: a label, a light grid, no frame above and at the right."""
     axes.set_ylabel(label)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

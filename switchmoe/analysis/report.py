@@ -74,10 +74,15 @@ def write_report(workdir: str | os.PathLike) -> Path:
     run, config = _read_json(directory / "run.json"), _read_json(directory / "config.json")
     pictures = plots.save_all(records, run, directory / "plots")
     path = directory / REPORT_FILE
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page(directory.resolve().name, records, run, config, pictures), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, page(directory.resolve().name, records, run, config, pictures))
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file at once, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def page(
@@ -90,9 +95,9 @@ def page(
     """The report as HTML; `pictures` are PNG files, put into it."""
     sections = [
         f"<h1>{escape(name)}</h1>",
-        _figures(headline(records, run, config)),
+        tiles(headline(records, run, config)),
         "<h2>Training</h2>",
-        *(_picture(path) for path in pictures),
+        *(picture(path, CAPTIONS[path.stem]) for path in pictures),
         "<h2>Routing by layer</h2>",
         _layers(records),
         "<h2>Held-out examples</h2>",
@@ -100,12 +105,17 @@ def page(
         "<h2>Settings</h2>",
         _groups(config),
         "<h2>Versions</h2>",
-        _table(run["versions"].items()) if run.get("versions") else f"<p>{MISSING}</p>",
+        table(run["versions"].items()) if run.get("versions") else f"<p>{MISSING}</p>",
     ]
+    return document(name, sections)
+
+
+def document(title: str, sections: Iterable[str]) -> str:
+    """A whole HTML page of sections that are HTML, in the reports' style."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)}</title><style>{STYLE}</style></head><body>\n"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
         + "\n".join(sections)
         + "\n</body></html>\n"
     )
@@ -127,8 +137,8 @@ def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, A
             "Against the baseline",
             _show(difference, lambda x: f"{abs(x):.3f} nats {'below' if x >= 0 else 'above'}"),
         ),
-        ("Parameters", _show(run.get("parameters"), _count)),
-        ("Parameters a token uses", _show(run.get("parameters_active"), _count)),
+        ("Parameters", _show(run.get("parameters"), count)),
+        ("Parameters a token uses", _show(run.get("parameters_active"), count)),
         ("Steps", f"{steps:,}" + (f" of {asked:,}" if asked else "")),
         ("Median speed", _show(_median(records, "tokens_per_second"), lambda x: f"{x:,.0f} tokens/s")),
         ("Median step time", _show(_median(records, "step_seconds"), _seconds)),
@@ -192,9 +202,9 @@ def _layers(records: Sequence[Record]) -> str:
     splits = {split: rows for split in ("train", "validation") if (rows := layer_rows(records, split))}
     heads = ["dropped", "min load", "max load", "starved", "entropy"]
     groups = "".join(f'<th colspan="{len(heads)}">{split}</th>' for split in splits)
-    head = f"<tr><th></th>{groups}</tr><tr>{_cells(['layer'] + heads * len(splits), 'th')}</tr>"
+    head = f"<tr><th></th>{groups}</tr><tr>{cells(['layer'] + heads * len(splits), 'th')}</tr>"
     rows = [
-        f"<tr>{_cells([name, *(cell for table in splits.values() for cell in table[index])])}</tr>"
+        f"<tr>{cells([name, *(cell for table in splits.values() for cell in table[index])])}</tr>"
         for index, name in enumerate(names)
     ]
     return (
@@ -230,7 +240,7 @@ def _example(number: int, example: dict[str, str], target: dict[int, str], predi
         )
     return (
         f"<h3>Example {number}</h3><blockquote>{_marked(example['input'])}</blockquote>"
-        f'<div class="wide"><table><thead><tr>{_cells(["sentinel", "target", "model"], "th")}</tr></thead>'
+        f'<div class="wide"><table><thead><tr>{cells(["sentinel", "target", "model"], "th")}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         f"<details><summary>As written</summary><p>Target: {_marked(example['target'])}</p>"
         f"<p>Model: {_marked(example['prediction'])}</p></details>"
@@ -245,32 +255,36 @@ def _marked(text: str) -> str:
     return re.sub(r"&lt;extra_id_\d+&gt;", r"<mark>\g<0></mark>", escape(text))
 
 
-def _picture(path: Path) -> str:
+def picture(path: Path, caption: str) -> str:
+    """A PNG file with its caption, the file's bytes in the page."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    caption = escape(CAPTIONS[path.stem])
+    caption = escape(caption)
     return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
 
 
-def _figures(entries: Iterable[tuple[str, str]]) -> str:
-    tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in entries)
-    return f'<dl class="figures">{tiles}</dl>'
+def tiles(entries: Iterable[tuple[str, str]]) -> str:
+    """Names and values, side by side."""
+    boxes = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in entries)
+    return f'<dl class="figures">{boxes}</dl>'
 
 
 def _groups(config: dict[str, Any]) -> str:
     if not config:
         return f"<p>{MISSING}</p>"
     tables = "".join(
-        f"<div><h3>{escape(group)}</h3>{_table((k, json.dumps(v, ensure_ascii=False)) for k, v in fields.items())}</div>"
+        f"<div><h3>{escape(group)}</h3>{table((k, json.dumps(v, ensure_ascii=False)) for k, v in fields.items())}</div>"
         for group, fields in config.items()
     )
     return f'<div class="groups">{tables}</div>'
 
 
-def _table(rows: Iterable[tuple[Any, Any]]) -> str:
-    return f"<table><tbody>{''.join(f'<tr>{_cells(row)}</tr>' for row in rows)}</tbody></table>"
+def table(rows: Iterable[tuple[Any, Any]]) -> str:
+    """Rows of names and values, escaped."""
+    return f"<table><tbody>{''.join(f'<tr>{cells(row)}</tr>' for row in rows)}</tbody></table>"
 
 
-def _cells(values: Iterable[Any], tag: str = "td") -> str:
+def cells(values: Iterable[Any], tag: str = "td") -> str:
+    """The cells of a table's row, escaped."""
     return "".join(f"<{tag}>{escape(str(value))}</{tag}>" for value in values)
 
 
@@ -278,7 +292,8 @@ def _show(value: Any, write: Callable[[Any], str]) -> str:
     return MISSING if value is None else write(value)
 
 
-def _count(number: int) -> str:
+def count(number: int) -> str:
+    """`21.35 M` for 21,345,678."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if number >= size:
             return f"{number / size:.2f} {unit}"
