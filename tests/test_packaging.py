@@ -133,7 +133,7 @@ def test_notebook_is_valid_and_stores_no_outputs():
             assert cell.outputs == [] and cell.execution_count is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_notebook_runs_from_top_to_bottom(user_environment, tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(
