@@ -208,28 +208,32 @@ class MoELayer(nn.Module):
                 raise ValueError("moe.router=hash: accepted is a call with token ids (ids_GS)")
             scores = ids_GS
         else:
-            scores = self._scores(self._explore(x_GSD.astype(jnp.float32)))
+            scores = self._scores(self._explore(x_GSD.astype(moe.router_dtype)))
         draws = self.train and (
             name in ("noisy_top_k", "sinkhorn") or moe.explore == "sample" or moe.choice_threshold
         )
         keys_G = jax.random.split(self.make_rng("router"), len(x_GSD)) if draws else None
         route = functools.partial(ROUTERS[name], settings=settings)
-        return jax.vmap(route, (0, 0, None if keys_G is None else 0), axis_name=GROUPS)(
+        routing = jax.vmap(route, (0, 0, None if keys_G is None else 0), axis_name=GROUPS)(
             scores, mask_GS, keys_G
         )
+        return routing.replace(gate_SK=routing.gate_SK.astype(jnp.float32))
 
     def _explore(self, x_GSD: jax.Array) -> jax.Array:
         """The router's input in training; the experts' is never touched."""
         moe = self.moe
         if self.train and moe.explore == "jitter" and moe.jitter:
             key, low, high = self.make_rng("router"), 1 - moe.jitter, 1 + moe.jitter
-            x_GSD *= jax.random.uniform(key, x_GSD.shape, jnp.float32, low, high)
+            x_GSD *= jax.random.uniform(key, x_GSD.shape, x_GSD.dtype, low, high)
         if moe.explore == "input_dropout":
             x_GSD = nn.Dropout(moe.input_dropout_rate, rng_collection="router")(x_GSD, not self.train)
         return x_GSD
 
     def _scores(self, x_GSD: jax.Array) -> jax.Array:
-        """What the router reads; selective precision: input, kernel and all that follows are float32."""
+        """What the router reads; selective precision: input, kernel and all that follows are float32.
+
+        With ``moe.router_dtype=bfloat16`` they are that, the softmax and the gates as well.
+        """
         moe, name = self.moe, router_name(self.moe, self.causal)
         experts = moe.total_experts
         width = {
@@ -241,11 +245,11 @@ class MoELayer(nn.Module):
         if name == "noisy_top_k":
             init = nn.initializers.zeros
         shape = (x_GSD.shape[-1], width)
-        kernel_DE = param(self, "router", init, ("embed", None), shape, jnp.float32)
+        kernel_DE = param(self, "router", init, ("embed", None), shape, x_GSD.dtype)
         logits_GSE = jnp.einsum("GSD,DE->GSE", x_GSD, kernel_DE, precision=jax.lax.Precision.HIGHEST)
         if name == "loss_free":
             bias_E = param(self, "router_bias", nn.initializers.zeros, (None,), (experts,), jnp.float32)
-            bias_GSE = jnp.broadcast_to(bias_E, logits_GSE.shape)
+            bias_GSE = jnp.broadcast_to(bias_E.astype(logits_GSE.dtype), logits_GSE.shape)
             logits_GSE = jnp.concatenate([logits_GSE, bias_GSE], axis=-1)
         return logits_GSE
 

@@ -117,6 +117,9 @@ class MoESettings:
     slots: int = 1  # soft: slots per expert
     expert_dropout_rate: float = 0.0  # dropout inside the experts, instead of model.dropout_rate
     router_init_stddev: float = 0.02
+    router_dtype: str = (
+        "float32"  # bfloat16: without selective precision (Switch, 2.4), to see what it is for
+    )
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "every", "group_size", "choices", "granularity", "branches", "slots"):
@@ -132,6 +135,7 @@ class MoESettings:
         _one_of("moe", self, "balance", ("group", "global"))
         _one_of("moe", self, "explore", ("argmax", "sample", "input_dropout", "jitter"))
         _one_of("moe", self, "score", ("softmax", "sigmoid"))
+        _one_of("moe", self, "router_dtype", DTYPES)
 
     @property
     def total_experts(self) -> int:

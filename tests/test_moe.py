@@ -95,6 +95,22 @@ def test_router_is_float32_in_a_bf16_model():
     assert "f32[2,12,4] = dot_general" in text, "the router's product is not float32"
 
 
+def test_without_selective_precision_the_router_is_bfloat16_and_still_learns():
+    """Its losses are those of float32 to bfloat16's three digits, and not the same; the gates' gradient reaches it."""
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
+    x_GSD = tokens(size=64, dtype=jnp.bfloat16)
+    params = variables(layer(model=model), x_GSD)
+    module = layer(model=model, router_dtype="bfloat16")
+    _, aux = jax.jit(module.apply)(params, x_GSD)
+    _, exact = jax.jit(layer(model=model).apply)(params, x_GSD)
+    assert aux["router_entropy"] != exact["router_entropy"]
+    assert float(aux["balance_loss"]) == pytest.approx(float(exact["balance_loss"]), rel=0.02)
+    text = str(jax.make_jaxpr(lambda x: module.apply(params, x))(x_GSD))
+    assert "bf16[2,64,4] = dot_general" in text and "f32[2,64,4] = dot_general" not in text
+    gradient = jax.grad(lambda params: (module.apply(params, x_GSD)[0].astype(jnp.float32) ** 2).sum())
+    assert float(jnp.abs(jax.jit(gradient)(params)["params"]["router"]).max()) > 1e-3
+
+
 def test_task_loss_alone_gives_the_router_a_gradient():
     module, x_GSD = layer(), tokens()
     params = variables(module, x_GSD)
