@@ -22,6 +22,7 @@ from switchmoe import checkpoints, decoding, distributed, flops, optimizers, sha
 from switchmoe.analysis import report
 from switchmoe.data import batches, sources, vocabulary
 from switchmoe.moe import dispatch_name, group_shape, router_name
+from switchmoe.origin import commit, machine
 from switchmoe.reporting import Clock, MetricsWriter, Progress
 from switchmoe.routing import expert_capacity
 from switchmoe.rundir import check, check_documents, claim, flat, read_run, update_run
@@ -70,6 +71,7 @@ class _Run:
             documents = {split: sources.load(settings.data, split) for split in ("train", "validation")}
             self.vocabulary = _vocabulary(settings, workdir, documents["train"])
         self.fingerprints = {split: found.fingerprint for split, found in documents.items()}
+        self.document_counts = {split: len(found) for split, found in documents.items()}
         check_documents(workdir, settings.data.source, self.fingerprints)
         distributed.check_same(self.fingerprints | {"vocabulary": self.vocabulary.sha256})
         self.evaluation = batches.eval_batches(
@@ -170,9 +172,12 @@ class _Run:
             group_tokens=self.group_tokens,
             compile_seconds=self.compile_seconds,
             vocabulary_sha256=self.vocabulary.sha256,
+            documents=self.document_counts,
             documents_sha256=self.fingerprints,
             processes=jax.process_count(),
             versions=_versions(),
+            machine=machine(),
+            commit=commit(),
         )
         say = self.progress.note
         experts = (
@@ -264,6 +269,8 @@ class _Run:
     def _check(self, step: int, **seen: float) -> None:
         """Stops the run where a number is not finite."""
         if not all(map(math.isfinite, seen.values())):
+            if self.main:
+                update_run(self.workdir, not_finite=step)
             size, good = self.settings.data.batch_size, self.saved.latest()
             skipped = self.skips.in_a_row(step - 1)
             raise NonFiniteLoss(
