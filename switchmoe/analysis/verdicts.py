@@ -1,0 +1,305 @@
+"""Did a claim hold? What runs of several seeds say of it, by one rule set beforehand. Pure functions of the runs.
+
+A `Check` takes a figure from the runs and says in which range it lies if the claim is true; the figure has a
+95 % interval over the seeds. Mostly it is a mean over seeds of a difference between two runs of one seed (the
+same batches in the same order), with Student's t.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from switchmoe.analysis.sweeps import Run, first_reached
+
+LEVEL = 0.95
+MIN_SEEDS = 3
+UNSTABLE = 0.1  # nats that the held-out loss ends above its lowest
+HELD, NOT_HELD, UNDECIDED, NOT_RUN = "held", "did not hold", "not decidable at this scale", "not run"
+RULE = (
+    "Of each seed one figure is taken, such as the difference in held-out loss between two runs of that seed; the mean over "
+    f"seeds has a {LEVEL:.0%} interval by Student's t (that of two variances' ratio is Fisher's F). A part of a claim held if the "
+    "whole interval lies where the claim says, did not hold if all of it lies outside, and is not decidable at this scale if it "
+    f"reaches across or if there are fewer than {MIN_SEEDS} seeds: differences smaller than the noise decide nothing. A claim held "
+    "if all its parts did, did not if one did not. A run that stopped at a loss that is not a number is worse than any other. "
+    "About one part in twenty is decided wrongly by chance."
+)
+
+Table = Mapping[
+    str, Mapping[int, Run | None]
+]  # runs by arm and seed; None: stopped at a loss that is no number
+
+
+class Interval(NamedTuple):
+    """A figure over ``seeds`` seeds; infinite where a run diverged or a loss was never reached."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+class Check(NamedTuple):
+    """One part of a claim: ``interval(table)`` lies between ``above`` and ``below`` if it is true."""
+
+    says: str
+    arms: tuple[str, ...]  # those it needs
+    interval: Callable[[Table], Interval]
+    above: float
+    below: float
+    unit: str  # nats | ratio | share: how the figure is written
+    paper: str = ""  # the paper's figure, "" where it gives none
+
+
+class Finding(NamedTuple):
+    check: Check
+    outcome: str
+    interval: Interval | None  # None: not run
+
+
+class Verdict(NamedTuple):
+    outcome: str
+    findings: list[Finding]
+
+
+def verdict(checks: Sequence[Check], table: Table) -> Verdict:
+    """What the runs say of a claim: see `RULE`."""
+    findings = [_find(check, table) for check in checks]
+    outcomes = [finding.outcome for finding in findings]
+    worst = next((one for one in (NOT_HELD, NOT_RUN, UNDECIDED) if one in outcomes), HELD)
+    return Verdict(worst, findings)
+
+
+def _find(check: Check, table: Table) -> Finding:
+    seeds = set.intersection(*(set(table.get(arm, ())) for arm in check.arms))
+    if not seeds:
+        return Finding(check, NOT_RUN, None)
+    common = {arm: {seed: table[arm][seed] for seed in sorted(seeds)} for arm in check.arms}
+    found = check.interval(common)
+    inside = (found.low > check.above or check.above == -math.inf) and (
+        found.high < check.below or check.below == math.inf
+    )
+    if len(seeds) < MIN_SEEDS or math.isnan(found.mean):
+        return Finding(check, UNDECIDED, found)
+    if inside:
+        return Finding(check, HELD, found)
+    outside = found.high < check.above or found.low > check.below
+    return Finding(check, NOT_HELD if outside else UNDECIDED, found)
+
+
+def lower(better: str, worse: str, by: float = 0.0, paper: str = "") -> Check:
+    """The held-out loss of ``better`` ends below that of ``worse``, by more than ``by`` nats; ``by`` < 0: at most so much above."""
+    more = f" by more than {by:g} nats" if by > 0 else f", or above by less than {-by:g} nats" if by else ""
+    return _paired(
+        f"loss of {better} below {worse}{more}",
+        better,
+        worse,
+        _loss_difference,
+        (by, math.inf),
+        "nats",
+        paper,
+    )
+
+
+def equal(one: str, other: str, within: float, paper: str = "") -> Check:
+    """Held-out losses that differ by less than ``within`` nats."""
+    says = f"loss of {one} within {within:g} nats of {other}"
+    return _paired(says, one, other, _loss_difference, (-within, within), "nats", paper)
+
+
+def faster(fast: str, slow: str, paper: str = "") -> Check:
+    """A step of ``fast`` takes less time."""
+
+    def speed_up(fast: Run | None, slow: Run | None) -> float:
+        return math.nan if fast is None or slow is None else math.log(slow.step_seconds / fast.step_seconds)
+
+    return _paired(
+        f"steps of {fast} faster than {slow}", fast, slow, speed_up, (0.0, math.inf), "ratio", paper
+    )
+
+
+def sooner(fast: str, slow: str, against: str, to: str = "", paper: str = "") -> Check:
+    """``fast`` reaches the lowest held-out loss of ``to`` (default: of ``slow``) in less time or fewer steps than ``slow``.
+
+    Args:
+      against: time | steps.
+    """
+    goal = to or slow
+
+    def interval(table: Table) -> Interval:
+        return t_interval(
+            [
+                _log_ratio(*(_reached(table[arm][seed], table[goal][seed], against) for arm in (slow, fast)))
+                for seed in table[fast]
+            ]
+        )
+
+    says = f"{fast} reaches the loss of {goal} in less {against} than {slow}".replace(
+        "less steps", "fewer steps"
+    )
+    return Check(says, tuple(dict.fromkeys((fast, slow, goal))), interval, 0.0, math.inf, "ratio", paper)
+
+
+def below(arm: str, figure: Callable[[Run], float], what: str, bound: float, paper: str = "") -> Check:
+    """A share of each run of ``arm`` is below ``bound``."""
+
+    def interval(table: Table) -> Interval:
+        return t_interval([math.inf if run is None else figure(run) for run in table[arm].values()])
+
+    return Check(f"{what} of {arm} below {bound:g}", (arm,), interval, -math.inf, bound, "share", paper)
+
+
+def steadier(steady: str, other: str, paper: str = "") -> Check:
+    """The final loss of ``steady`` varies less over seeds: the ratio of the variances, with the interval of F."""
+
+    def interval(table: Table) -> Interval:
+        return f_interval(*([_loss(run) for run in table[arm].values()] for arm in (other, steady)))
+
+    says = f"variance over seeds of {steady} below {other}"
+    return Check(says, (steady, other), interval, 0.0, math.inf, "ratio", paper)
+
+
+def stabler(stable: str, other: str, paper: str = "") -> Check:
+    """Fewer runs of ``stable`` are unstable: stop at a loss that is no number, or end UNSTABLE above their lowest loss."""
+
+    def difference(stable: Run | None, other: Run | None) -> float:
+        return float(_unstable(other)) - float(_unstable(stable))
+
+    says = f"fewer unstable runs of {stable} than of {other}"
+    return _paired(says, stable, other, difference, (0.0, math.inf), "share", paper)
+
+
+def dropped(run: Run) -> float:
+    """Share of the choices dropped, mean over sparse layers and over the last tenth of training."""
+    return run.routing.dropped_last if run.routing else 0.0
+
+
+def fewer(one: str, other: str, figure: Callable[[Run], float], what: str, paper: str = "") -> Check:
+    """A share of each run of ``one`` is below that of ``other``."""
+    return _shares(f"{what} of {one} below {other}", one, other, figure, (0.0, math.inf), paper)
+
+
+def alike(
+    one: str, other: str, figure: Callable[[Run], float], what: str, within: float, paper: str = ""
+) -> Check:
+    """A share of each run of ``one`` differs by less than ``within`` from that of ``other``."""
+    says = f"{what} of {one} within {within:g} of {other}"
+    return _shares(says, one, other, figure, (-within, within), paper)
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """Mean and interval by Student's t; an infinite value is beyond all others, and opens the interval on its side.
+
+    Unknown (-inf to inf, mean NaN) where a value is NaN or both infinities occur.
+    """
+    found = np.array(values, dtype=float)
+    up, down = (found == math.inf).any(), (found == -math.inf).any()
+    if np.isnan(found).any() or (up and down):
+        return Interval(math.nan, -math.inf, math.inf, len(found))
+    finite = found[np.isfinite(found)]
+    if not len(finite):
+        return Interval(*[float(found[0])] * 3, len(found))
+    half = math.inf
+    if len(finite) > 1:
+        quantile = stats.t.ppf((1 + LEVEL) / 2, len(finite) - 1)
+        half = float(quantile * finite.std(ddof=1) / math.sqrt(len(finite)))
+    mean = float(finite.mean())
+    low, high = -math.inf if down else mean - half, math.inf if up else mean + half
+    return Interval(float(found.mean()), low, high, len(found))
+
+
+def f_interval(larger: Sequence[float], smaller: Sequence[float]) -> Interval:
+    """Logarithm of the ratio of two samples' variances, with the interval by Fisher's F; no number varies most."""
+    infinite = [not np.isfinite(values).all() for values in (larger, smaller)]
+    seeds = min(len(larger), len(smaller))
+    if all(infinite) or seeds < 2:
+        return Interval(math.nan, -math.inf, math.inf, seeds)
+    top, bottom = (
+        math.inf if no_number else float(np.var(values, ddof=1))
+        for values, no_number in zip((larger, smaller), infinite, strict=True)
+    )
+    if top == bottom == 0:
+        return Interval(math.nan, -math.inf, math.inf, seeds)
+    middle = _log_ratio(top, bottom)
+    quantiles = (
+        stats.f.ppf((1 + LEVEL) / 2, len(a) - 1, len(b) - 1)
+        for a, b in ((larger, smaller), (smaller, larger))
+    )
+    down, up = (math.log(quantile) for quantile in quantiles)
+    return Interval(middle, middle - down, middle + up, seeds)
+
+
+def written(found: Interval, unit: str) -> str:
+    """``+0.0060 nats (-0.0010 to +0.0130)``; logarithms of ratios as ratios."""
+    form = {"nats": "{:+.4f}", "ratio": "{:.2f}", "share": "{:.2%}"}[unit]
+    values = [math.exp(min(x, 700.0)) if unit == "ratio" else x for x in found[:3]]
+    mean, low, high = (form.format(value) for value in values)
+    return f"{mean}{' nats' if unit == 'nats' else ''} ({low} to {high})"
+
+
+def _paired(
+    says: str,
+    one: str,
+    other: str,
+    figure: Callable[[Run | None, Run | None], float],
+    accepted: tuple[float, float],
+    unit: str,
+    paper: str,
+) -> Check:
+    """A check of a figure of two arms' runs of one seed."""
+
+    def interval(table: Table) -> Interval:
+        return t_interval([figure(table[one][seed], table[other][seed]) for seed in table[one]])
+
+    return Check(says, (one, other), interval, *accepted, unit, paper)
+
+
+def _shares(
+    says: str,
+    one: str,
+    other: str,
+    figure: Callable[[Run], float],
+    accepted: tuple[float, float],
+    paper: str,
+) -> Check:
+    def difference(one: Run | None, other: Run | None) -> float:
+        return math.nan if one is None or other is None else figure(other) - figure(one)
+
+    return _paired(says, one, other, difference, accepted, "share", paper)
+
+
+def _loss(run: Run | None) -> float:
+    return math.inf if run is None else run.loss
+
+
+def _loss_difference(better: Run | None, worse: Run | None) -> float:
+    both = better is None and worse is None
+    return math.nan if both else _loss(worse) - _loss(better)
+
+
+def _reached(run: Run | None, goal: Run | None, against: str) -> float:
+    """Seconds or steps until a run has the goal's lowest loss; infinite if it never has."""
+    if goal is None:
+        return math.nan
+    step = None if run is None else first_reached(run.step_V, run.loss_V, float(goal.loss_V.min()))
+    if step is None:
+        return math.inf
+    return step if against == "steps" else float(run.seconds_at(step))
+
+
+def _log_ratio(top: float, bottom: float) -> float:
+    if top == bottom and not 0 < top < math.inf:
+        return math.nan
+    return (
+        math.inf
+        if bottom == 0 or top == math.inf
+        else -math.inf
+        if bottom == math.inf or top == 0
+        else math.log(top / bottom)
+    )
+
+
+def _unstable(run: Run | None) -> bool:
+    return run is None or run.loss > float(run.loss_V.min()) + UNSTABLE
