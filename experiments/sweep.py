@@ -33,24 +33,33 @@ POLL = 1.0  # seconds between looks at the run under way
 
 
 def main(argv: Sequence[str]) -> int:
-    dry_run = "--dry_run" in argv
     try:
-        sweep = sweep_plan.read([argument for argument in argv if argument != "--dry_run"], __doc__)
-        sweep_plan.check_directory(sweep)
-        costs, peak = _apart(sweep_plan.survey, sweep.runs, dry_run)
-        if dry_run:
-            print(sweep_plan.table(sweep, costs, peak, _Local(sweep, costs).results()))
-            return 0
-        with _lock(sweep.workdir):
-            sweep_plan.check_directory(sweep)
-            write_json(sweep.workdir / sweep_plan.DEFINITION_FILE, sweep_plan.definition(sweep))
-            return _Local(sweep, costs).run_all()
+        return command(argv, __doc__)
     except ValueError as error:
         return _fail(error, EXIT_BAD_INPUT)
     except OSError as error:
         return _fail(error, EXIT_IO)
     except KeyboardInterrupt:
         return _fail("interrupted before the first run", EXIT_INTERRUPTED)
+
+
+def command(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None = None) -> int:
+    """Runs the sweep of a command line, or of its runs those with the overrides ``only``; returns an exit code.
+
+    Raises:
+      ValueError: a mistake, before the first run; one line.
+    """
+    dry_run = "--dry_run" in argv
+    sweep = sweep_plan.read([argument for argument in argv if argument != "--dry_run"], doc, only)
+    sweep_plan.check_directory(sweep)
+    costs, peak = _apart(sweep_plan.survey, sweep.runs, dry_run)
+    if dry_run:
+        print(sweep_plan.table(sweep, costs, peak, _Local(sweep, costs).results()))
+        return 0
+    with _lock(sweep.workdir):
+        sweep_plan.check_directory(sweep)
+        write_json(sweep.workdir / sweep_plan.DEFINITION_FILE, sweep_plan.definition(sweep))
+        return _Local(sweep, costs).run_all()
 
 
 def _apart(function: Callable, *arguments: Any) -> Any:

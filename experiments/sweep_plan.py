@@ -37,6 +37,9 @@ class Sweep:
     arguments: list[str]  # of `experiments.run`, for the base config
     base: Settings
     runs: list[Run]
+    whole: list[
+        Run
+    ]  # all runs of the directory; ``runs`` are those asked for, each with a line in `results.csv`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Cost:
     tokens: int
 
 
-def read(argv: Sequence[str], doc: str) -> Sweep:
-    """The sweep of a command line, every run's settings validated.
+def read(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None = None) -> Sweep:
+    """The sweep of a command line, every run's settings validated; ``only`` asks for the runs with these overrides.
 
     Raises:
       ValueError: one line; where a run is at fault, its name, field, value and what would be accepted.
@@ -76,7 +79,8 @@ def read(argv: Sequence[str], doc: str) -> Sweep:
             raise ValueError(
                 f"get_sweep(): two runs {name}; accepted are runs that differ in their overrides"
             )
-    return Sweep(Path(workdir), [f"--config={config}", *overridden], base, runs)
+    asked = [run for run in runs if only is None or run.overrides in only]
+    return Sweep(Path(workdir), [f"--config={config}", *overridden], base, asked, runs)
 
 
 def _products(path: str) -> list[dict[str, list]]:
@@ -127,12 +131,9 @@ def check_directory(sweep: Sweep) -> None:
     where = f"--workdir={sweep.workdir}"
     if (sweep.workdir / "config.json").exists():
         raise ValueError(f"{where} holds a run; accepted is a directory of this sweep, or a new one")
-    path = sweep.workdir / DEFINITION_FILE
-    if path.exists():
-        try:
-            there, here = (_flat(d) for d in (json.loads(path.read_text()), definition(sweep)))
-        except (ValueError, AttributeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged ({error}); accepted is what a sweep wrote") from error
+    found = read_definition(sweep.workdir)
+    if found is not None:
+        there, here = _flat(found), _flat(definition(sweep))
         different = [
             f"{name} ({value} there, {here.get(name, 'none')} asked)"
             for name, value in there.items()
@@ -143,13 +144,30 @@ def check_directory(sweep: Sweep) -> None:
                 f"{where} holds another sweep: {', '.join(different)}; accepted is the same one with the same"
                 " or more runs, or another --workdir"
             )
-    for run in sweep.runs:
+    for run in sweep.whole:
         rundir.check(sweep.workdir / run.name, run.settings)
 
 
 def definition(sweep: Sweep) -> dict[str, Any]:
     """What `sweep.json` holds."""
-    return {"base": to_dict(sweep.base), "runs": {run.name: run.overrides for run in sweep.runs}}
+    return {"base": to_dict(sweep.base), "runs": {run.name: run.overrides for run in sweep.whole}}
+
+
+def read_definition(workdir: Path) -> dict[str, Any] | None:
+    """What `sweep.json` holds, None if there is none.
+
+    Raises:
+      ValueError: it is not what a sweep wrote.
+    """
+    path = workdir / DEFINITION_FILE
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        _flat(found)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); accepted is what a sweep wrote") from error
+    return found
 
 
 def _flat(found: dict[str, Any]) -> dict[str, Any]:

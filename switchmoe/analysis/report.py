@@ -283,6 +283,13 @@ def table(rows: Iterable[tuple[Any, Any]]) -> str:
     return f"<table><tbody>{''.join(f'<tr>{cells(row)}</tr>' for row in rows)}</tbody></table>"
 
 
+def grid(heads: Sequence[str], rows: Iterable[Sequence[Any]], style: str = "numbers") -> str:
+    """A table with a row of headings, escaped."""
+    body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
+    head = f"<tr>{cells(heads, 'th')}</tr>"
+    return f'<div class="wide"><table class="{style}"><tbody>{head}{body}</tbody></table></div>'
+
+
 def cells(values: Iterable[Any], tag: str = "td") -> str:
     """The cells of a table's row, escaped."""
     return "".join(f"<{tag}>{escape(str(value))}</{tag}>" for value in values)

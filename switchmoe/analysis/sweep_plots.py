@@ -7,7 +7,7 @@ where there are several, in a legend.
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ COLOURS = (
     "#56B4E9",
     "#000000",
 )  # Okabe and Ito's, yellow darker
+Colour = str | tuple[float, ...]
 BAND = 0.18  # opacity of what lies between seeds
 MAX_VALUES = 12  # up to so many points have their values beside them
 SHOWN_FROM = 0.15  # curves are shown from the loss that the dense model has after this share of its steps
@@ -56,7 +57,7 @@ def save_all(
     for number, one in enumerate(groups, start=1):
         suffix = f"_{number}" if len(groups) > 1 else ""
         figures[f"loss_steps{suffix}"] = loss_curves(one, "steps"), one.label
-        if _timed(one):
+        if timed(run for runs in one.cells.values() for run in runs):
             figures[f"loss_time{suffix}"] = loss_curves(one, "time"), one.label
     if any(sweeps.speed_ups(one) for one in groups):
         figures["speedups"] = speed_ups(groups), ""
@@ -98,30 +99,39 @@ def loss_experts(groups: Sequence[Group], fits: Sequence[Fit | None]) -> Figure:
 
 def loss_curves(one: Group, against: str) -> Figure:
     """Held-out loss over ``against`` = steps | time, a line for each expert count."""
+    shade = ScalarMappable(Normalize(0, math.log2(max(*one.cells, 2))), plots.DEPTH_COLOURS.reversed())
+    colours = ["#000000" if experts == 1 else shade.to_rgba(math.log2(experts)) for experts in one.cells]
+    named = {
+        "dense" if experts == 1 else f"E={experts}": (runs, colour)
+        for (experts, runs), colour in zip(one.cells.items(), colours, strict=True)
+    }
+    return curves(named, against, sweeps.target(one.dense)[0] if one.dense else None)
+
+
+def curves(named: Mapping[str, tuple[Sequence[Run], Colour]], against: str, target: float | None) -> Figure:
+    """Held-out loss over ``against`` = steps | time, a line of its colour for each name's runs, which differ in the seed."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
-    counts = list(one.cells)
-    shade = ScalarMappable(Normalize(0, math.log2(max(counts[-1], 2))), plots.DEPTH_COLOURS.reversed())
-    scale, unit = _time_unit(one) if against == "time" else (1.0, "step")
+    everything = [run for runs, _ in named.values() for run in runs]
+    scale, unit = _time_unit(everything) if against == "time" else (1.0, "step")
     ends = []
-    for experts, runs in one.cells.items():
-        colour = "#000000" if experts == 1 else shade.to_rgba(math.log2(experts))
+    for name, (runs, colour) in named.items():
         step_V = runs[0].step_V
         curves_RV = np.array([np.interp(step_V, run.step_V, run.loss_V) for run in runs])
         x_V = step_V
         if against == "time":
             x_V = np.mean([run.seconds_at(step_V) for run in runs], axis=0) / scale
         mean_V = curves_RV.mean(0)
-        axes.plot(x_V, mean_V, color=colour, linewidth=2 if experts == 1 else 1.5)
+        axes.plot(x_V, mean_V, color=colour, linewidth=2 if colour == "#000000" else 1.5)
         if len(runs) > 1:
             axes.fill_between(x_V, curves_RV.min(0), curves_RV.max(0), color=colour, alpha=BAND, linewidth=0)
-        ends.append((x_V[-1], mean_V[-1], "dense" if experts == 1 else f"E={experts}", colour))
+        ends.append((x_V[-1], mean_V[-1], name, colour))
     plots.finish(axes, "held-out loss (nats per target token)")
     axes.set_xlabel(unit)
     axes.set_xlim(left=0)
-    _loss_limits(axes, one)
-    if one.dense:
-        axes.axhline(sweeps.target(one.dense)[0], color=GREY, linestyle="--", linewidth=1)
+    _loss_limits(axes, everything)
+    if target is not None:
+        axes.axhline(target, color=GREY, linestyle="--", linewidth=1)
     _name_ends(axes, ends)
     if against == "time":
         for x, y, _, colour in ends:
@@ -359,23 +369,23 @@ def _start(block: Sequence[float], gap: float) -> float:
     return total / count - gap * (count - 1) / 2
 
 
-def _timed(one: Group) -> bool:
-    return all(len(run.step_T) for runs in one.cells.values() for run in runs)
+def timed(runs: Iterable[Run]) -> bool:
+    """Whether all runs have times on record."""
+    return all(len(run.step_T) for run in runs)
 
 
-def _time_unit(one: Group) -> tuple[float, str]:
-    longest = max(float(run.seconds_T[-1]) for runs in one.cells.values() for run in runs)
+def _time_unit(runs: Sequence[Run]) -> tuple[float, str]:
+    longest = max(float(run.seconds_T[-1]) for run in runs)
     for seconds, unit in ((3600.0, "hours"), (60.0, "minutes")):
         if longest > 2 * seconds:
             return seconds, f"{unit} of training"
     return 1.0, "seconds of training"
 
 
-def _loss_limits(axes: Axes, one: Group) -> None:
+def _loss_limits(axes: Axes, runs: Sequence[Run]) -> None:
     """From the lowest loss up to that of the first model after SHOWN_FROM of its steps: before it, all are alike."""
-    runs = [run for runs in one.cells.values() for run in runs]
+    first = runs[0]
     lowest = min(float(run.loss_V.min()) for run in runs)
-    first = next(iter(one.cells.values()))[0]
     highest = float(np.interp(SHOWN_FROM * first.step_V[-1], first.step_V, first.loss_V))
     highest = max(highest, *(float(run.loss_V[-1]) for run in runs))
     margin = max(0.06 * (highest - lowest), 1e-3)

@@ -201,12 +201,6 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _numbers(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    body = "".join(f"<tr>{report.cells(row)}</tr>" for row in rows)
-    head = f"<tr>{report.cells(heads, 'th')}</tr>"
-    return f'<div class="wide"><table class="numbers"><tbody>{head}{body}</tbody></table></div>'
-
-
 def _losses(groups: Sequence[Group]) -> str:
     rows = []
     for one in groups:
@@ -224,7 +218,7 @@ def _losses(groups: Sequence[Group]) -> str:
             )  # fmt: skip
     heads = ["group", "experts", "runs", "held-out loss", "gain", "parameters", "a token's", "seconds a step"]
     note = "Loss in nats per target token: mean (least to greatest) over seeds. Gain: below the dense model's mean."
-    return f'<p class="note">{note}</p>{_numbers(heads, rows)}'
+    return f'<p class="note">{note}</p>{report.grid(heads, rows)}'
 
 
 def _speed_ups(groups: Sequence[Group]) -> str:
@@ -243,7 +237,7 @@ def _speed_ups(groups: Sequence[Group]) -> str:
     warning = (
         "<p>The runs are of several devices: their times are no comparison.</p>" if len(devices) > 1 else ""
     )
-    return f'<p class="note">{INTERPOLATION}</p>{warning}{_numbers(heads, rows)}'
+    return f'<p class="note">{INTERPOLATION}</p>{warning}{report.grid(heads, rows)}'
 
 
 def _reached(up: sweeps.SpeedUp, values: Spread | None) -> str:
@@ -274,7 +268,7 @@ def _fits(groups: Sequence[Group], fits: dict[str, Fit], reasons: dict[str, str]
         theirs = scaling.PUBLISHED["S-BASE"].values(size)
         rows = [[name, _value(fit, name), f"{theirs[name]:.4g}"] for name in fit.values]
         parts += [f"<h3>{escape(family)}</h3>"] if family else []
-        parts.append(_numbers(["", f"fitted, {fit.level:.0%} interval", "S-BASE, published"], rows))
+        parts.append(report.grid(["", f"fitted, {fit.level:.0%} interval", "S-BASE, published"], rows))
         if fit.residual is not None:
             parts.append(
                 f"<p>{fit.runs} runs; residual standard deviation {fit.residual:.2g} in log10 L.</p>"
@@ -318,7 +312,7 @@ def _routing(groups: Sequence[Group]) -> str:
         "Means over seeds. Dropped: over the sparse layers. Loads: the least and the greatest of all sparse layers over the last "
         "tenth of training, as multiples of the fair share 1/E; a starved expert gets less than a tenth of it."
     )
-    return f'<p class="note">{note}</p>{_numbers(heads, rows)}'
+    return f'<p class="note">{note}</p>{report.grid(heads, rows)}'
 
 
 def _left_out(left_out: dict[str, str]) -> str:
