@@ -1,0 +1,55 @@
+"""The papers' claims, and the runs that they take: one sweep a scale, in which claims share runs.
+
+A run is named by what it overrides in the scale's base config, so that two claims' arms with the same settings
+are one run: the Switch model with factor 1.25 of Table 1 is that with jitter of Table 11.
+"""
+
+import functools
+import importlib
+from typing import Any
+
+from experiments.claims import st_moe, switch_figures, switch_tables, switch_text
+from experiments.claims.claim import SCALES, Claim, Overrides, Scale
+
+CLAIMS = {
+    claim.name: claim
+    for family in (switch_tables, switch_figures, switch_text, st_moe)
+    for claim in family.CLAIMS
+}
+
+
+def products(scale: str) -> list[dict[str, list]]:
+    """What a sweep's ``get_sweep()`` returns: every run of every claim, once, with the claims' first arms first."""
+    found = [run for claim in CLAIMS.values() for run in runs(claim, scale)]
+    return [{field: [value] for field, value in run.items()} for run in _unique(found)]
+
+
+def runs(claim: Claim, scale: str) -> list[Overrides]:
+    """The overrides of a claim's runs, seed by seed: what is cut short has whole seeds."""
+    arms = claim.arms(SCALES[scale]).values()
+    return _unique([run_of(arm, seed, scale) for seed in range(claim.seeds) for arm in arms])
+
+
+def run_of(arm: Overrides, seed: int, scale: str) -> Overrides:
+    """The overrides of an arm's run with a seed, without those that are the base's own values."""
+    base, named = _base(scale), {"moe.num_experts", "train.seed"}
+    asked = arm | {"train.seed": seed}
+    if asked["moe.num_experts"] == 1:  # a dense model has no use for a router's fields
+        asked = {field: v for field, v in asked.items() if field in named or not field.startswith("moe.")}
+    differ = {field for field, value in asked.items() if value != base[field]} | named
+    order = ["moe.num_experts", *sorted(differ - named), "train.seed"]
+    return {field: asked[field] for field in order}
+
+
+@functools.cache
+def _base(scale: str) -> dict[str, Any]:
+    module = SCALES[scale].config.removesuffix(".py").replace("/", ".")
+    config = importlib.import_module(module).get_config()
+    return {f"{group}.{field}": value for group in config for field, value in config[group].items()}
+
+
+def _unique(found: list[Overrides]) -> list[Overrides]:
+    return [run for place, run in enumerate(found) if run not in found[:place]]
+
+
+__all__ = ["CLAIMS", "SCALES", "Claim", "Scale", "products", "run_of", "runs"]

@@ -1,0 +1,94 @@
+"""What a claim is, and what a scale is: the size at which the claims are tried."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from switchmoe.analysis.verdicts import Check
+
+Overrides = dict[str, Any]  # of fields of the scale's base config
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """``config`` is the base of all runs; claims say what differs from it."""
+
+    config: str
+    experts: int  # the paper has 32 in most tables
+    experts_table_1: int  # and 128 in this one
+    counts: tuple[int, ...]  # of the figures
+    large: Overrides  # the dense model with about 3.5 times the FLOPs a token (T5-Large)
+    hot: float  # optimizer.learning_rate of ST-MoE's stability runs, well above the base's
+    early: Overrides = dataclasses.field(default_factory=dict)  # of what the paper shows early in training
+
+
+SCALES = {
+    "tiny": Scale(
+        "configs/paper_tiny.py",
+        experts=8,
+        experts_table_1=8,
+        counts=(2, 8, 32),
+        large={"model.d_model": 80, "model.d_ff": 320, "model.d_kv": 20, "model.num_layers": 4},
+        hot=0.5,
+    ),
+    "small": Scale(
+        "configs/paper_small.py",
+        experts=32,
+        experts_table_1=32,
+        counts=(2, 8, 32, 128),
+        large={"model.d_model": 512, "model.d_ff": 2048, "model.num_heads": 8, "model.num_layers": 8},
+        hot=0.3,
+    ),
+    "base": Scale(
+        "configs/paper_base.py",
+        experts=32,
+        experts_table_1=128,
+        counts=(2, 4, 8, 16, 32, 64, 128, 256),
+        large={
+            "model.d_model": 1024,
+            "model.d_ff": 4096,
+            "model.activation": "relu",
+            "model.num_heads": 16,
+            "model.num_layers": 24,
+        },
+        hot=10.0,
+        early={"train.num_steps": 3500},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One of a paper's claims.
+
+    ``paper`` has the paper's figures by arm: held-out loss in nats per target token (its tables print the
+    negative), and what else it gives. A claim that can't be run has ``missing`` or ``elsewhere`` instead of
+    arms and checks.
+    """
+
+    name: str  # as on the command line
+    source: str
+    says: str
+    paper: dict[str, str] = dataclasses.field(default_factory=dict)
+    arms: Callable[[Scale], dict[str, Overrides]] = lambda scale: {}
+    checks: Callable[[Scale], Sequence[Check]] = lambda scale: ()
+    expected: str = ""  # at small scale
+    seeds: int = 3
+    missing: str = ""
+    elsewhere: str = ""  # what checks it, where that is no matter of training runs
+
+    @property
+    def not_run(self) -> str:
+        """Why it has no runs; "" if it has."""
+        if self.missing:
+            return f"not yet runnable, missing: {self.missing}"
+        return f"no matter of training runs: {self.elsewhere}" if self.elsewhere else ""
+
+
+def dense(**more: Any) -> Overrides:
+    return {"moe.num_experts": 1, **more}
+
+
+def switch(experts: int, **moe: Any) -> Overrides:
+    """Top-1 with so many experts; ``moe`` are fields of that group."""
+    return {"moe.num_experts": experts} | {f"moe.{field}": value for field, value in moe.items()}

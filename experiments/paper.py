@@ -1,0 +1,129 @@
+"""Tries the papers' claims: ``python -m experiments.paper NAME... [--scale=tiny|small|base] [--workdir=DIR] [--dry_run] [--config.GROUP.FIELD=VALUE ...]``
+
+  --list      the claims, and what the others wait for
+  NAME...     makes the runs that these claims need and that are not done, then says what they came to; all: of every claim
+  report      writes the scorecard of the runs in DIR: DIR/report/scorecard.html, scorecard.md and plots/*.png
+
+A claim's runs, criterion and the papers' figures are in `experiments/claims`; the rule is `verdicts.RULE`. All claims of a
+scale are one sweep in one directory (default: runs/paper_SCALE) and share runs; what `experiments.sweep` takes is taken here:
+``--dry_run`` lists the runs with their time, overrides change the base of all runs, and the same command goes on.
+
+Exit codes: those of `experiments.sweep` (a verdict is none of them); of report 0 done; 2 bad input; 4 a file that can't be
+written or read.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import claims, command_line
+from experiments.claims import CLAIMS, SCALES
+from experiments.supervisor import EXIT_INTERRUPTED
+
+EXIT_BAD_INPUT, EXIT_IO = 2, 4
+RUNNABLE = [claim.name for claim in CLAIMS.values() if not claim.not_run]
+
+
+class Arguments(NamedTuple):
+    names: list[str]
+    scale: str
+    workdir: Path
+    rest: list[str]  # for the sweep
+
+
+def main(argv: Sequence[str]) -> int:
+    if {"--help", "-h"} & set(argv[1:]):
+        print(__doc__.strip())
+        return 0
+    if list(argv[1:]) == ["--list"]:
+        print(listing())
+        return 0
+    try:
+        arguments = parse(argv[1:])
+        if arguments.names == ["report"]:
+            return _report(arguments)
+        return _try(arguments)
+    except ValueError as error:
+        return _fail(error, EXIT_BAD_INPUT)
+    except OSError as error:
+        return _fail(error, EXIT_IO)
+    except KeyboardInterrupt:
+        return _fail("interrupted before the first run", EXIT_INTERRUPTED)
+
+
+def parse(arguments: Sequence[str]) -> Arguments:
+    """Names, scale and directory; the rest is the sweep's.
+
+    Raises:
+      ValueError: a claim or a scale that there is not, or a claim that can't be run; one line.
+    """
+    names, rest, chosen = [], [], {"scale": "tiny", "workdir": ""}
+    for argument in command_line.joined(arguments):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-"):
+            names.append(argument)
+        elif name == "config":
+            raise ValueError(
+                f"{argument}: the scale has its config; accepted is --scale=, one of {', '.join(SCALES)}"
+            )
+        elif name in chosen and equals:
+            chosen[name] = value
+        else:
+            rest.append(argument)
+    if chosen["scale"] not in SCALES:
+        raise ValueError(f"--scale={chosen['scale']}: accepted is one of {', '.join(SCALES)}")
+    for name in names:
+        if name not in ("all", *RUNNABLE) and names != ["report"]:
+            why = CLAIMS[name].not_run if name in CLAIMS else "no such claim"
+            raise ValueError(f"{name}: {why}; accepted are all, report, {', '.join(RUNNABLE)}")
+    if not names:
+        raise ValueError("no claim; accepted are --list, all, report, or names of claims")
+    if names == ["report"] and rest:
+        raise ValueError(f"{rest[0]}: accepted with report are --scale= and --workdir=")
+    names = RUNNABLE if "all" in names else names
+    workdir = chosen["workdir"] or f"runs/paper_{chosen['scale']}"
+    return Arguments(list(dict.fromkeys(names)), chosen["scale"], Path(workdir), rest)
+
+
+def listing() -> str:
+    """A line for each claim: its name, source, and what it says or what is missing to run it."""
+    width = max(map(len, CLAIMS))
+    lines = []
+    for claim in CLAIMS.values():
+        lines.append(f"{claim.name.ljust(width)}  {claim.source}: {claim.says}")
+        lines += [f"{'':{width}}  {claim.not_run}"] if claim.not_run else []
+    return "\n".join(lines)
+
+
+def _try(arguments: Arguments) -> int:
+    """Runs the claims' part of the scale's sweep; prints the verdicts."""
+    from experiments import sweep
+
+    wanted = [run for name in arguments.names for run in claims.runs(CLAIMS[name], arguments.scale)]
+    where = [f"--config={SCALES[arguments.scale].config}", f"--workdir={arguments.workdir}"]
+    code = sweep.command(["experiments.paper", *where, *arguments.rest], __doc__, wanted)
+    if "--dry_run" in arguments.rest or code not in (0, sweep.EXIT_FAILED):
+        return code
+    from experiments import paper_report
+
+    results = paper_report.read(arguments.workdir, arguments.scale)
+    for name in arguments.names:
+        print(paper_report.told(CLAIMS[name], results))
+    return code
+
+
+def _report(arguments: Arguments) -> int:
+    from experiments import paper_report
+
+    print(paper_report.write(arguments.workdir, arguments.scale))
+    return 0
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"experiments.paper: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,277 @@
+"""The scorecard: what the runs in a directory say of each claim, as text, Markdown and HTML."""
+
+import functools
+import html
+import shlex
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import claims, sweep_plan
+from experiments.claims import CLAIMS, SCALES, Claim
+from switchmoe.analysis import plots, report, sweep_plots, sweeps, verdicts
+from switchmoe.analysis.verdicts import Check, Finding, Table, Verdict
+from switchmoe.reporting import duration
+from switchmoe.rundir import flat, read_run
+from switchmoe.settings import from_config, to_dict
+
+COLOURS = (*sweep_plots.COLOURS, plots.GREY)
+PART_HEADS = ["part of the claim", "the paper", "here, with 95 % interval", "seeds", "verdict"]
+ARM_HEADS = ["runs", "the paper", "held-out loss", "st. dev.", "seeds", "dropped", "examples/s"]
+
+
+class Results(NamedTuple):
+    scale: str
+    source: str  # of the text
+    arguments: str  # of the command that made the runs, beside the claims' names
+    tables: dict[str, Table]  # by claim
+    origins: list[dict[str, Any]]  # `run.json` of the runs that are done or diverged
+    seeds: list[int]
+
+    def command(self, names: str) -> str:
+        return f"python -m experiments.paper {names} {self.arguments}"
+
+
+def read(workdir: Path, scale: str) -> Results:
+    """The runs of a scale's directory, by claim.
+
+    Raises:
+      ValueError: no sweep is there, or not that of this scale.
+    """
+    found = sweep_plan.read_definition(workdir)
+    if found is None:
+        raise ValueError(
+            f"--workdir={workdir}: no runs; accepted is a directory of this command's, or run a claim first"
+        )
+    known = [{field: value for field, (value,) in one.items()} for one in claims.products(scale)]
+    if not all(overrides in known for overrides in found["runs"].values()):
+        raise ValueError(
+            f"--workdir={workdir}: not the runs of --scale={scale}; accepted is the scale's own directory"
+        )
+    names = {tuple(overrides.items()): name for name, overrides in found["runs"].items()}
+    origins: dict[str, dict[str, Any]] = {}
+    read_once = functools.cache(functools.partial(_outcome, workdir, origins))
+    tables = {}
+    for claim in CLAIMS.values():
+        tables[claim.name] = {
+            arm: {
+                seed: outcome[0]
+                for seed in range(claim.seeds)
+                if (name := names.get(tuple(claims.run_of(overrides, seed, scale).items())))
+                and (outcome := read_once(name))
+            }
+            for arm, overrides in claim.arms(SCALES[scale]).items()
+        }
+    seeds = sorted({seed for table in tables.values() for runs in table.values() for seed in runs})
+    source, arguments = found["base"]["data"]["source"], _arguments(found["base"], scale, workdir)
+    return Results(scale, source, arguments, tables, list(origins.values()), seeds)
+
+
+def _outcome(workdir: Path, origins: dict[str, dict[str, Any]], name: str) -> tuple[sweeps.Run | None] | None:
+    """(run,) if it is done, (None,) if it stopped at a loss that is no number, None otherwise."""
+    known = read_run(workdir / name)
+    try:
+        run = sweeps.read(workdir / name)
+    except ValueError:
+        if "not_finite" not in known:
+            return None
+        run = None
+    origins[name] = known
+    return (run,)
+
+
+def _arguments(base: dict[str, Any], scale: str, workdir: Path) -> str:
+    """Scale, directory and overrides of the base that this directory's runs were made with."""
+    config = import_module(SCALES[scale].config.removesuffix(".py").replace("/", ".")).get_config()
+    plain = flat(to_dict(from_config(config)))
+    changed = [
+        f"--config.{field}={value}" for field, value in flat(base).items() if plain.get(field) != value
+    ]
+    words = [
+        f"--scale={scale}",
+        *([] if workdir == Path(f"runs/paper_{scale}") else [f"--workdir={workdir}"]),
+    ]
+    return " ".join(map(shlex.quote, words + changed))
+
+
+def judge(claim: Claim, results: Results) -> Verdict:
+    return verdicts.verdict(claim.checks(SCALES[results.scale]), results.tables[claim.name])
+
+
+def told(claim: Claim, results: Results) -> str:
+    """The verdict as lines of text."""
+    found = judge(claim, results)
+    lines = [f"{claim.name} ({claim.source}): {found.outcome}"]
+    for part in map(_part, found.findings):
+        says, paper, here, seeds, outcome = part
+        lines.append(
+            f"  {says}: {outcome}; {here}, {seeds} seeds" + (f"; the paper: {paper}" if paper else "")
+        )
+    return "\n".join(lines)
+
+
+def _part(finding: Finding) -> list[str]:
+    check: Check = finding.check
+    if finding.interval is None:
+        return [check.says, check.paper, report.MDASH, "0", finding.outcome]
+    here = verdicts.written(finding.interval, check.unit)
+    return [check.says, check.paper, here, str(finding.interval.seeds), finding.outcome]
+
+
+def _arm(claim: Claim, arm: str, runs: dict[int, sweeps.Run | None]) -> list[str]:
+    """A line of ``ARM_HEADS``."""
+    done = [run for run in runs.values() if run is not None]
+    diverged = len(runs) - len(done)
+    losses = [run.loss for run in done]
+    loss = f"{np.mean(losses):.4f}" if losses else report.MDASH
+    sparse = [verdicts.dropped(run) for run in done if run.routing]
+    return [
+        arm,
+        claim.paper.get(arm, ""),
+        loss + (f", {diverged} diverged" if diverged else ""),
+        f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "",
+        str(len(runs)),
+        f"{np.mean(sparse):.2%}" if sparse else "",
+        f"{np.mean([run.settings.data.batch_size / run.step_seconds for run in done]):.4g}" if done else "",
+    ]
+
+
+def write(workdir: Path, scale: str) -> Path:
+    """Writes the scorecard, HTML and Markdown, each at once or not at all; returns the HTML's path.
+
+    Raises:
+      ValueError: as `read`.
+    """
+    results = read(workdir, scale)
+    directory = workdir / "report"
+    (directory / "plots").mkdir(parents=True, exist_ok=True)
+    judged = {name: judge(claim, results) for name, claim in CLAIMS.items() if not claim.not_run}
+    report.write_whole(directory / "scorecard.md", _markdown(results, judged))
+    path = directory / "scorecard.html"
+    report.write_whole(path, _page(results, judged, _pictures(results, directory / "plots")))
+    return path
+
+
+def _summary(results: Results, judged: dict[str, Verdict]) -> list[tuple[str, str]]:
+    """Where the results come from."""
+    outcomes = [found.outcome for found in judged.values()]
+    kinds = (verdicts.HELD, verdicts.NOT_HELD, verdicts.UNDECIDED, verdicts.NOT_RUN)
+    origins = results.origins
+
+    def each(value) -> str:
+        return "; ".join(sorted({str(value(one)) for one in origins if value(one)})) or report.MISSING
+
+    def text(one: dict[str, Any]) -> str:
+        hashes, counts = one.get("documents_sha256", {}), one.get("documents", {})
+        parts = (
+            f"{split} {counts.get(split, '?')} documents, fingerprint {sha[:12]}"
+            for split, sha in hashes.items()
+        )
+        return f"{Path(results.source).name}: {', '.join(parts)}" if hashes else ""
+
+    return [
+        ("Claims", ", ".join(f"{outcomes.count(kind)} {kind}" for kind in kinds)),
+        (
+            "Runs",
+            f"{len(origins)}, {duration(sum(one.get('train_seconds', 0) for one in origins))} of training",
+        ),
+        ("Command", results.command("NAME...")),
+        ("Seeds", ", ".join(map(str, results.seeds)) or report.MISSING),
+        ("Machine", each(lambda one: one.get("device") and f"{one.get('machine', '')} ({one['device']})")),
+        ("Text", each(text)),
+        ("Versions", each(lambda one: ", ".join(f"{k} {v}" for k, v in (one.get("versions") or {}).items()))),
+        ("Commit", each(lambda one: one.get("commit", ""))),
+    ]
+
+
+def _tables(claim: Claim, results: Results, found: Verdict) -> list[tuple[list[str], list[list[str]]]]:
+    """(heads, rows) of a claim's parts and of its runs."""
+    arms = [_arm(claim, arm, runs) for arm, runs in results.tables[claim.name].items()]
+    return [(PART_HEADS, [_part(finding) for finding in found.findings]), (ARM_HEADS, arms)]
+
+
+def _score(judged: dict[str, Verdict]) -> list[list[str]]:
+    rows = []
+    for name, found in judged.items():
+        for place, part in enumerate(map(_part, found.findings)):
+            says, paper, here, seeds, outcome = part
+            claim = [name, CLAIMS[name].source, found.outcome] if place == 0 else ["", "", ""]
+            rows.append([*claim, says, paper, here, seeds, outcome])
+    return rows
+
+
+SCORE_HEADS = ["claim", "source", "verdict", *PART_HEADS[:4], "of the part"]
+
+
+def _markdown(results: Results, judged: dict[str, Verdict]) -> str:
+    lines = [f"# The papers' claims at scale `{results.scale}`", ""]
+    lines += [f"- {name}: {value}" for name, value in _summary(results, judged)]
+    lines += ["", verdicts.RULE, "", *_rows(SCORE_HEADS, _score(judged))]
+    for name, found in judged.items():
+        claim = CLAIMS[name]
+        if found.outcome == verdicts.NOT_RUN and not any(results.tables[name].values()):
+            continue
+        lines += ["", f"## {name}: {found.outcome}", "", f"{claim.source}: {claim.says}", ""]
+        lines += [f"At small scale: {claim.expected}", "", f"    {results.command(name)}"]
+        for heads, rows in _tables(claim, results, found):
+            lines += ["", *_rows(heads, rows)]
+    lines += ["", "## Not run", "", *_rows(["claim", "source", "says", "why"], _not_run())]
+    return "\n".join(lines) + "\n"
+
+
+def _not_run() -> list[list[str]]:
+    return [[one.name, one.source, one.says, one.not_run] for one in CLAIMS.values() if one.not_run]
+
+
+def _rows(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+
+
+def _page(results: Results, judged: dict[str, Verdict], pictures: dict[str, list[Path]]) -> str:
+    sections = [
+        f"<h1>The papers' claims at scale {results.scale}</h1>",
+        report.table(_summary(results, judged)),
+        f'<p class="note">{html.escape(verdicts.RULE)}</p>',
+        report.grid(SCORE_HEADS, _score(judged), style="score"),
+    ]
+    for name, found in judged.items():
+        claim = CLAIMS[name]
+        sections += [
+            f"<h2>{name}: {found.outcome}</h2>",
+            f"<p>{html.escape(f'{claim.source}: {claim.says}')}</p>",
+            f'<p class="note">{html.escape(f"At small scale: {claim.expected}")}</p>',
+            f"<p><code>{html.escape(results.command(name))}</code></p>",
+            *(
+                report.grid(heads, rows, style="score" if heads is PART_HEADS else "numbers")
+                for heads, rows in _tables(claim, results, found)
+            ),
+            *(
+                report.picture(path, f"{name}: held-out loss, mean and range over seeds.")
+                for path in pictures.get(name, [])
+            ),
+        ]
+    sections += [
+        "<h2>Not run</h2>",
+        report.grid(["claim", "source", "says", "why"], _not_run(), style="score"),
+    ]
+    return report.document(f"Claims at scale {results.scale}", sections)
+
+
+def _pictures(results: Results, directory: Path) -> dict[str, list[Path]]:
+    """For each claim with runs: held-out loss against steps and against time."""
+    saved: dict[str, list[Path]] = {}
+    for name, table in results.tables.items():
+        done = {arm: [run for run in runs.values() if run is not None] for arm, runs in table.items()}
+        named = {
+            arm: (runs, COLOURS[place % len(COLOURS)])
+            for place, (arm, runs) in enumerate(done.items())
+            if runs
+        }
+        timed = sweep_plots.timed(run for runs, _ in named.values() for run in runs)
+        for against in ("steps", *(["time"] if timed else [])) if named else ():
+            saved.setdefault(name, []).append(directory / f"{name}_{against}.png")
+            sweep_plots.curves(named, against, None).savefig(saved[name][-1], dpi=plots.DPI)
+    return saved

@@ -1,0 +1,266 @@
+"""The papers' claims: all are listed, their runs are valid at each scale and shared, and the scorecard says what runs say."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import claims, paper, paper_report, sweep, sweep_plan
+from experiments.claims import CLAIMS, SCALES
+from switchmoe import rundir, sharding
+from switchmoe.analysis.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
+from switchmoe.data import batches
+from switchmoe.settings import to_dict
+
+LISTED = {
+    "table1", "table2", "table3", "table4", "table6", "table7", "table8", "table10", "table11", "figure1", "figure4",
+    "figure5", "figure6", "figure7", "figure9", "figure12", "dropped_tokens", "alpha", "no_token_left_behind", "z_loss",
+    "stability", "eval_capacity", "frozen_subsets", "dropped_fine_tuning",
+}  # fmt: skip
+LATER = {"table4", "table6", "table7", "table8", "figure7", "frozen_subsets", "dropped_fine_tuning"}
+MICRO = [
+    "--config.data.batch_size=8",
+    "--config.data.input_length=32",
+    "--config.data.vocab_size=600",
+    "--config.train.num_steps=6",
+    "--config.train.log_every=2",
+    "--config.train.eval_every=3",
+    "--config.train.eval_batches=1",
+]
+
+
+@pytest.fixture
+def here(monkeypatch, one_device):
+    """The survey in this very process, of one device."""
+    monkeypatch.setattr(sweep, "_apart", lambda function, *arguments: function(*arguments))
+
+
+def whole(scale, workdir="runs/none", *more):
+    """The sweep of all claims."""
+    return sweep_plan.read(
+        ["paper", f"--config={SCALES[scale].config}", f"--workdir={workdir}", *more], "A doc."
+    )
+
+
+def test_all_claims_of_the_papers_are_listed_and_those_that_wait_say_for_what(capsys):
+    assert set(CLAIMS) == LISTED and {name for name, claim in CLAIMS.items() if claim.missing} == LATER
+    assert paper.main(["paper", "--list"]) == 0
+    out = capsys.readouterr().out
+    for name, claim in CLAIMS.items():
+        assert f"{name} " in out and claim.says in out and claim.not_run in out
+    assert out.count("not yet runnable, missing: ") == len(LATER)
+
+
+def test_a_claim_has_runs_and_a_criterion_or_a_reason():
+    for claim in CLAIMS.values():
+        assert bool(claim.missing) + bool(claim.elsewhere) <= 1
+        for scale in SCALES.values():
+            arms, checks = claim.arms(scale), claim.checks(scale)
+            assert bool(arms) == bool(checks) == (not claim.not_run), claim.name
+            assert {arm for check in checks for arm in check.arms} <= set(arms), claim.name
+            assert claim.not_run or claim.expected
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_runs_are_valid_and_named_apart(scale):
+    found = whole(scale)
+    assert len({run.name for run in found.runs}) == len(found.runs) > 60
+    for settings in {run.settings for run in found.runs if run.settings.train.seed == 0}:
+        lengths = {"encoder": settings.data.input_length, "decoder": batches.target_length(settings.data)}
+        sharding.check(settings, lengths, dict.fromkeys(sharding.AXES, 1))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_arms_of_equal_settings_are_one_run(scale):
+    """Whatever names them: of two runs of the sweep no two have the same settings, and the tables share the plain Switch model."""
+    found = whole(scale)
+    assert len({run.settings for run in found.runs}) == len(found.runs)
+    plain = {"moe.num_experts": SCALES[scale].experts, "train.seed": 0}
+    for name in ("table11", "alpha", "z_loss", "no_token_left_behind", "eval_capacity"):
+        assert plain in claims.runs(CLAIMS[name], scale), name
+
+
+def test_a_dense_run_does_not_depend_on_what_routers_do():
+    assert claims.run_of({"moe.num_experts": 1, "moe.capacity_factor": 9.0}, 2, "tiny") == {
+        "moe.num_experts": 1,
+        "train.seed": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "no claim; accepted are --list, all, report, or names"),
+        (["table5"], "table5: no such claim; accepted are all, report, table1"),
+        (["table4"], "table4: not yet runnable, missing: fine-tuning"),
+        (["figure9"], "figure9: no matter of training runs: `pytest"),
+        (["table3", "--scale=huge"], "--scale=huge: accepted is one of tiny, small, base"),
+        (["table3", "--config=configs/quickstart.py"], "the scale has its config; accepted is --scale="),
+        (["table3", "--config.moe.num_expert=4"], "did you mean num_experts?"),
+        (["table3", "--config.data.batch_size=-1"], "data.batch_size=-1"),
+        (["table3", "--config.train.seed=4"], "accepted are fields that the sweep does not vary"),
+        (["table3", "--dryrun"], "Unknown command line flag 'dryrun'"),
+        (["report", "--config.train.num_steps=4"], "accepted with report are --scale= and --workdir="),
+        (["report"], "no runs; accepted is a directory of this command's"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("here")
+def test_mistakes_get_one_line(tmp_path, capsys, arguments, message):
+    assert paper.main(["paper", *arguments, f"--workdir={tmp_path / 'out'}"]) == paper.EXIT_BAD_INPUT
+    err = capsys.readouterr().err
+    assert err.startswith("experiments.paper: ") and message in err and err.count("\n") == 1, err
+    assert not (tmp_path / "out").exists()
+
+
+def fabricate(directory, settings, losses, dropped=0.002):
+    """A run that is done: held-out losses at its evaluations."""
+    directory.mkdir(parents=True)
+    steps = np.linspace(0, settings.train.num_steps, len(losses) + 1)[1:]
+    layers = ["encoder/1"] if settings.sparse else []
+    share = [1 / settings.moe.num_experts] * settings.moe.num_experts
+    routing = {"layers": layers, "layer_fraction_dropped": [dropped], "layer_expert_load": [share]}
+    records = [
+        {
+            "step": int(step),
+            "split": split,
+            "cross_entropy": loss,
+            "step_seconds": 0.1,
+            "tokens_per_second": 9.0,
+        }
+        | (routing if layers else {"layers": []})
+        for step, loss in zip(steps, losses, strict=True)
+        for split in ("train", "validation")
+    ]
+    (directory / "config.json").write_text(json.dumps(to_dict(settings)))
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (directory / "report.html").write_text("")
+    rundir.update_run(
+        directory, parameters=9, parameters_active=5, train_seconds=60.0, steps_timed=10, device="1 x cpu",
+        machine="2 x a processor", versions={"jax": "0.10"}, commit="0123abc", documents={"train": 77},
+        documents_sha256={"train": "f" * 64},
+    )  # fmt: skip
+
+
+def outcomes(directory):
+    results = paper_report.read(directory, "tiny")
+    return {
+        name: paper_report.judge(claim, results).outcome
+        for name, claim in CLAIMS.items()
+        if not claim.not_run
+    }
+
+
+def fabricate_all(directory, loss):
+    """The directory of a sweep in which runs end at ``loss(settings)``; None: diverged; "": not there."""
+    found = whole("tiny", directory, *MICRO)
+    directory.mkdir()
+    (directory / "sweep.json").write_text(json.dumps(sweep_plan.definition(found)))
+    for run in found.runs:
+        last = loss(run.settings)
+        if last is None:
+            (directory / run.name).mkdir()
+            rundir.update_run(directory / run.name, not_finite=3)
+        elif last != "":
+            fabricate(directory / run.name, run.settings, (last + 2, last + 0.1, last))
+    return found
+
+
+def test_the_scorecard_says_what_the_runs_say(tmp_path, capsys):
+    """Of figure 12: two claims hold, one does not, of table 2 the third arm diverged, of others there are no runs."""
+
+    def loss(settings):
+        moe, noise = settings.moe, 0.01 * settings.train.seed
+        if settings.model.d_model != 64 or moe.capacity_factor != 1.25 or moe.explore != "jitter":
+            return ""
+        if moe.router_dtype == "bfloat16":
+            return None
+        drawn = 0.02 * (settings.train.seed == 1) if moe.z_loss_weight else 0.0
+        return (
+            5.0 + noise + drawn - (0.1 if moe.num_experts in (2, 8) else -0.1 if moe.num_experts == 4 else 0)
+        )
+
+    out = tmp_path / "out"
+    fabricate_all(out, loss)
+    found = outcomes(out)
+    assert {found[name] for name in ("figure6", "table11", "table1")} == {NOT_RUN}
+    assert (found["figure12"], found["z_loss"], found["dropped_tokens"]) == (NOT_HELD, UNDECIDED, HELD)
+    assert paper.main(["paper", "report", f"--workdir={out}"]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "report" / "scorecard.html")
+    text = (out / "report" / "scorecard.md").read_text()
+    page = (out / "report" / "scorecard.html").read_text()
+    part = "loss of E=4 below dense |  | -0.1000 nats (-0.1000 to -0.1000) | 3 | did not hold |"
+    assert part in text and "loss of selective below bfloat16 | 2.064 nats | +inf nats" in text
+    for shown in (
+        "2 x a processor (1 x cpu)", "0123abc", "jax 0.10", "train 77 documents, fingerprint ffffffffffff",
+        f"python -m experiments.paper figure12 --scale=tiny --workdir={out} --config.data.batch_size=8",
+        "3 diverged", "no matter of training runs", "not yet runnable, missing: distillation",
+    ):  # fmt: skip
+        assert shown in text and shown in page, shown
+    assert page.count("data:image/png;base64,") == 2 * sum(
+        any(runs for runs in table.values()) for table in paper_report.read(out, "tiny").tables.values()
+    )
+    assert "http" not in page and "<script" not in page
+    assert paper.main(["paper", "report", f"--workdir={out}", "--scale=small"]) == paper.EXIT_BAD_INPUT
+    assert "not the runs of --scale=small" in capsys.readouterr().err
+
+
+def test_each_seed_and_each_arm_is_a_run_of_its_own(tmp_path):
+    """The table of a claim has what its own runs came to, by arm and seed."""
+    alphas = {alpha: place for place, alpha in enumerate((1e-1, 1e-2, 1e-3, 1e-4, 1e-5))}
+    out = tmp_path / "out"
+    fabricate_all(
+        out, lambda settings: 4.0 + alphas[settings.moe.balance_loss_weight] + 0.1 * settings.train.seed
+    )
+    table = paper_report.read(out, "tiny").tables["alpha"]
+    for alpha, place in alphas.items():
+        losses = [run.loss for run in table[f"alpha {alpha:g}"].values()]
+        assert losses == pytest.approx([4.0 + place, 4.1 + place, 4.2 + place])
+    assert (
+        set(table["alpha 0.01"]) == {0, 1, 2}
+        and len(paper_report.read(out, "tiny").tables["table3"]["0.1x"]) == 5
+    )
+
+
+@pytest.mark.usefixtures("here")
+def test_a_claim_whose_runs_are_done_is_judged_and_nothing_is_run_again(tmp_path, capsys):
+    out = tmp_path / "out"
+    fabricate_all(
+        out, lambda settings: 4.0 - 0.1 * (settings.moe.z_loss_weight > 0) + 0.1 * settings.train.seed
+    )
+    assert paper.main(["paper", "z_loss", f"--workdir={out}", *MICRO]) == 0
+    text = capsys.readouterr().out
+    assert "6 of 6 runs done" in text and "running" not in text
+    assert "z_loss (ST-MoE, Table 4): held\n" in text
+    assert "+0.1000 nats (+0.1000 to +0.1000), 3 seeds; the paper: 0.014 nats" in text
+    assert paper.main(["paper", "z_loss", "--dry_run", f"--workdir={out}", *MICRO]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and all("(done)" in line for line in lines[1:7])
+    assert paper.main(["paper", "no_token_left_behind", f"--workdir={out}", *MICRO]) == 0
+    assert "no_token_left_behind (Switch, app. B): " in capsys.readouterr().out, (
+        "another claim, the same directory"
+    )
+    assert paper.main(["paper", "z_loss", f"--workdir={out}"]) == paper.EXIT_BAD_INPUT
+    assert "holds another sweep" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_claim_from_runs_to_verdict(tmp_path, monkeypatch, environment):
+    """Few steps of few seeds: both runs are made, and decide nothing; the same command again runs nothing."""
+    out = tmp_path / "out"
+    program = (
+        "import dataclasses, sys\n"
+        "from experiments import claims, paper\n"
+        "claims.CLAIMS['z_loss'] = dataclasses.replace(claims.CLAIMS['z_loss'], seeds=1)\n"
+        "sys.exit(paper.main(sys.argv))"
+    )
+    command = [sys.executable, "-c", program, "z_loss", f"--workdir={out}", *MICRO]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 runs done" in done.stdout and f"z_loss (ST-MoE, Table 4): {UNDECIDED}" in done.stdout
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "running" not in again.stdout
+    known = rundir.read_run(out / "num_experts=8,seed=0")
+    assert known["documents"]["train"] > known["documents"]["validation"] > 0 and known["machine"]
+    assert len(list(out.glob("*/metrics.jsonl"))) == 2
