@@ -7,6 +7,7 @@ microbatches and padding change nothing. Auxiliary losses are defined per group 
 Letters: B batch, L length, E experts.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import optax
 from flax import struct
 
 from switchmoe.settings import Settings
-from switchmoe.transformer import PAD_ID, Transformer
+from switchmoe.transformer import PAD_ID, STACKS, Transformer
 
 Batch = dict[str, jax.Array]  # inputs_BL and targets_BL, int32, 0 where padded
 
@@ -29,6 +30,7 @@ class TrainState:
     opt_state: Any
 
 
+@functools.cache  # a trace of the whole model, which several callers need
 def abstract_variables(settings: Settings) -> dict:
     """The model's variables as shapes with logical axis names; nothing is allocated."""
     tokens_BL = jnp.zeros((1, 8), jnp.int32)
@@ -80,14 +82,14 @@ def token_sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | N
         for name, value_BL in (("nll", nll_BL), ("output_z", z_BL), ("correct", correct_BL))
     }
     counts = token_counts(batch)
-    return sums | {stack: jax.tree.map(lambda a, c=counts[stack]: a * c, aux[stack]) for stack in counts}
+    return sums | {stack: jax.tree.map(lambda a, c=counts[stack]: a * c, aux[stack]) for stack in STACKS}
 
 
 def token_counts(batch: Batch) -> dict[str, jax.Array]:
     """Real tokens of each stack, float32."""
     return {
         stack: (batch[name] != PAD_ID).sum().astype(jnp.float32)
-        for stack, name in (("encoder", "inputs"), ("decoder", "targets"))
+        for stack, name in zip(STACKS, ("inputs", "targets"), strict=True)
     }
 
 
@@ -99,7 +101,7 @@ def summarize(sums: dict, counts: dict[str, jax.Array], settings: Settings) -> d
     token, ``balance_loss`` and ``z_loss`` summed over layers; ``layer_*`` are arrays over the sparse
     layers, the encoder's first.
     """
-    scale = {stack: 1.0 / jnp.maximum(counts[stack], 1.0) for stack in counts}
+    scale = {stack: 1.0 / jnp.maximum(counts[stack], 1.0) for stack in STACKS}
     tokens = scale["decoder"]
     metrics = {
         "cross_entropy": sums["nll"] * tokens,
@@ -108,7 +110,8 @@ def summarize(sums: dict, counts: dict[str, jax.Array], settings: Settings) -> d
     }
     loss = metrics["cross_entropy"] + settings.train.output_z_loss_weight * metrics["output_z_loss"]
     if settings.sparse:
-        per_stack = [jax.tree.map(lambda a, s=scale[stack]: a * s, sums[stack]) for stack in counts]
+        # By name: a compiled function returns a dictionary's entries in alphabetical order.
+        per_stack = [jax.tree.map(lambda a, s=scale[stack]: a * s, sums[stack]) for stack in STACKS]
         layers = jax.tree.map(lambda *a: jnp.concatenate(a), *per_stack)
         loss += layers.pop("loss").sum()
         metrics |= {name: layers[name].sum() for name in ("balance_loss", "z_loss")}

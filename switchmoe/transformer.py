@@ -17,6 +17,7 @@ from switchmoe.moe import AttentionExperts, Experts, MoELayer, group_shape
 from switchmoe.settings import Settings
 
 PAD_ID = 0
+STACKS = ("encoder", "decoder")  # in the order of per-layer metrics
 MASKED = -1e9  # added to a float32 attention logit: its weight is exactly 0
 
 
@@ -97,9 +98,7 @@ def sparse_layer_names(settings: Settings) -> list[str]:
         return []
     blocks = range(settings.moe.every - 1, settings.model.num_layers, settings.moe.every)
     parts = ("/attention", "") if settings.moe.attention else ("",)
-    return [
-        f"{stack}/{block}{part}" for stack in ("encoder", "decoder") for block in blocks for part in parts
-    ]
+    return [f"{stack}/{block}{part}" for stack in STACKS for block in blocks for part in parts]
 
 
 class Stack(nn.Module):

@@ -17,6 +17,8 @@ from switchmoe import sharding, training
 CASES = [(layout, False, "auto") for layout in sharding.LAYOUTS]
 CASES += [(layout, True, "auto") for layout in ("data", "data_expert_model")]
 CASES += [("data_expert", False, "einsum"), ("data_expert_model", False, "ragged")]
+FIRST = ("data", False, "auto"), ("data_expert", False, "auto"), ("data_expert_model", True, "auto")
+MARKED = [case if case in FIRST else pytest.param(*case, marks=pytest.mark.long) for case in CASES]
 
 
 def case(layout="data", fsdp=False, dispatch="auto", **mesh):
@@ -83,7 +85,7 @@ def collectives(step):
     return re.findall(rf"^.* ((?:{kinds})(?:-start)?)\((.*)$", step.as_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("layout, fsdp, dispatch", CASES)
+@pytest.mark.parametrize("layout, fsdp, dispatch", MARKED)
 def test_a_layout_changes_no_number(layout, fsdp, dispatch):
     """float32: gradients to 1e-4, loss to 1e-5, parameters to 1e-4 after three steps."""
     state, metrics, slopes, _ = trained(layout, fsdp, dispatch)
@@ -94,7 +96,7 @@ def test_a_layout_changes_no_number(layout, fsdp, dispatch):
     assert_close(state.params, wanted.params, 1e-4)
 
 
-@pytest.mark.parametrize("layout, fsdp, dispatch", CASES)
+@pytest.mark.parametrize("layout, fsdp, dispatch", MARKED)
 def test_collectives_are_those_of_the_theory(layout, fsdp, dispatch, capfd):
     """Two stacks with a sparse layer each: 2 all-to-alls forward and 2 backward in each of them.
 
@@ -123,6 +125,7 @@ def bytes_of(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.long
 def test_bytes_of_a_device_are_what_the_layout_predicts():
     """Shares of experts, of widths and of all the rest, in eighths and by hand."""
     boxes = training.abstract_variables(case())["params"]

@@ -61,7 +61,7 @@ def losses(workdir):
 
 
 @pytest.mark.slow
-def test_a_killed_and_a_stopped_run_end_like_an_undisturbed_one(tmp_path, environment):
+def test_a_killed_and_a_stopped_run_end_like_an_undisturbed_one(tmp_path, environment, capsys):
     """SIGKILL after step 7 (checkpoint at 5), SIGTERM later, the same command each time: bitwise the same."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     out, _ = finish(start(whole, environment))
@@ -89,10 +89,10 @@ def test_a_killed_and_a_stopped_run_end_like_an_undisturbed_one(tmp_path, enviro
     before = losses(whole)
     out, _ = finish(start(whole, environment))
     assert "done:" in out and losses(whole) == before
-    _, err = finish(
-        start(whole, environment, "--config.train.seed=5", "--config.moe.z_loss_weight=1"),
-        command.EXIT_BAD_INPUT,
-    )
+    other = ["--config.train.seed=5", "--config.moe.z_loss_weight=1"]
+    code = command.main(["run", f"--workdir={whole}", *TINY, *other])
+    err = capsys.readouterr().err
+    assert code == command.EXIT_BAD_INPUT
     assert (
         "moe.z_loss_weight (0.0 there, 1.0 asked), train.seed (0 there, 5 asked)" in err
         and err.count("\n") == 1

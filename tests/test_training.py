@@ -98,6 +98,22 @@ def test_cross_entropy_is_the_mean_over_real_targets():
     assert expected == pytest.approx(math.log(512), abs=2)
 
 
+def test_layers_are_listed_encoder_first_in_training_and_evaluation():
+    """What a compiled function returns has its dictionaries' entries sorted, the decoder before the encoder."""
+    s, data = (
+        settings(dict(dropout_rate=0.0), dict(jitter=0.0, capacity_factor=8.0, eval_capacity_factor=8.0)),
+        batch(),
+    )
+    params = first_state(s).params
+    _, aux = apply(s, {"params": params}, data["inputs"], data["targets"])
+    wanted = jnp.concatenate([aux[stack]["z_loss"] for stack in ("encoder", "decoder")])
+    assert abs(float(wanted[0] - wanted[1])) > 1e-2
+    evaluation = training.summarize(*evaluated(params, data, s), s)
+    _, metrics = after(s, 1, data)
+    for found in (evaluation, metrics):
+        np.testing.assert_allclose(found["layer_z_loss"], wanted, rtol=1e-4)
+
+
 def test_balance_does_not_cancel_between_layers():
     """Each layer has its own loss: two layers that collapse to different experts count as collapsed."""
     s = settings()
@@ -116,7 +132,7 @@ def test_accumulation_changes_nothing():
     assert_close(whole.params, split.params, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compile_time_does_not_grow_with_depth():
     """12 layers within 1.3 times 4 layers, in processor seconds."""
 
