@@ -126,6 +126,9 @@ def test_the_loss_to_reach_may_be_a_third_ones():
     assert math.exp(check.interval(arms).mean) == pytest.approx(2) and check.arms == ("fast", "slow", "goal")
     never = arms | table(slow=[run(6.5, 6.4)] * 3)
     assert verdicts.verdict([check], never).outcome == HELD
+    assert verdicts.written(check.interval(never), "ratio") == "inf (inf to inf)"
+    unreached = verdicts.sooner("slow", "fast", "steps", to="goal").interval(never)
+    assert verdicts.written(unreached, "ratio") == "not reached"
     assert verdicts.verdict([check], never | table(fast=[run(6.5, 6.4)] * 3)).outcome == UNDECIDED
 
 

@@ -24,7 +24,8 @@ RULE = (
     "whole interval lies where the claim says, did not hold if all of it lies outside, and is not decidable at this scale if it "
     f"reaches across or if there are fewer than {MIN_SEEDS} seeds: differences smaller than the noise decide nothing. A claim held "
     "if all its parts did, did not if one did not. A run that stopped at a loss that is not a number is worse than any other. "
-    "About one part in twenty is decided wrongly by chance."
+    "Differences are positive and ratios above 1 where they speak for the claim. Of parts in which there is no difference, about "
+    "one in twenty is decided by chance."
 )
 
 Table = Mapping[
@@ -232,9 +233,11 @@ def f_interval(larger: Sequence[float], smaller: Sequence[float]) -> Interval:
 
 
 def written(found: Interval, unit: str) -> str:
-    """``+0.0060 nats (-0.0010 to +0.0130)``; logarithms of ratios as ratios."""
+    """``+0.0060 nats (-0.0010 to +0.0130)``; logarithms of ratios as ratios, of which 0 is a loss never reached."""
     form = {"nats": "{:+.4f}", "ratio": "{:.2f}", "share": "{:.2%}"}[unit]
-    values = [math.exp(min(x, 700.0)) if unit == "ratio" else x for x in found[:3]]
+    if unit == "ratio" and found.mean == -math.inf:
+        return "not reached by each seed" if found.high > -math.inf else "not reached"
+    values = [float(np.exp(x)) if unit == "ratio" else x for x in found[:3]]
     mean, low, high = (form.format(value) for value in values)
     return f"{mean}{' nats' if unit == 'nats' else ''} ({low} to {high})"
 
