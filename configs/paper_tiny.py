@@ -11,6 +11,17 @@ a step. A batch is one group: 3,072 tokens of the encoder, 384 for each of 8 exp
 704 of the decoder, 88 and 110. The balancing loss, the jitter and the capacity factors are the paper's; the z-loss,
 ST-MoE's, is off. Initialisation is at scale 1.0, and the paper's 0.1 what Table 3 tries. Evaluated is every 100 steps, as
 time and steps to a loss are read between two evaluations.
+
+Measured on 2 cores of an AMD EPYC with bfloat16 units, otherwise idle, Python 3.11, jax 0.10.2, seed 0, tokens/s in the last
+20 steps of 60 (`experiments.run` with this config, a 118 MB English text):
+
+    dense                        50,400         E = 8, bfloat16                       43,100
+    dense, T5-Large's part       19,900         E = 8, bfloat16, the router too       39,800
+    E = 8 (of 120 steps)         33,100         E = 8, two choices, factor 2.0        35,000
+    E = 32 (of 120 steps)        31,500
+
+and 33 seconds a run for start-up, reading the text, compilation, evaluation and the report. Estimated from these: 2.3 hours for
+the 55 runs of the first command, 4 to 4.5 hours for all 100. (`--dry_run` assumes 30 % of the peak until a run is done, and 1 hour.)
 """
 
 from ml_collections import ConfigDict
