@@ -59,6 +59,8 @@ setup(
         "gpu": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tokamax": ["tokamax>=0.0.12"],  # kernels of the ragged back end on GPU and TPU
+        "ray": ["ray[client]>=2.60"],
+        "slurm": ["submitit>=1.5.4"],
         "hf": ["transformers>=4.40", "torch>=2.2", "safetensors>=0.4"],
     },
 )

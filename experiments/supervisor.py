@@ -25,7 +25,12 @@ def is_child() -> bool:
 
 
 def leave_with_parent() -> None:
-    """In the child: ends it when the parent is gone, even where that was killed."""
+    """In the child: ends it when the parent is gone, even where that was killed.
+
+    What SLURM announces by SIGUSR1 and SIGUSR2, on some clusters to every process of a job, is for the parent.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
     def watch() -> None:
         os.read(0, 1)  # the parent's end of the pipe is never written to

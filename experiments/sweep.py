@@ -6,30 +6,39 @@ it overrides; what it prints is in DIR/NAME/log.txt. The same command does what 
 skipped, one that was cut short goes on from its checkpoint, one that failed is tried again. `results.csv` has
 a line a run. ``--dry_run`` lists the runs with parameters, FLOPs, tokens and time, and starts nothing.
 
+  --launcher=local              one run after the other on this machine
+  --launcher=ray [--address=auto|local|HOST:PORT|ray://HOST:PORT]     on a Ray cluster
+  --launcher=slurm [--slurm.NAME=VALUE ...] [--address=local]         as SLURM jobs
+  --resources=CPU=1[,GPU=1,...] with the last two: what one run gets
+  --retries=2                   with the last two: how often a run whose machine was lost is started again
+
+With Ray and SLURM DIR and the current directory are those of every node. See docs/several_hosts.md.
+
 Exit codes: 0 all runs are done; 1 some failed; 2 bad input; 4 a file that can't be written or read; 75 stopped
-by SIGTERM and 130 by Ctrl-C, with the state of the run under way saved.
+by SIGTERM and 130 by Ctrl-C, with the states of the runs under way saved.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import fcntl
 import multiprocessing
-import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import sweep_plan, sweep_results
-from experiments.supervisor import EXIT_INTERRUPTED, EXIT_STOPPED, FOLLOWS
+from experiments import launch, sweep_plan, sweep_results
+from experiments.launch import EXIT_FAILED, LOG_FILE, Order
+from experiments.supervisor import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
 from experiments.sweep_plan import Run, Sweep
 from switchmoe.checkpoints import write_json
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_IO = 1, 2, 4
-LOCK_FILE, LOG_FILE, CACHE_DIR = "sweep.lock", "log.txt", "compiled"
-POLL = 1.0  # seconds between looks at the run under way
+EXIT_BAD_INPUT, EXIT_IO = 2, 4
+LOST = (EXIT_LOST, EXIT_STOPPED, 128 + signal.SIGKILL)  # of a run that something else than the sweep ended
+LOCK_FILE, CACHE_DIR = "sweep.lock", "compiled"
+POLL = 1.0  # seconds between looks at the runs under way
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,18 +57,33 @@ def command(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None
 
     Raises:
       ValueError: a mistake, before the first run; one line.
+      OSError: a file that can't be written or read.
     """
-    dry_run = "--dry_run" in argv
-    sweep = sweep_plan.read([argument for argument in argv if argument != "--dry_run"], doc, only)
+    options, arguments = launch.read(argv)
+    dry_run = "--dry_run" in arguments
+    sweep = sweep_plan.read([argument for argument in arguments if argument != "--dry_run"], doc, only)
     sweep_plan.check_directory(sweep)
-    costs, peak = _apart(sweep_plan.survey, sweep.runs, dry_run)
     if dry_run:
-        print(sweep_plan.table(sweep, costs, peak, _Local(sweep, costs).results()))
+        costs, peak = _apart(sweep_plan.survey, sweep.runs, True, options.launcher == "local")
+        print(sweep_plan.table(sweep, costs, peak, _results(sweep, costs)))
         return 0
+    with contextlib.closing(launch.create(options, sweep.workdir)) as launcher:
+        return run(sweep, launcher)
+
+
+def run(sweep: Sweep, launcher: Any) -> int:
+    """Starts what is not done of a sweep by a launcher of `experiments.launch`; returns the exit code.
+
+    Raises:
+      ValueError: a run that can't work, or a directory that is not this sweep's or in use; nothing was started.
+      OSError: a file that can't be written or read.
+    """
+    sweep_plan.check_directory(sweep)
+    costs, _ = _apart(sweep_plan.survey, sweep.runs, False, launcher.here)
     with _lock(sweep.workdir):
         sweep_plan.check_directory(sweep)
         write_json(sweep.workdir / sweep_plan.DEFINITION_FILE, sweep_plan.definition(sweep))
-        return _Local(sweep, costs).run_all()
+        return _Loop(sweep, costs, launcher).run_all()
 
 
 def _apart(function: Callable, *arguments: Any) -> Any:
@@ -91,40 +115,36 @@ def _lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-class _Local:
-    """Runs a sweep on this machine, one run after the other."""
+class _Loop:
+    """Starts what is not done, as many runs at a time as the launcher takes, and shows how they get on."""
 
-    def __init__(self, sweep: Sweep, costs: Sequence[sweep_plan.Cost]):
-        self.sweep, self.costs = sweep, costs
+    def __init__(self, sweep: Sweep, costs: Sequence[sweep_plan.Cost], launcher: Any):
+        self.sweep, self.launcher = sweep, launcher
+        self.costs = dict(zip((run.name for run in sweep.runs), costs, strict=True))
         self.table = sweep_results.Table([run.name for run in sweep.runs])
-        self.child: subprocess.Popen | None = None
+        self.states: dict[str, str] = {}
+        self.failed: dict[str, str] = {}
+        self.jobs: dict[str, Any] = {}  # under way, by run
+        self.told: dict[str, int] = {}  # how many of the signals a job was told of
+        self.tries: collections.Counter[str] = collections.Counter()
         self.signals: list[int] = []
-
-    def results(self) -> list[dict[str, Any]]:
-        return [
-            sweep_results.result(self.sweep.workdir / run.name, run, cost)
-            for run, cost in zip(self.sweep.runs, self.costs, strict=True)
-        ]
 
     def run_all(self) -> int:
         """Starts what is not done, whatever became of the runs before; returns the exit code to leave with."""
-        states = {one["run"]: self._state(one) for one in self.results()}
-        failed: dict[str, str] = {}
+        waiting = list(self.sweep.runs)
+        runs = {run.name: run for run in waiting}
+        states = [one["state"] for one in _results(self.sweep, self.costs.values())]
+        self.states = {run.name: self._status(run, state) for run, state in zip(waiting, states, strict=True)}
         with self._stop_signals():
-            for run, cost in zip(self.sweep.runs, self.costs, strict=True):
-                if self.signals:
-                    break
-                directory = self.sweep.workdir / run.name
-                if sweep_results.result(directory, run, cost)["state"] != "done":
-                    code = self._run(run, states)
-                    done = sweep_results.result(directory, run, cost)["state"] == "done"
-                    if not done and not self.signals:
-                        failed[run.name] = states[run.name] = f"failed (exit {code}): {_last_line(directory)}"
-                    else:
-                        states[run.name] = sweep_results.status(directory, run, "done" if done else "stopped")
-                self.table.show(states, run.name)
-                self._write(failed)
-        for name, what in failed.items():
+            while self.jobs or (waiting and not self.signals):
+                while waiting and len(self.jobs) < self.launcher.at_once and not self.signals:
+                    self._start(waiting.pop(0))
+                self._look(runs)
+                for number, (name, job) in enumerate(list(self.jobs.items())):
+                    code = job.wait(0 if number else POLL)
+                    if code is not None and self._ended(runs[name], code):
+                        waiting.insert(0, runs[name])
+        for name, what in self.failed.items():
             print(
                 f"experiments.sweep: {name} {what}; {self.sweep.workdir / name / LOG_FILE}", file=sys.stderr
             )
@@ -132,61 +152,67 @@ class _Local:
             name = signal.Signals(self.signals[0]).name
             text = f"stopped by {name}; the same command goes on from there"
             return _fail(text, EXIT_INTERRUPTED if self.signals[0] == signal.SIGINT else EXIT_STOPPED)
-        print(f"{len(states) - len(failed)} of {len(states)} runs done: {self.sweep.workdir}")
-        return EXIT_FAILED if failed else 0
+        print(f"{len(runs) - len(self.failed)} of {len(runs)} runs done: {self.sweep.workdir}")
+        return EXIT_FAILED if self.failed else 0
 
-    def _state(self, one: dict[str, Any]) -> str:
-        run = next(run for run in self.sweep.runs if run.name == one["run"])
-        return sweep_results.status(self.sweep.workdir / run.name, run, one["state"])
-
-    def _write(self, failed: dict[str, str]) -> None:
-        results = self.results()
-        for one in results:
-            one["state"] = "failed" if one["run"] in failed else one["state"]
-        sweep_results.write(self.sweep, results)
-
-    def _run(self, run: Run, states: dict[str, str]) -> int:
-        """Starts `experiments.run` and shows how it gets on until it ends; returns its exit code."""
-        directory = self.sweep.workdir / run.name
-        directory.mkdir(exist_ok=True)
-        # Programs are compiled once for all runs of their shapes, and not again when a run goes on. train.seed is a
-        # constant of the first state's program, and of the step's where something is drawn in it (jitter, dropout,
-        # sampling): there runs that differ in the seed compile anew, and share only evaluation and decoding.
-        cache = {"JAX_COMPILATION_CACHE_DIR": str((self.sweep.workdir / CACHE_DIR).absolute())}
+    def _start(self, run: Run) -> None:
+        """Has the launcher start the run, if it is not done."""
+        if self._done(run):
+            return self._show(run, self._status(run, "done"))
+        # Programs are compiled once for all runs of their shapes, whatever their seeds, and not again when a run goes on.
+        cache = (self.sweep.workdir / CACHE_DIR).absolute()
         overrides = [f"--config.{field}={value}" for field, value in run.overrides.items()]
-        with (directory / LOG_FILE).open("ab") as log:
-            self.child = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "experiments.run",
-                    *self.sweep.arguments,
-                    *overrides,
-                    f"--workdir={directory}",
-                ],
-                env=cache | dict(os.environ) | {FOLLOWS: "1"},
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the sweep alone, which passes it on
-            )
-        with self.child:
-            if self.signals:  # since before there was a child to pass it on to
-                self.child.send_signal(self.signals[0])
-            while True:
-                states[run.name] = sweep_results.status(directory, run, "running", self.table.live)
-                self.table.show(states, run.name)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return self.child.wait(POLL)
+        order = Order([*self.sweep.arguments, *overrides], self.sweep.workdir / run.name, Path.cwd(), cache)
+        self.told[run.name] = 0
+        self.jobs[run.name] = self.launcher.start(order)
+        self._pass_on(run.name)  # what came since before there was a job to pass it on to
+
+    def _look(self, runs: dict[str, Run]) -> None:
+        """Shows how the runs under way get on."""
+        for name, job in self.jobs.items():
+            queued, live = job.queued, self.table.live
+            self.states[name] = "queued" if queued else self._status(runs[name], "running", live)
+        if self.jobs:
+            self.table.show(self.states, next(iter(self.jobs)))
+
+    def _ended(self, run: Run, code: int) -> bool:
+        """Notes what became of the run; returns whether it is to be started again."""
+        del self.jobs[run.name]
+        if self._done(run):
+            self._show(run, self._status(run, "done"))
+        elif self.signals:
+            self._show(run, self._status(run, "stopped"))
+        elif (code < 0 or code in LOST) and self.tries[run.name] < self.launcher.retries:
+            self.tries[run.name] += 1
+            again = f"started again ({self.tries[run.name]} of {self.launcher.retries})"
+            self._show(run, f"{again} after exit {code}: {_last_line(self.sweep.workdir / run.name)}")
+            return True
+        else:
+            self.failed[run.name] = f"failed (exit {code}): {_last_line(self.sweep.workdir / run.name)}"
+            self._show(run, self.failed[run.name])
+        return False
+
+    def _show(self, run: Run, state: str) -> None:
+        """Shows and writes down a run's new state."""
+        self.states[run.name] = state
+        self.table.show(self.states, run.name)
+        sweep_results.write(self.sweep, _results(self.sweep, self.costs.values(), self.failed))
+
+    def _done(self, run: Run) -> bool:
+        found = sweep_results.result(self.sweep.workdir / run.name, run, self.costs[run.name])
+        return found["state"] == "done"
+
+    def _status(self, run: Run, state: str, live: bool = True) -> str:
+        return sweep_results.status(self.sweep.workdir / run.name, run, state, live)
 
     @contextlib.contextmanager
     def _stop_signals(self) -> Iterator[None]:
-        """Passes SIGTERM and Ctrl-C on to the run under way; a second one kills it."""
+        """Passes SIGTERM and Ctrl-C on to the runs under way; a second one kills them."""
 
         def forward(number: int, _: object) -> None:
             self.signals.append(number)
-            if self.child:
-                self.child.send_signal(number if len(self.signals) == 1 else signal.SIGKILL)
+            for name in list(self.jobs):
+                self._pass_on(name)
 
         before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -194,6 +220,22 @@ class _Local:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _pass_on(self, name: str) -> None:
+        while self.told[name] < len(self.signals):
+            first = self.told[name] == 0
+            self.told[name] += 1
+            self.jobs[name].stop(self.signals[0] if first else signal.SIGKILL)
+
+
+def _results(
+    sweep: Sweep, costs: Iterable[sweep_plan.Cost], failed: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    found = [
+        sweep_results.result(sweep.workdir / run.name, run, cost)
+        for run, cost in zip(sweep.runs, costs, strict=True)
+    ]
+    return [one | ({"state": "failed"} if one["run"] in failed else {}) for one in found]
 
 
 def _last_line(directory: Path) -> str:

@@ -175,10 +175,11 @@ def _flat(found: dict[str, Any]) -> dict[str, Any]:
     return rundir.flat(found["base"]) | runs
 
 
-def survey(runs: Sequence[Run], measure: bool) -> tuple[list[Cost], float]:
+def survey(runs: Sequence[Run], measure: bool, here: bool = True) -> tuple[list[Cost], float]:
     """Costs of the runs, and the FLOP/s of this machine's matrix products, 0 unless asked to ``measure``.
 
-    Takes the devices, which some platforms give to one process at a time: call it in one of its own.
+    Takes the devices, which some platforms give to one process at a time: call it in one of its own. Where
+    runs are not for this machine's (``here``), it takes its CPU, and leaves the layouts to the runs.
 
     Raises:
       ValueError: a run that this machine's devices, its router or its text's lengths do not allow.
@@ -188,13 +189,16 @@ def survey(runs: Sequence[Run], measure: bool) -> tuple[list[Cost], float]:
     from switchmoe import flops, sharding, training
     from switchmoe.data import batches
 
+    if not here:
+        jax.config.update("jax_platforms", "cpu")
     costs = []
     for run in runs:
         data = run.settings.data
         try:
             target = batches.target_length(data)
-            mesh = sharding.make_mesh(run.settings.mesh)
-            sharding.check(run.settings, {"encoder": data.input_length, "decoder": target}, mesh.shape)
+            if here:
+                mesh = sharding.make_mesh(run.settings.mesh)
+                sharding.check(run.settings, {"encoder": data.input_length, "decoder": target}, mesh.shape)
         except ValueError as error:
             raise ValueError(f"run {run.name}: {error}") from None
         counts = training.parameter_counts(run.settings)

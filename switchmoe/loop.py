@@ -133,20 +133,22 @@ class _Run:
         names = training.axis_names(settings)
         tx = optimizers.create(settings.optimizer, settings.train.num_steps, names, settings.moe.bias_rate)
         self.schedule = optimizers.schedule(settings.optimizer, settings.train.num_steps)
-        init = functools.partial(training.init_state, settings, tx)
-        abstract = jax.eval_shape(init)
+        abstract = jax.eval_shape(functools.partial(training.init_state, settings, tx))
         params = training.abstract_variables(settings)["params"]
         where = sharding.state_shardings(abstract, params, settings, mesh)
         started = time.monotonic()
-        init = jax.jit(init, out_shardings=where).lower().compile()
+        whole = jax.NamedSharding(mesh, jax.P())
+        # An argument of the programs, so that runs of all seeds find them in the compilation cache.
+        key = jax.jit(jax.random.key, out_shardings=whole)(np.uint32(settings.train.seed))
+        init = jax.jit(functools.partial(training.init_state, settings, tx), out_shardings=where)
+        init = functools.partial(init.lower(key).compile(), key)
         abstract = jax.tree.map(
             lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), abstract, where
         )
         batch = self._put_global(self.evaluation[0])
         step = functools.partial(training.train_step, settings=settings, tx=tx)
-        whole = jax.NamedSharding(mesh, jax.P())
         step = jax.jit(step, donate_argnums=0, out_shardings=(where, whole))
-        self.step = step.lower(abstract, batch).compile()
+        self.step = functools.partial(step.lower(abstract, batch, key=key).compile(), key=key)
         evaluate = functools.partial(training.eval_step, settings=settings)
         self.evaluate = jax.jit(evaluate, out_shardings=whole).lower(abstract.params, batch).compile()
         self.norm = jax.jit(optax.global_norm, out_shardings=whole)

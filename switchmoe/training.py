@@ -57,10 +57,12 @@ def _boxes(function: Callable[[nn.Partitioned], Any], params: dict) -> dict:
     return jax.tree.map(function, params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
-def init_state(settings: Settings, tx: optax.GradientTransformation) -> TrainState:
-    """Parameters from ``train.seed``, the optimizer's first state, step 0."""
+def init_state(
+    settings: Settings, tx: optax.GradientTransformation, key: jax.Array | None = None
+) -> TrainState:
+    """Parameters from the run's key (see `train_step`), the optimizer's first state, step 0."""
     tokens_BL = jnp.zeros((1, 8), jnp.int32)
-    key = jax.random.fold_in(jax.random.key(settings.train.seed), 2**31 - 1)
+    key = jax.random.fold_in(jax.random.key(settings.train.seed) if key is None else key, 2**31 - 1)
     params = nn.unbox(Transformer(settings).init(key, tokens_BL, tokens_BL))["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
@@ -120,16 +122,24 @@ def summarize(sums: dict, counts: dict[str, jax.Array], settings: Settings) -> d
 
 
 def train_step(
-    state: TrainState, batch: Batch, settings: Settings, tx: optax.GradientTransformation
+    state: TrainState,
+    batch: Batch,
+    settings: Settings,
+    tx: optax.GradientTransformation,
+    key: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update; gradients are those of the mean over the whole batch, whatever ``train.accumulate``.
 
-    The step's key is ``fold_in(key(train.seed), step)``: a resumed run draws what it would have drawn.
+    The step's key is ``fold_in(key, step)``: a resumed run draws what it would have drawn.
 
     With ``train.skip_nonfinite`` a step whose loss or gradient norm is not finite leaves parameters and
     optimizer as they were, and ``skipped`` is 1; the step is counted all the same.
+
+    Args:
+      key: the run's, ``jax.random.key(train.seed)``, as an argument: all seeds share one compiled program.
+        None: the same key, a constant of the program.
     """
-    key = jax.random.fold_in(jax.random.key(settings.train.seed), state.step)
+    key = jax.random.fold_in(jax.random.key(settings.train.seed) if key is None else key, state.step)
     counts = token_counts(batch)
 
     def loss_and_sums(params: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, dict]:

@@ -329,3 +329,26 @@ def test_a_sweep_killed_stopped_and_continued_ends_like_an_undisturbed_one(confi
     assert [log.count("resuming from the checkpoint of step") for log in logs] == [1, 2]
     for path in (first, second):
         assert computed(path) == computed(tmp_path / "whole" / path.parent.name / path.name)
+
+
+@pytest.mark.long
+def test_another_seed_compiles_nothing_new(config, tmp_path, environment):
+    """Jitter and dropout draw in the step: the key is an argument of the program that the first seed left."""
+    kept = environment | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    programs, losses = [], []
+    for seeds in ([0], [0, 1]):
+        arguments = config(f"[{{'train.seed': {seeds}}}]")
+        drawn = ["--config.moe.jitter=0.01", "--config.model.dropout_rate=0.1"]
+        process = start([*arguments, *drawn, "--config.train.num_steps=4"], kept, tmp_path)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, (out, err)
+        programs.append({path.name for path in (tmp_path / "compiled").glob("*-cache")})
+        losses.append(
+            read_metrics(tmp_path / "out" / f"seed={seeds[-1]}" / "metrics.jsonl")[0]["cross_entropy"]
+        )
+    assert programs[0] == programs[1] and any("train_step" in name for name in programs[0])
+    assert losses[0] != losses[1]

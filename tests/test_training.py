@@ -217,3 +217,26 @@ def test_skipping_is_not_in_the_program_where_it_is_off_and_copies_no_state_wher
     off, on = (lowered.compile().memory_analysis() for lowered in (off, on))
     assert on.alias_size_in_bytes >= off.alias_size_in_bytes > 0.99 * size, "the state is updated in place"
     assert on.temp_size_in_bytes < off.temp_size_in_bytes + size / 4
+
+
+def test_seeds_share_a_program_whose_key_is_an_argument_and_changes_nothing():
+    """Also where the step draws: values are bitwise those of the key as a constant of the program."""
+    seeds = [
+        settings(moe=dict(jitter=0.1), model=dict(dropout_rate=0.1), train=dict(seed=seed)) for seed in (0, 1)
+    ]
+    keys = [jax.jit(jax.random.key)(np.uint32(s.train.seed)) for s in seeds]
+    first = [jax.jit(functools.partial(training.init_state, s, optimizer(s))) for s in seeds]
+    assert first[0].lower(keys[0]).as_text() == first[1].lower(keys[1]).as_text()
+    state, data = first_state(seeds[1]), batch()
+    steps = [jax.jit(functools.partial(training.train_step, settings=s, tx=optimizer(s))) for s in seeds]
+    texts = [step.lower(state, data, key=key).as_text() for step, key in zip(steps, keys, strict=True)]
+    assert texts[0] == texts[1]
+    constant, argument = steps[1](state, data), steps[0](state, data, key=keys[1])
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, constant, argument)))
+    assert argument[1]["loss"] != steps[0](state, data, key=keys[0])[1]["loss"]
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31 - 1, 2**31, 2**32 - 1])
+def test_a_seed_as_an_argument_is_the_same_key(seed):
+    key = jax.jit(jax.random.key)(np.uint32(seed))
+    assert np.array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.key(seed)))

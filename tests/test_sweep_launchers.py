@@ -1,0 +1,170 @@
+"""Launchers: their options, the loop that all share, and what holds wherever a run is started."""
+
+import csv
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import test_sweep
+from test_sweep import fabricate, read
+
+from experiments import launch, launch_node, sweep
+from experiments.launch import Order
+from experiments.supervisor import EXIT_LOST, EXIT_STOPPED
+
+config, here = test_sweep.config, test_sweep.here  # fixtures
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--launcher=condor"], "--launcher=condor: accepted are local, ray, slurm"),
+        (["--launcher"], "--launcher: accepted is --launcher=VALUE"),
+        (["--address=auto"], "--address=auto: accepted is with --launcher=ray or --launcher=slurm"),
+        (["--launcher=ray", "--slurm.time=60"], "--slurm.time=60: accepted is with --launcher=slurm"),
+        (["--launcher=ray", "--address="], "--address=: accepted is --address=VALUE"),
+        (["--launcher=ray", "--retries=-1"], "--retries=-1: accepted is an integer >= 0"),
+        (["--launcher=ray", "--resources=2"], "--resources=2: accepted are NAME=AMOUNT"),
+        (["--launcher=ray", "--resources=CPU=two"], "--resources=CPU=two: accepted are NAME=AMOUNT"),
+        (["--launcher=ray", "--resources=CPU=1,CPU=2"], "--resources=CPU=1,CPU=2: accepted are NAME=AMOUNT"),
+        (["--launcher=ray"], "--launcher=ray: ray is not installed; accepted is after pip install 'switchmoe[ray]'"),
+        (["--launcher", "slurm"], "submitit is not installed; accepted is after pip install 'switchmoe[slurm]'"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_line(config, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    assert sweep.main(["sweep", *config(), *arguments]) == sweep.EXIT_BAD_INPUT
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_are_told_from_the_sweeps_own():
+    arguments = [
+        "--config=a.py",
+        "--launcher=slurm",
+        "--slurm.partition=gpu",
+        "--dry_run",
+        "--slurm.time",
+        "90",
+    ]
+    options, others = launch.read([*arguments, "--resources=GPU=2,memory=1.5", "--slurm.exclusive=true"])
+    assert others == ["--config=a.py", "--dry_run"]
+    assert options.resources == {"CPU": 1.0, "GPU": 2.0, "memory": 1.5}
+    assert options.slurm == {"partition": "gpu", "time": 90, "exclusive": True}
+
+
+class Script:
+    """A launcher whose jobs end as told: by run, the exit codes of its starts; 0 leaves a done run behind."""
+
+    here, at_once = True, 2
+
+    def __init__(self, found, codes, retries=1, during=lambda: None):
+        self.runs = {run.name: run for run in found.runs}
+        self.codes, self.retries, self.during = codes, retries, during
+        self.under_way, self.most, self.stopped = set(), 0, []
+
+    def start(self, order):
+        job = ScriptedJob(self, order.workdir, self.codes[order.workdir.name].pop(0))
+        self.under_way.add(job)
+        self.most = max(self.most, len(self.under_way))
+        return job
+
+
+class ScriptedJob:
+    queued = False
+
+    def __init__(self, launcher, directory, code):
+        self.launcher, self.directory, self.code = launcher, directory, code
+        self.looks = 0
+
+    def wait(self, seconds):
+        self.looks += 1
+        if self.looks == 1:
+            self.launcher.during()
+            return None
+        self.launcher.under_way.remove(self)
+        if self.code == 0:
+            shutil.rmtree(self.directory, ignore_errors=True)  # of the start before
+            fabricate(self.directory, self.launcher.runs[self.directory.name], 24)
+        else:
+            self.directory.mkdir(exist_ok=True)
+            (self.directory / "log.txt").write_text("what it said last\n")
+        return self.code
+
+    def stop(self, number):
+        self.launcher.stopped.append((self.directory.name, number))
+        self.code = EXIT_STOPPED
+
+
+@pytest.mark.usefixtures("here")
+def test_lost_runs_are_started_again_so_often_and_failed_ones_are_not(config, capsys):
+    found = read(*config("[{'train.seed': [0, 1, 2, 3]}]"))
+    codes = {"seed=0": [2], "seed=1": [EXIT_LOST, 0], "seed=2": [-9, EXIT_STOPPED], "seed=3": [0]}
+    launcher = Script(found, codes)
+    assert sweep.run(found, launcher) == sweep.EXIT_FAILED
+    out, err = capsys.readouterr()
+    assert launcher.most == 2 and not any(codes.values())
+    assert "seed=1  started again (1 of 1) after exit 5: what it said last" in out
+    assert "2 of 4 runs done" in out and "seed=0 failed (exit 2): what it said last" in err
+    assert "seed=2 failed (exit 75)" in err and err.count("\n") == 2
+    with (found.workdir / "results.csv").open() as file:
+        states = {one["run"]: one["state"] for one in csv.DictReader(file)}
+    assert states == {"seed=0": "failed", "seed=1": "done", "seed=2": "failed", "seed=3": "done"}
+
+
+@pytest.mark.usefixtures("here")
+def test_a_signal_reaches_every_run_under_way_once_and_no_other_is_started(config, capsys):
+    found = read(*config("[{'train.seed': [0, 1, 2]}]"))
+    launcher = Script(found, {run.name: [0] for run in found.runs})
+    sent = []
+    launcher.during = lambda: sent or sent.append(signal.raise_signal(signal.SIGTERM))
+    assert sweep.run(found, launcher) == EXIT_STOPPED
+    assert launcher.stopped == [("seed=0", signal.SIGTERM), ("seed=1", signal.SIGTERM)]
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.fixture
+def order(tmp_path, monkeypatch):
+    """An order whose run is a shell script's text, which ends with exit code 75 when SIGTERM comes."""
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\ntrap 'exit 75' TERM\necho began\nwhile :; do sleep 0.05; done\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(script))
+    monkeypatch.setattr(launch_node, "POLL", 0.05)
+    return Order([], Path("run"), tmp_path, tmp_path / "compiled")
+
+
+def test_a_run_is_not_started_while_another_start_of_it_lives(order):
+    """Also where whoever started it is gone: the lock is the run's own."""
+    first = launch.spawn(order, patience=1)
+    with pytest.raises(OSError, match="run: another process has been at work on this run for 0 s"):
+        launch.spawn(order, patience=0)
+    first.kill()
+    first.communicate()
+    second = launch.spawn(order, patience=5)
+    second.kill()
+    second.communicate()
+
+
+def test_what_the_sweep_asks_of_a_run_on_a_node_reaches_it(order):
+    launch_node.prepare(order)
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(launch_node.Work(order)()))
+    thread.start()
+    for _ in range(200):
+        if launch_node.began(order) and "began" in (order.directory / launch.LOG_FILE).read_text():
+            break
+        thread.join(0.05)
+    launch_node.ask(order, signal.SIGTERM)
+    thread.join(20)
+    assert codes == [EXIT_STOPPED]
+    assert launch_node.Work(order)() == EXIT_STOPPED, "asked before it was started"
+    assert (order.directory / launch.LOG_FILE).read_text().count("began") == 1
+
+
+def test_a_node_without_the_shared_directory_is_named(order):
+    with pytest.raises(RuntimeError, match=r"stop' \(the sweep's --workdir and current directory must be"):
+        launch_node.Work(order)()
