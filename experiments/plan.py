@@ -16,10 +16,11 @@ the smallest power of two of devices in one slice that it fits on. ``layouts`` d
   --compile          compiles the step for so many virtual CPU devices, too; nothing is allocated
 
 and --config=, --config.GROUP.FIELD= as `experiments.run` takes them. Exit codes: 0 done; 2 bad input;
-3 the step does not fit.
+3 the step does not fit; 4 a picture that can't be written.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,13 @@ from experiments import command_line
 
 DEFAULT_CONFIG = "configs/switch_base.py"
 OPTIONS = {"devices": "32", "device": "tpu_v4", "hbm": "", "slices": "1", "layout": "", "out": "runs/plan"}
+TAKES = {
+    "plan": ("devices", "device", "hbm", "slices", "layout"),
+    "smallest": ("device", "hbm", "layout"),
+    "layouts": ("out",),
+}
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "TiB": 2**40}
-EXIT_BAD_INPUT, EXIT_TOO_LARGE = 2, 3
+EXIT_BAD_INPUT, EXIT_TOO_LARGE, EXIT_IO = 2, 3, 4
 KIB_STEPS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -42,8 +48,14 @@ def main(argv: Sequence[str]) -> int:
         settings, _ = command_line.parse([argv[0], *rest], DEFAULT_CONFIG, __doc__)
         return _plan(what, settings, options, compiles)
     except (ValueError, RuntimeError) as error:
-        print(f"experiments.plan: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return _fail(error, EXIT_BAD_INPUT)
+    except OSError as error:
+        return _fail(error, EXIT_IO)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"experiments.plan: {error}", file=sys.stderr)
+    return code
 
 
 def _own(arguments: Sequence[str]) -> tuple[str, dict[str, str], bool, list[str]]:
@@ -51,17 +63,21 @@ def _own(arguments: Sequence[str]) -> tuple[str, dict[str, str], bool, list[str]
     what, arguments = ("plan", list(arguments))
     if arguments and not arguments[0].startswith("-"):
         what = arguments.pop(0)
-        if what not in ("smallest", "layouts"):
+        if what not in TAKES:
             raise ValueError(f"argument {what}: accepted are smallest, layouts, or none")
     options, rest = dict(OPTIONS), []
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and name in OPTIONS:
+            if name not in TAKES[what]:
+                raise ValueError(f"{argument}: {what} takes {', '.join(f'--{own}=' for own in TAKES[what])}")
             if not (equals and value):
                 raise ValueError(f"--{name}: accepted is --{name}=VALUE")
             options[name] = value
         else:
             rest.append(argument)
+    if what == "layouts" and rest:
+        raise ValueError(f"argument {rest[0]}: accepted by layouts is --out=DIR")
     compiles = "--compile" in rest
     return what, options, compiles, [argument for argument in rest if argument != "--compile"]
 
@@ -76,7 +92,7 @@ def _size(text: str) -> float:
     for unit, size in UNITS.items():
         number = text.removesuffix(unit)
         try:
-            if number != text and float(number) > 0:
+            if number != text and 0 < float(number) < math.inf:
                 return float(number) * size
         except ValueError:
             break

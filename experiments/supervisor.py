@@ -62,6 +62,9 @@ def run(module: str, argv: list[str]) -> int:
         signal.signal(number, forward)
     held = _relay(child.stderr)
     code = child.wait()
+    if code == -signal.SIGTERM and received:  # before it had begun to notice signals
+        print(f"{module}: stopped by SIGTERM before the first step, nothing was changed", file=sys.stderr)
+        code = EXIT_STOPPED
     if code == EXIT_STOPPED and signal.SIGINT in received:
         return EXIT_INTERRUPTED
     if code == -signal.SIGABRT and held:
@@ -73,6 +76,10 @@ def run(module: str, argv: list[str]) -> int:
             file=sys.stderr,
         )
         return EXIT_LOST
+    if held and (
+        code == 1 or code < 0
+    ):  # it failed in a way of its own, and may have said so after the runtime
+        print("\n".join(held), file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 

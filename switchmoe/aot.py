@@ -5,7 +5,6 @@ its memory analysis is that of its CPU back end.
 """
 
 import collections
-import functools
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from switchmoe import memory, optimizers, sharding, training
+from switchmoe import sharding, training
 from switchmoe.settings import Settings, from_config, to_dict
 
 COLLECTIVES = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
@@ -29,21 +28,15 @@ ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32":
 
 def compile_step(settings: Settings, lengths: dict[str, int], mesh: Mesh) -> jax.stages.Compiled:
     """The training step on the mesh; no array is made."""
-    state, boxes = memory.abstract_state(memory.without_mesh(settings))
-    names = training.axis_names(settings)
-    tx = optimizers.create(settings.optimizer, settings.train.num_steps, names, settings.moe.bias_rate)
-    where = sharding.state_shardings(state, boxes, settings, mesh)
-    state = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), state, where)
-    batch = {
+    tokens = {
         name: jax.ShapeDtypeStruct(
             (settings.data.batch_size, lengths[stack]), jnp.int32, sharding=sharding.batch_sharding(mesh)
         )
         for name, stack in (("inputs", "encoder"), ("targets", "decoder"))
     }
+    tx = training.optimizer(settings)
     with jax.set_mesh(mesh), sharding.rules(settings):
-        step = functools.partial(training.train_step, settings=settings, tx=tx)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-        return step.lower(state, batch).compile()
+        return training.compile_step(settings, tx, training.sharded_state(settings, tx, mesh), tokens)
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:

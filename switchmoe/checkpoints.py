@@ -21,9 +21,15 @@ from switchmoe.data.batches import joined_states
 from switchmoe.settings import CheckpointSettings
 from switchmoe.sharding import path_keys
 
+REMOVED = "removed"  # where a step goes that is no longer to be kept
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that can't be written or read; one line that names it."""
+
+
+class NoSpace(OSError):
+    """The disk has no room for a checkpoint; nothing of it was written."""
 
 
 class Checkpoints:
@@ -45,13 +51,12 @@ class Checkpoints:
         self.directory, self._settings, self._note = Path(directory).absolute(), settings, note
         self._started: int | None = None  # the step of the last save
         self._failed: CheckpointError | None = None  # what became of it
+        self._alone = False  # whether that is something the other processes don't know
         self._set_damaged_aside()
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        if distributed.is_main():
-            for left in self.directory.glob("*.orbax-checkpoint-tmp*"):  # of saves that were killed or failed
-                shutil.rmtree(left, ignore_errors=True)
+        self._sweep()
         policies = [ocp.checkpoint_managers.LatestN(self._settings.keep)]
         if self._settings.keep_best:
             best = ocp.checkpoint_managers.BestN(
@@ -70,10 +75,20 @@ class Checkpoints:
                     best_fn=_quality,
                     preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                     async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+                    todelete_subdir=REMOVED,
                 ),
             )
         except Exception as error:
             raise CheckpointError(f"checkpoints in {self.directory} can't be read: {_line(error)}") from error
+
+    def _sweep(self) -> None:
+        """Deletes what no save is at work on: what was removed, and what killed or failed saves have left.
+
+        Orbax would delete a step where it lies, so that a kill could leave one half there.
+        """
+        if distributed.is_main():
+            for left in (*self.directory.glob("*.orbax-checkpoint-tmp*"), self.directory / REMOVED):
+                shutil.rmtree(left, ignore_errors=True)
 
     def latest(self) -> int | None:
         """The newest complete step, None if there is none."""
@@ -92,7 +107,8 @@ class Checkpoints:
 
         Raises:
           CheckpointError: with ``on_error="stop"``, this save or the one before it failed (a full disk,
-            say); names the last complete step. With "continue" that is only noted.
+            say); names the last complete step. With "continue" that is only noted, but where one of several
+            processes failed alone: no other can then go on.
         """
         if step in self._manager.all_steps():
             return
@@ -108,6 +124,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
         self._guard(self._manager.wait_until_finished)
+        self._sweep()
         self._started, self._failed = step, None
         self._guard(start)
 
@@ -153,8 +170,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Ends the background work. A save that fails only now is noted: `wait` is where it is raised."""
+        if self._alone:
+            return
         try:
             self._manager.close()
+            self._sweep()
         except Exception as error:
             self._note(f"warning: {self._failure(error)}")
 
@@ -176,10 +196,17 @@ class Checkpoints:
             )
 
     def _guard(self, action: Callable[[], Any]) -> None:
-        """Does a part of the last save; after a failure, what it left is removed."""
+        """Does a part of the last save; after a failure, what it left is removed.
+
+        Where the other processes don't know of the failure they wait for this one's part of the save. It leaves
+        at once, which ends them; to close or open a manager it would need them.
+        """
         try:
             action()
         except Exception as error:
+            self._alone = jax.process_count() > 1 and not isinstance(error, NoSpace)
+            if self._alone:
+                raise self._failure(error) from error
             with contextlib.suppress(Exception):
                 self._manager.close()  # it would raise the same error at every later save
             self._manager = self._open()
@@ -238,11 +265,15 @@ def _screen(directory: Path) -> tuple[int | None, list[tuple[str, str]]]:
 
 
 def _check_space(directory: Path, state: Any) -> None:
-    """Before Orbax starts: a disk that fills up under its threads ends in pages of their tracebacks."""
+    """Before Orbax starts: a disk that fills up under its threads ends in pages of their tracebacks.
+
+    Raises:
+      NoSpace: on all processes, or on none.
+    """
     needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(directory).free
-    free = distributed.gathered(free)[0]  # all processes go on, or none
+    free = distributed.gathered(free)[0]
     if needed > free:
-        raise OSError(
+        raise NoSpace(
             f"it takes up to {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free on that disk"
         )
 

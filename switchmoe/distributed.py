@@ -109,9 +109,29 @@ def check_same(values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The others do what is inside when the main process has done it, and may find its result on disk."""
+    """The others do what is inside when the main process has done it, and may find its result on disk.
+
+    What a user can mend, a ValueError or an OSError, is raised by all where it is raised by one, so that all
+    end alike and none of them as if another one had been lost.
+    """
+    error = None
     if not is_main():
-        gathered("waiting")
-    yield
+        _agree(None)
+    try:
+        yield
+    except (ValueError, OSError) as raised:
+        error = raised
     if is_main():
-        gathered("done")
+        _agree(error)
+        error = None
+    _agree(error)
+
+
+def _agree(error: Exception | None) -> None:
+    """Raises what any process brings; all must call."""
+    told = None if error is None else [isinstance(error, OSError), str(error)]
+    for index, found in enumerate(gathered(told)):
+        if found and index == jax.process_index():
+            raise error
+        if found:
+            raise (OSError if found[0] else ValueError)(f"process {index}: {found[1]}")

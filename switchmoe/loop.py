@@ -52,7 +52,8 @@ def run(settings: Settings, workdir: Path, progress: Progress) -> Path:
     """
     shared = {name: value for name, value in flat(to_dict(settings)).items() if name != "mesh.process"}
     distributed.check_same(shared | _versions() | {"workdir": str(workdir)})
-    check(workdir, settings)
+    with distributed.main_first():
+        check(workdir, settings)
     with stop_signals() as stop:
         return _Run(settings, workdir, progress, stop).train()
 
@@ -70,17 +71,18 @@ class _Run:
         with distributed.main_first():
             documents = {split: sources.load(settings.data, split) for split in ("train", "validation")}
             self.vocabulary = _vocabulary(settings, workdir, documents["train"])
-        self.fingerprints = {split: found.fingerprint for split, found in documents.items()}
+            self.fingerprints = {split: found.fingerprint for split, found in documents.items()}
+            check_documents(workdir, settings.data.source, self.fingerprints)
         self.document_counts = {split: len(found) for split, found in documents.items()}
-        check_documents(workdir, settings.data.source, self.fingerprints)
         distributed.check_same(self.fingerprints | {"vocabulary": self.vocabulary.sha256})
         self.evaluation = batches.eval_batches(
             settings.data, self.vocabulary, documents["validation"], settings.train.eval_batches
         )
         arguments = (settings.data, self.vocabulary, documents["train"], settings.train.seed)
         self.main = distributed.is_main()
-        if self.main:
-            self._claim(arguments)
+        with distributed.main_first():
+            if self.main:
+                self._claim(arguments)
         self.rows, streams = _rows(settings, self.mesh)
         self.iterator = batches.train_batches(*arguments, streams)
         self.layers = transformer.sparse_layer_names(settings)
@@ -129,26 +131,19 @@ class _Run:
 
     def _compile(self) -> training.TrainState:
         """Compiles both steps ahead of time; returns the first state, or the last saved one."""
-        settings, mesh = self.settings, self.mesh
-        names = training.axis_names(settings)
-        tx = optimizers.create(settings.optimizer, settings.train.num_steps, names, settings.moe.bias_rate)
+        settings = self.settings
+        tx = training.optimizer(settings)
         self.schedule = optimizers.schedule(settings.optimizer, settings.train.num_steps)
-        abstract = jax.eval_shape(functools.partial(training.init_state, settings, tx))
-        params = training.abstract_variables(settings)["params"]
-        where = sharding.state_shardings(abstract, params, settings, mesh)
+        abstract = training.sharded_state(settings, tx, self.mesh)
+        where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        whole = where.step
         started = time.monotonic()
-        whole = jax.NamedSharding(mesh, jax.P())
         # An argument of the programs, so that runs of all seeds find them in the compilation cache.
         key = jax.jit(jax.random.key, out_shardings=whole)(np.uint32(settings.train.seed))
         init = jax.jit(functools.partial(training.init_state, settings, tx), out_shardings=where)
         init = functools.partial(init.lower(key).compile(), key)
-        abstract = jax.tree.map(
-            lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), abstract, where
-        )
         batch = self._put_global(self.evaluation[0])
-        step = functools.partial(training.train_step, settings=settings, tx=tx)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(where, whole))
-        self.step = functools.partial(step.lower(abstract, batch, key=key).compile(), key=key)
+        self.step = functools.partial(training.compile_step(settings, tx, abstract, batch, key), key=key)
         evaluate = functools.partial(training.eval_step, settings=settings)
         self.evaluate = jax.jit(evaluate, out_shardings=whole).lower(abstract.params, batch).compile()
         self.norm = jax.jit(optax.global_norm, out_shardings=whole)

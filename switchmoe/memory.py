@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from switchmoe import optimizers, sharding, training
+from switchmoe import sharding, training
 from switchmoe.settings import MeshSettings, Settings
 from switchmoe.transformer import Transformer, blocks_per_scan
 
@@ -59,8 +59,7 @@ def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:
 @functools.cache
 def abstract_state(settings: Settings) -> tuple[training.TrainState, dict]:
     """The first train state as shapes, and the boxed parameters; the same for all layouts."""
-    names = training.axis_names(settings)
-    tx = optimizers.create(settings.optimizer, settings.train.num_steps, names, settings.moe.bias_rate)
+    tx = training.optimizer(settings)
     state = jax.eval_shape(functools.partial(training.init_state, settings, tx))
     return state, training.abstract_variables(settings)["params"]
 
@@ -98,7 +97,7 @@ def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) 
     # With fsdp the kernels of a super-block and their gradients are whole for as long as it runs.
     parts = {stack: _kernels(settings, boxes, mesh, stack, whole=False) for stack in lengths}
     gathered = 2 * max(kernels[stack] - parts[stack] for stack in lengths) // repeats
-    if settings.model.remat:
+    if settings.model.remat or settings.mesh.fsdp:  # made again in the backward pass
         kernels = {stack: size // repeats for stack, size in kernels.items()}
     copies = sum(kernels.values())
     logits = 4 * batch * lengths["decoder"] * settings.embedding_rows // widths

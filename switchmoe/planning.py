@@ -35,6 +35,8 @@ class Device(NamedTuple):
 
 _TPU = "cloud.google.com/tpu/docs"
 _V3 = f"{_TPU}/v3, half a chip: a device is a core; ICI: 340 TB/s a pod; DCN assumed 100 Gbit/s a host"
+_A100 = "A100 data sheet 1758950-r4, 80 GB SXM: NVLink 600 GB/s both ways; DGX A100: 200 Gbit/s a GPU"
+_H100 = "H100 data sheet, SXM, no sparsity: NVLink 900 GB/s both ways; docs.nvidia.com/dgx-basepod: 400 Gbit/s a GPU"
 DEVICES = {
     "tpu_v3": Device(61.5e12, 16 * GIB, 450 * GB, 166 * GB, 1.6 * GB, _V3),
     "tpu_v4": Device(
@@ -46,13 +48,16 @@ DEVICES = {
         f"{_TPU}/v4; ICI: 1.1 PB/s a pod; DCN assumed as v5p's",
     ),
     "v5e": Device(197e12, 16 * GB, 819 * GB, 200 * GB, 3.125 * GB, f"{_TPU}/v5e; DCN: 6.4 Tbit/s a pod"),
-    "v5p": Device(459e12, 95 * GIB, 2765 * GB, 600 * GB, 6.25 * GB, f"{_TPU}/v5p"),
-    "a100": Device(
-        312e12, 80 * GB, 2039 * GB, 300 * GB, 25 * GB, "A100 80GB SXM data sheet; DGX A100: 200 Gbit/s a GPU"
+    "v5p": Device(
+        459e12,
+        95 * GIB,
+        2765 * GB,
+        600 * GB,
+        6.25 * GB,
+        f"{_TPU}/v5p; ICI: 1,200 GB/s both ways; DCN: 50 Gbit/s",
     ),
-    "h100": Device(
-        989e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, "H100 SXM data sheet; DGX H100: 400 Gbit/s a GPU"
-    ),
+    "a100": Device(312e12, 80 * GB, 2039 * GB, 300 * GB, 25 * GB, _A100),
+    "h100": Device(989e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, _H100),
 }
 
 

@@ -238,7 +238,7 @@ def _read_lines(path: Path) -> list[tuple[bytes, Record]]:
 def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and type(record.get("step")) is int else None
 

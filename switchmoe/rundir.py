@@ -1,10 +1,12 @@
 """A run's directory: who it belongs to (`config.json`) and what is known of it (`run.json`)."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from switchmoe.checkpoints import write_json
+from switchmoe.reporting import METRICS_FILE, read_metrics
 from switchmoe.settings import Settings, to_dict
 
 # Where a run is computed, and how it meets faults: what it computes does not depend on them.
@@ -12,13 +14,15 @@ MAY_CHANGE = ("mesh.", "checkpoint.on_damage", "checkpoint.on_error", "train.ski
 
 
 def check(workdir: Path, settings: Settings) -> None:
-    """Refuses a directory that another run lives in; what is in MAY_CHANGE may be other.
+    """Refuses a directory that another run lives in, or a damaged one's; what is in MAY_CHANGE may be other.
 
     Raises:
-      ValueError: names the fields that differ.
+      ValueError: names the fields that differ, or the file that is damaged.
     """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir}: a file; accepted is a directory, or a name that is free")
+    if (workdir / METRICS_FILE).exists():
+        read_metrics(workdir / METRICS_FILE)
     asked = to_dict(settings)
     path = workdir / "config.json"
     if not path.exists():
@@ -61,8 +65,18 @@ def check_documents(workdir: Path, source: str, fingerprints: dict[str, str]) ->
 
 
 def claim(workdir: Path, settings: Settings) -> None:
-    """Makes the directory this run's; called when settings and data are known to be good."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    """Makes the directory this run's; called when settings and data are known to be good.
+
+    Raises:
+      OSError: it, or its checkpoints' directory, can't be written; nothing was.
+    """
+    for directory in (workdir, workdir / "checkpoints"):
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if directory.exists():  # Orbax makes the second one
+                tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise OSError(error.errno, f"can't be written: {error.strerror}", str(directory)) from error
     write_json(workdir / "config.json", to_dict(settings))
 
 

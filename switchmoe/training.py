@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from switchmoe import optimizers, sharding
 from switchmoe.settings import Settings
 from switchmoe.transformer import PAD_ID, STACKS, Transformer
 
@@ -57,6 +58,12 @@ def _boxes(function: Callable[[nn.Partitioned], Any], params: dict) -> dict:
     return jax.tree.map(function, params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
+def optimizer(settings: Settings) -> optax.GradientTransformation:
+    """The run's optimizer, see `optimizers.create`."""
+    names = axis_names(settings)
+    return optimizers.create(settings.optimizer, settings.train.num_steps, names, settings.moe.bias_rate)
+
+
 def init_state(
     settings: Settings, tx: optax.GradientTransformation, key: jax.Array | None = None
 ) -> TrainState:
@@ -65,6 +72,35 @@ def init_state(
     key = jax.random.fold_in(jax.random.key(settings.train.seed) if key is None else key, 2**31 - 1)
     params = nn.unbox(Transformer(settings).init(key, tokens_BL, tokens_BL))["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def sharded_state(
+    settings: Settings, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """The first state as shapes that say where each array lies on the mesh; nothing is allocated."""
+    state = jax.eval_shape(functools.partial(init_state, settings, tx))
+    where = sharding.state_shardings(state, abstract_variables(settings)["params"], settings, mesh)
+    return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), state, where)
+
+
+def compile_step(
+    settings: Settings,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+    key: jax.Array | None = None,
+) -> jax.stages.Compiled:
+    """`train_step` ahead of time, on the mesh and by the rules in force; its metrics are whole on each device.
+
+    Args:
+      state: of `sharded_state`; the state that the step is called with is donated.
+      batch: arrays, or shapes with their shardings.
+      key: of the run, if it is to be an argument of the program.
+    """
+    where = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = functools.partial(train_step, settings=settings, tx=tx)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(where, where.step))
+    return (step.lower(state, batch) if key is None else step.lower(state, batch, key=key)).compile()
 
 
 def token_sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | None = None) -> dict:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from switchmoe import losses
-from switchmoe.layers import Attention, FeedForward, RelativeBias, RMSNorm, param
+from switchmoe.exchange import mesh_axes
+from switchmoe.layers import Attention, FeedForward, RelativeBias, RMSNorm, keep_but_kernels, param
 from switchmoe.moe import AttentionExperts, Experts, MoELayer, group_shape
 from switchmoe.settings import Settings
 
@@ -134,7 +135,11 @@ class Stack(nn.Module):
         if encoded_BMD is not None:
             context["encoded"] = encoded_BMD
             context["cross_mask"] = jnp.where(encoded_mask_BM[:, None, None, :], 0.0, MASKED)
-        block = nn.remat(SuperBlock, prevent_cse=False) if model.remat else SuperBlock
+        block = SuperBlock
+        if model.remat:
+            block = nn.remat(SuperBlock, prevent_cse=False)
+        elif mesh_axes("embed"):  # fsdp
+            block = nn.remat(SuperBlock, prevent_cse=False, policy=keep_but_kernels)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -66,6 +66,16 @@ def environment(user_environment):
     return user_environment | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.fixture(scope="session")
+def table():
+    """Collects rows of docs/faults.md, which are printed at the end."""
+    rows = []
+    yield lambda *row: rows.append(row)
+    if rows:
+        print("\n\n| fault | what happened | lost |\n|---|---|---|")
+        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+
+
 @pytest.fixture
 def one_device(monkeypatch):
     """A run in this very process is one on a single device."""

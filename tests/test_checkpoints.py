@@ -163,6 +163,18 @@ def test_a_killed_save_leaves_the_step_before(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1"], "its leftovers take no room"
 
 
+def test_a_step_that_is_no_longer_kept_is_never_half_there(tmp_path):
+    """It is renamed, then deleted: a kill in the meantime leaves nothing that could be taken for a step."""
+    checkpoints = saved(tmp_path, [1, 2], [1.0, 2.0], keep=1, keep_best=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "removed"]
+    assert integrity.damage(tmp_path / "removed" / "1") is None
+    (tmp_path / "removed" / "1" / "metrics" / "metrics").unlink()
+    assert Checkpoints(tmp_path, CheckpointSettings()).steps() == [2]
+    checkpoints.save(3, state(3), iterator(), {}, 3.0)
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3"]
+
+
 def test_a_full_disk_names_the_last_complete_step(tmp_path, monkeypatch):
     checkpoints = saved(tmp_path, [1])
 

@@ -30,7 +30,8 @@ EXPERTS = "--config.mesh.layout=data_expert"
 class Job:
     """Processes of one job, of eight devices in all."""
 
-    def __init__(self, workdir, environment, count, *arguments, of_one=()):
+    def __init__(self, workdir, environment, count, *arguments, of_one=(), before_one=(), one_in="."):
+        """``of_one``: more arguments of the last one, ``before_one``: what starts it, ``one_in``: where."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
@@ -39,12 +40,13 @@ class Job:
         self.processes = [
             subprocess.Popen(
                 [
+                    *(before_one if index == count - 1 else ()),
                     *(sys.executable, "-m", "experiments.run", f"--workdir={workdir}", *SMALL, *arguments),
                     *(f"--config.mesh.coordinator={address}", f"--config.mesh.processes={count}"),
                     *(f"--config.mesh.process={index}", *(of_one if index == count - 1 else ())),
                 ],
                 env=environment,
-                cwd=workdir.parent,
+                cwd=workdir.parent / (one_in if index == count - 1 else "."),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -76,12 +78,13 @@ def assert_same_losses(workdir, whole):
 
 
 @pytest.mark.long
+@pytest.mark.faults
 def test_a_job_killed_and_stopped_and_moved_ends_like_one_undisturbed_process(
-    tmp_path, whole, user_environment, capsys
+    tmp_path, whole, user_environment, capsys, table
 ):
     """2 x 4 devices: SIGKILL of a process after step 5, SIGTERM of the other one after step 9, each time the
-    same command again. Its checkpoint of step 9 or 10 then goes on in 4 x 2 devices and, on another layout,
-    in one process. A repeated or skipped document would change the losses.
+    same command again. Its checkpoint of step 9 or 10 then goes on in 4 slices of 2 devices and, on another
+    layout, in one process. A repeated or skipped document would change the losses.
     """
     workdir = tmp_path / "run"
     job = Job(workdir, user_environment, 2, EXPERTS)
@@ -89,7 +92,8 @@ def test_a_job_killed_and_stopped_and_moved_ends_like_one_undisturbed_process(
     job.processes[1].kill()
     killed = time.monotonic()
     errors = job.finish(command.EXIT_LOST, -signal.SIGKILL)
-    assert time.monotonic() - killed < 30
+    ended = time.monotonic() - killed
+    assert ended < 30
     assert re.fullmatch(
         r"experiments.run: process 1 of this job was lost, .*; start the same command on every host again.*\n",
         errors[0],
@@ -106,22 +110,122 @@ def test_a_job_killed_and_stopped_and_moved_ends_like_one_undisturbed_process(
 
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(workdir, elsewhere)
-    Job(workdir, user_environment, 4, EXPERTS).finish(0, 0, 0, 0)
+    slices = "--config.mesh.dcn_data=4"  # a process counts as a slice: experts lie apart within, data across
+    Job(workdir, user_environment, 4, EXPERTS, slices).finish(0, 0, 0, 0)
     assert_same_losses(workdir, whole)
 
     capsys.readouterr()
     assert command.main(["run", f"--workdir={elsewhere}", *SMALL, "--config.mesh.layout=data_model"]) == 0
     assert f"resuming from the checkpoint of step {stopped}" in capsys.readouterr().out
     assert_same_losses(elsewhere, whole)
+    table("SIGKILL of one of two processes", f"the other one named it and ended {ended:.0f} s later, exit 5; started again, its losses are those of one undisturbed process", "nothing; at most 4 steps done again (checkpoint.every=4)")  # fmt: skip
+    table("SIGTERM to one of two processes", "saved once, both leave, exit 75; goes on with 4 processes, or 1 and another layout", "nothing")  # fmt: skip
 
 
-@pytest.mark.slow
-def test_a_process_that_differs_is_refused_at_start(tmp_path, user_environment):
-    job = Job(tmp_path / "run", user_environment, 2, of_one=["--config.moe.z_loss_weight=0.5"])
-    for error in job.finish(command.EXIT_BAD_INPUT, command.EXIT_BAD_INPUT):
-        assert "process 1 differs: moe.z_loss_weight (0.5 there, 0.0 on process 0)" in error
-        assert error.count("\n") == 1
+@pytest.mark.long
+@pytest.mark.faults
+def test_a_save_that_fails_on_one_process_ends_the_job(tmp_path, user_environment, table):
+    """Whatever checkpoint.on_error: the others wait for it, and are ended. It can write no file over 1 KiB."""
+    limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash"]
+    going_on = "--config.checkpoint.on_error=continue"
+    job = Job(tmp_path / "run", user_environment, 2, EXPERTS, going_on, before_one=limited)
+    job.processes[1].wait(240)
+    left = time.monotonic()
+    errors = job.finish(command.EXIT_LOST, command.EXIT_IO)
+    ended = time.monotonic() - left
+    assert ended < 30
+    assert "process 1 of this job was lost" in errors[0].splitlines()[-1]
+    said = errors[1].splitlines()[-1]
+    assert "the checkpoint of step 4 can't be written" in said and "last complete: none" in said
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    table("a save fails on one of two processes", f"at the next save that one says so, exit 4, whatever checkpoint.on_error; the other one ended {ended:.0f} s later, exit 5", "the steps after the last checkpoint")  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.faults
+def test_sigterm_while_a_job_compiles(tmp_path, user_environment):
+    job = Job(tmp_path / "run", user_environment, 2, EXPERTS)
+    while not (tmp_path / "run" / "config.json").exists():
+        assert job.processes[0].poll() is None
+        time.sleep(0.01)
+    job.processes[1].terminate()
+    for error in job.finish(command.EXIT_STOPPED, command.EXIT_STOPPED):
+        assert "stopped by SIGTERM" in error.splitlines()[-1]
+
+
+def supervised(environment, directory, module, *arguments):
+    code = (
+        f"import sys; from experiments import supervisor; sys.exit(supervisor.run({module!r}, {arguments!r}))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment | {"PYTHONUNBUFFERED": "1"},
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_sigterm_before_a_process_has_begun_to_notice_it(tmp_path, user_environment):
+    """A server stands for it, which ends by the signal itself."""
+    parent = supervised(user_environment, tmp_path, "http.server", "--bind", "localhost", "0")
+    assert "Serving" in parent.stdout.readline()
+    parent.terminate()
+    _, err = parent.communicate(timeout=60)
+    assert parent.returncode == command.EXIT_STOPPED
+    assert err == "http.server: stopped by SIGTERM before the first step, nothing was changed\n"
+
+
+def test_what_a_failing_process_says_after_its_runtime_is_shown(tmp_path, user_environment):
+    noise = "import sys; print('E1125 coordination_service_agent.cc: noise', file=sys.stderr)\n"
+    (tmp_path / "failing.py").write_text(noise + "raise RuntimeError('its own reason')")
+    parent = supervised(user_environment, tmp_path, "failing")
+    _, err = parent.communicate(timeout=60)
+    assert parent.returncode == 1 and err.endswith("RuntimeError: its own reason\n")
+
+
+TEXT = ["--config.data.source=text.txt", "--config.data.vocab_size=300"]
+
+
+@pytest.mark.parametrize(
+    "mistake, said",
+    [
+        pytest.param(
+            dict(of_one=["--config.moe.z_loss_weight=0.5"]),
+            ["process 1 differs: moe.z_loss_weight (0.5 there, 0.0 on process 0)"] * 2,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(dict(one_in="other"), ["process 1 differs: train ("] * 2, marks=pytest.mark.long),
+        pytest.param(
+            dict(one_in="none"),
+            ["process 1: data.source=text.txt: ", "experiments.run: data.source=text.txt: "],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            dict(of_one=[], source="--config.data.source=*.jsonl"),
+            ["experiments.run: data.source=*.jsonl: ", "process 0: data.source=*.jsonl: "],
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["other settings", "other text", "no text on one", "no text on any"],
+)
+@pytest.mark.faults
+def test_a_mistake_of_one_process_is_refused_by_all_at_start(
+    tmp_path, user_environment, mistake, said, table, request
+):
+    for number, name in enumerate(["none", ".", "other"]):
+        (tmp_path / name).mkdir(exist_ok=True)
+        lines = (f"{number} document {n} of some {n * 7919 % 1000} words\n" for n in range(900 * number))
+        (tmp_path / name / "text.txt").write_text("".join(lines))
+    (tmp_path / "none" / "text.txt").unlink()
+    job = Job(tmp_path / "run", user_environment, 2, *TEXT, mistake.pop("source", TEXT[0]), **mistake)
+    for error, words in zip(job.finish(*[command.EXIT_BAD_INPUT] * 2), said, strict=True):
+        assert words in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+    table(
+        f"two processes: {request.node.callspec.id}", "refused by both at start and named, exit 2", "nothing"
+    )
 
 
 def test_versions_are_part_of_what_must_agree(monkeypatch):

@@ -190,6 +190,8 @@ def test_smallest_is_the_first_that_fits(capsys):
     [
         (["--layout=diagonal"], "--layout=diagonal: accepted is all, or one of data, model"),
         (["--hbm=32"], "--hbm=32: accepted is a number > 0 and a unit of GiB"),
+        (["--hbm=infGiB"], "--hbm=infGiB: accepted is a number > 0 and a unit of GiB"),
+        (["--devices=0"], "--devices=0: accepted is an integer >= 1"),
         (["--devices=many"], "--devices=many: accepted is an integer >= 1"),
         (["--device=abacus"], "--device=abacus: accepted is one of tpu_v3"),
         (["--devices=8", "--slices=3", "--layout=data"], "--slices=3: accepted is a divisor"),
@@ -198,6 +200,8 @@ def test_smallest_is_the_first_that_fits(capsys):
         (["--compile"], "--compile: accepted with one --layout"),
         (["--slice=2"], "Unknown command line flag 'slice'"),
         (["fastest"], "argument fastest: accepted are smallest, layouts"),
+        (["smallest", "--devices=8"], "--devices=8: smallest takes --device=, --hbm=, --layout="),
+        (["layouts"], "accepted by layouts is --out=DIR"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, named, capsys):
@@ -221,3 +225,5 @@ def test_the_picture_is_written_where_it_is_asked_for(tmp_path, capsys):
     code, output = run(capsys, "layouts", f"--out={tmp_path / 'pictures'}")
     path = tmp_path / "pictures" / "layouts.png"
     assert code == 0 and output.out.strip() == str(path) and path.read_bytes().startswith(b"\x89PNG")
+    code, output = run(capsys, "layouts", f"--out={path / 'under_a_file'}")
+    assert code == command.EXIT_IO and output.err.count("\n") == 1 and "Not a directory" in output.err
