@@ -12,7 +12,7 @@ a step. A batch is one group: 3,072 tokens of the encoder, 384 for each of 8 exp
 ST-MoE's, is off. Initialisation is at scale 1.0, and the paper's 0.1 what Table 3 tries. Evaluated is every 100 steps, as
 time and steps to a loss are read between two evaluations.
 
-Measured on 2 cores of an AMD EPYC with bfloat16 units, otherwise idle, Python 3.11, jax 0.10.2, seed 0, tokens/s in the last
+Measured on 2 cores of an AMD EPYC with bfloat16 units, light work beside, Python 3.11, jax 0.10.2, seed 0, tokens/s in the last
 20 steps of 60 (`experiments.run` with this config, a 118 MB English text):
 
     dense                        50,400         E = 8, bfloat16                       43,100
