@@ -180,7 +180,7 @@ def test_a_sweep_through_submitit_is_queued_again_and_equals_a_local_one(
     arguments = [*config(SEEDS), "--launcher=slurm", "--address=local"]
     process = start(arguments, environment, tmp_path)
     wait_for(process, out / "seed=1" / "metrics.jsonl", '"step": 6,')
-    os.kill(int(json.loads((out / "seed=1" / "slurm.json").read_text())["job"]), signal.SIGUSR2)
+    os.kill(json.loads((out / "seed=1" / NODE_FILE).read_text())["parent"], signal.SIGUSR2)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0 and "3 of 3 runs done" in stdout, (stdout, stderr)
     assert "stopped by SIGTERM after step" in logs(out, "seed=1")
