@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 from test_training import batch, optimizer, settings
 
 from switchmoe import sharding, training
@@ -138,19 +137,6 @@ def test_collectives_are_those_of_the_theory(layout, fsdp, dispatch):
         kernels = [g for g in gathers if re.search(r"\[(1,)?8,(16,32|32,16)\]", g)]
         assert bool(kernels) != expert, kernels
     assert REMATERIALIZED not in said
-
-
-def test_a_full_rematerialization_would_be_heard_of():
-    """XLA's partitioner can't turn rows over one axis into columns over two others but by way of the whole."""
-    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
-
-    def turn(x):
-        x = jax.lax.with_sharding_constraint(x * 2, jax.NamedSharding(mesh, jax.P("a", None)))
-        return jax.lax.with_sharding_constraint(x + 1, jax.NamedSharding(mesh, jax.P(("b", "c"), "a")))
-
-    x = jax.ShapeDtypeStruct((16, 16), jnp.float32)
-    _, said = heard(jax.jit(turn).lower(x).compile)
-    assert REMATERIALIZED in said
 
 
 def bytes_of(tree):

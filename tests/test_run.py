@@ -213,7 +213,7 @@ def test_a_signal_before_the_first_step_acts_at_once(tmp_path, capsys, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_saves_too(tmp_path, environment):
     workdir = tmp_path / "run"
     process = start(workdir, environment, "--config.train.num_steps=100000")

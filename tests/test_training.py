@@ -219,6 +219,7 @@ def test_skipping_is_not_in_the_program_where_it_is_off_and_copies_no_state_wher
     assert on.temp_size_in_bytes < off.temp_size_in_bytes + size / 4
 
 
+@pytest.mark.long
 def test_seeds_share_a_program_whose_key_is_an_argument_and_changes_nothing():
     """Also where the step draws: values are bitwise those of the key as a constant of the program."""
     seeds = [
