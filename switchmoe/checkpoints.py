@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Checkpoints:
         self.directory, self._settings, self._note = Path(directory).absolute(), settings, note
         self._started: int | None = None  # the step of the last save
         self._failed: CheckpointError | None = None  # what became of it
+        self._own: Exception | None = None  # what this process's part of it failed by
         self._alone = False  # whether that is something the other processes don't know
         self._set_damaged_aside()
         self._manager = self._open()
@@ -67,7 +69,7 @@ class Checkpoints:
             return ocp.CheckpointManager(
                 self.directory,
                 item_handlers={
-                    "state": ocp.StandardCheckpointHandler(),
+                    "state": self._noting(ocp.StandardCheckpointHandler()),
                     "data": ocp.JsonCheckpointHandler(),
                     "config": ocp.JsonCheckpointHandler(),
                 },
@@ -123,7 +125,7 @@ class Checkpoints:
             _check_space(self.directory, state)
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-        self._guard(self._manager.wait_until_finished)
+        self._guard(self._finished)
         self._sweep()
         self._started, self._failed = step, None
         self._guard(start)
@@ -134,7 +136,7 @@ class Checkpoints:
         Raises:
           CheckpointError: it failed, whatever ``on_error``.
         """
-        self._guard(self._manager.wait_until_finished)
+        self._guard(self._finished)
         if self._failed:
             raise self._failed
 
@@ -215,6 +217,33 @@ class Checkpoints:
                 raise self._failed from error
             self._note(f"warning: {self._failed}; going on (checkpoint.on_error=continue)")
 
+    def _finished(self) -> None:
+        """Waits for the last save, but no longer where this process's own part has failed.
+
+        Orbax's threads then wait for each other, across processes, until their time of ten minutes is over.
+        """
+        if jax.process_count() == 1:
+            return self._manager.wait_until_finished()
+        ending = futures.ThreadPoolExecutor(1).submit(self._manager.wait_until_finished)
+        while not self._own and not futures.wait([ending], timeout=0.1).done:
+            pass
+        if self._own:
+            raise self._own
+        return ending.result()
+
+    def _noting(self, handler: Any) -> Any:
+        """The handler, of which a failure to write is noted where it happens."""
+        save = handler.async_save
+
+        async def async_save(*args: Any, **kwargs: Any) -> list[_Noting]:
+            return [_Noting(part, self._note_own) for part in await save(*args, **kwargs) or []]
+
+        handler.async_save = async_save
+        return handler
+
+    def _note_own(self, error: Exception) -> None:
+        self._own = error
+
     def _failure(self, error: Exception) -> CheckpointError:
         good = self.latest()
         return CheckpointError(
@@ -226,7 +255,11 @@ class Checkpoints:
         """Orbax calls this in the background when all files of a save are written, before it renames them."""
         if distributed.is_main():
             (written,) = self.directory.glob(f"{self._started}.*tmp*")
-            integrity.write_manifest(written)
+            try:
+                integrity.write_manifest(written)
+            except Exception as error:
+                self._note_own(error)
+                raise
 
     def _set_damaged_aside(self) -> None:
         good, damaged = distributed.gathered(_screen(self.directory) if distributed.is_main() else None)[0]
@@ -249,6 +282,20 @@ class Checkpoints:
         self._note(
             f"warning: {found}. Kept as *.damaged; going on from step {good} (checkpoint.on_damage=previous)"
         )
+
+
+class _Noting:
+    """A future of Orbax's that tells of the error it ends with."""
+
+    def __init__(self, part: Any, tell: Callable[[Exception], None]):
+        self._part, self._tell = part, tell
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self._part.result(timeout)
+        except Exception as error:
+            self._tell(error)
+            raise
 
 
 def _screen(directory: Path) -> tuple[int | None, list[tuple[str, str]]]:
