@@ -139,10 +139,10 @@ def _widths(settings: Settings, lengths: Sizes, batch: int, inner: Sizes, outer:
 
 
 def _parameters(settings: Settings, boxes: dict, inner: Sizes, outer: Sizes) -> Iterator[Transfer]:
-    """Gradients, summed over the tokens' axes; with fsdp parameters as well, gathered in each pass."""
+    """Gradients, summed over the tokens' axes; with fsdp parameters as well, gathered where they are used."""
     plain = sharding.LAYOUTS[settings.mesh.layout].rules
     tokens = [axis for axis in ("data", "expert") if inner[axis] * outer[axis] > 1]
-    passes, accumulate = 2, settings.train.accumulate
+    passes, accumulate = _passes(settings) - 1, settings.train.accumulate
     reduced, gathered, scattered = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
     reduces = gathers = 0
     for box in jax.tree.leaves(boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned)):

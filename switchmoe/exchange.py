@@ -35,7 +35,7 @@ def dispatcher(name: str, routing: Routing) -> Any:
 
     Where the groups are whole on each device, or do not divide among the devices, it is the plain one.
     """
-    axes, experts = mesh_axes("group"), mesh_axes("expert")
+    axes, experts = _axes("group"), _axes("expert")
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     shards = math.prod(sizes.get(axis, 1) for axis in axes)
     if shards == 1 or len(routing.expert_SK) % shards:
@@ -45,8 +45,8 @@ def dispatcher(name: str, routing: Routing) -> Any:
     return BufferExchange.create(routing, axes, DISPATCHERS[name])
 
 
-def mesh_axes(name: str) -> tuple[str, ...]:
-    """Mesh axes of a logical axis, by the rules in force."""
+def _axes(name: str) -> tuple[str, ...]:
+    """Mesh axes of a logical axis."""
     (axes,) = nn.logical_to_mesh_axes((name,)) or ((),)
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 

@@ -9,7 +9,6 @@ F feed-forward.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -46,15 +45,6 @@ def param(
     """A float32 parameter with logical axis names, as ``dtype``; whole along ``embed`` where it is used."""
     value = module.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32).astype(dtype)
     return nn.with_logical_constraint(value, tuple(None if name == "embed" else name for name in names))
-
-
-def keep_but_kernels(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Of `jax.checkpoint`: keeps all that is computed, but kernels only as the parameters they come from.
-
-    A scan over layers would store each kernel once more, cast and whole along ``embed``, for the backward pass:
-    with fsdp, as much as it spares. Neither casts nor constraints are kept, unless they are named.
-    """
-    return primitive.name not in ("convert_element_type", "sharding_constraint")
 
 
 def activate(activation: str, up: Callable[[str], jax.Array]) -> jax.Array:

@@ -97,7 +97,7 @@ def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) 
     # With fsdp the kernels of a super-block and their gradients are whole for as long as it runs.
     parts = {stack: _kernels(settings, boxes, mesh, stack, whole=False) for stack in lengths}
     gathered = 2 * max(kernels[stack] - parts[stack] for stack in lengths) // repeats
-    if settings.model.remat or settings.mesh.fsdp:  # made again in the backward pass
+    if settings.model.remat:
         kernels = {stack: size // repeats for stack, size in kernels.items()}
     copies = sum(kernels.values())
     logits = 4 * batch * lengths["decoder"] * settings.embedding_rows // widths

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from switchmoe import exchange
 from switchmoe.dispatch import DISPATCHERS
@@ -275,10 +274,5 @@ class MoELayer(nn.Module):
 
 
 def _by_expert(x: jax.Array) -> jax.Array:
-    """The sharding of the experts' buffers; rows that are not in buffers are left as they are.
-
-    Named, so that `layers.keep_but_kernels` keeps it: it takes an all-to-all.
-    """
-    if x.ndim != 4:
-        return x
-    return checkpoint_name(nn.with_logical_constraint(x, ("expert", "expert_group", None, None)), "by_expert")
+    """The sharding of the experts' buffers; rows that are not in buffers are left as they are."""
+    return nn.with_logical_constraint(x, ("expert", "expert_group", None, None)) if x.ndim == 4 else x

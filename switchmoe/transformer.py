@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from switchmoe import losses
-from switchmoe.exchange import mesh_axes
-from switchmoe.layers import Attention, FeedForward, RelativeBias, RMSNorm, keep_but_kernels, param
+from switchmoe.layers import Attention, FeedForward, RelativeBias, RMSNorm, param
 from switchmoe.moe import AttentionExperts, Experts, MoELayer, group_shape
 from switchmoe.settings import Settings
 
@@ -135,11 +134,7 @@ class Stack(nn.Module):
         if encoded_BMD is not None:
             context["encoded"] = encoded_BMD
             context["cross_mask"] = jnp.where(encoded_mask_BM[:, None, None, :], 0.0, MASKED)
-        block = SuperBlock
-        if model.remat:
-            block = nn.remat(SuperBlock, prevent_cse=False)
-        elif mesh_axes("embed"):  # fsdp
-            block = nn.remat(SuperBlock, prevent_cse=False, policy=keep_but_kernels)
+        block = nn.remat(SuperBlock, prevent_cse=False) if model.remat else SuperBlock
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
