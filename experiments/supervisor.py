@@ -76,9 +76,8 @@ def run(module: str, argv: list[str]) -> int:
             file=sys.stderr,
         )
         return EXIT_LOST
-    if held and (
-        code == 1 or code < 0
-    ):  # it failed in a way of its own, and may have said so after the runtime
+    # Where it failed in a way of its own, it may have said so after the runtime.
+    if held and (code == 1 or code < 0):
         print("\n".join(held), file=sys.stderr)
     return code if code >= 0 else 128 - code
 
