@@ -139,6 +139,19 @@ def test_collectives_are_those_of_the_theory(layout, fsdp, dispatch):
     assert REMATERIALIZED not in said
 
 
+def test_a_rematerialization_is_heard_where_there_is_one():
+    """The check above can fail: no collective turns columns over one axis into rows over it and another."""
+    mesh = sharding.make_mesh(case(layout="data_expert_model", data=2, expert=2, model=2).mesh)
+
+    def turn(x):
+        for spec in (jax.P(None, "model"), jax.P(("expert", "model"))):
+            x = jax.lax.with_sharding_constraint(jnp.sin(x), jax.NamedSharding(mesh, spec))
+        return x
+
+    _, said = heard(jax.jit(turn).lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile)
+    assert REMATERIALIZED in said
+
+
 def bytes_of(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
