@@ -9,8 +9,8 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
-from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,6 @@ class Checkpoints:
         self.directory, self._settings, self._note = Path(directory).absolute(), settings, note
         self._started: int | None = None  # the step of the last save
         self._failed: CheckpointError | None = None  # what became of it
-        self._own: Exception | None = None  # what this process's part of it failed by
         self._alone = False  # whether that is something the other processes don't know
         self._set_damaged_aside()
         self._manager = self._open()
@@ -69,14 +68,16 @@ class Checkpoints:
             return ocp.CheckpointManager(
                 self.directory,
                 item_handlers={
-                    "state": self._noting(ocp.StandardCheckpointHandler()),
+                    "state": ocp.StandardCheckpointHandler(),
                     "data": ocp.JsonCheckpointHandler(),
                     "config": ocp.JsonCheckpointHandler(),
                 },
                 options=ocp.CheckpointManagerOptions(
                     best_fn=_quality,
                     preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+                    async_options=ocp.AsyncOptions(
+                        post_finalization_callback=self._write_manifest, barrier_sync_fn=_barrier()
+                    ),
                     todelete_subdir=REMOVED,
                 ),
             )
@@ -94,10 +95,11 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest complete step, None if there is none."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        """The complete ones; Orbax's own list has the step that it is at work on, too."""
+        return sorted(_steps(self.directory))
 
     def save(self, step: int, state: Any, iterator: Any, config: dict, validation: float | None) -> None:
         """Starts to save, after the save before it is complete; no-op if the step is there already.
@@ -125,7 +127,7 @@ class Checkpoints:
             _check_space(self.directory, state)
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-        self._guard(self._finished)
+        self._guard(self._manager.wait_until_finished)
         self._sweep()
         self._started, self._failed = step, None
         self._guard(start)
@@ -136,7 +138,7 @@ class Checkpoints:
         Raises:
           CheckpointError: it failed, whatever ``on_error``.
         """
-        self._guard(self._finished)
+        self._guard(self._manager.wait_until_finished)
         if self._failed:
             raise self._failed
 
@@ -202,10 +204,15 @@ class Checkpoints:
 
         Where the other processes don't know of the failure they wait for this one's part of the save. It leaves
         at once, which ends them; to close or open a manager it would need them.
+
+        Raises:
+          jax.errors.JaxRuntimeError: another process was lost in the meantime.
         """
         try:
             action()
         except Exception as error:
+            if isinstance(error.__cause__, jax.errors.JaxRuntimeError):
+                raise error.__cause__ from None
             self._alone = jax.process_count() > 1 and not isinstance(error, NoSpace)
             if self._alone:
                 raise self._failure(error) from error
@@ -216,33 +223,6 @@ class Checkpoints:
             if self._settings.on_error == "stop":
                 raise self._failed from error
             self._note(f"warning: {self._failed}; going on (checkpoint.on_error=continue)")
-
-    def _finished(self) -> None:
-        """Waits for the last save, but no longer where this process's own part has failed.
-
-        Orbax's threads then wait for each other, across processes, until their time of ten minutes is over.
-        """
-        if jax.process_count() == 1:
-            return self._manager.wait_until_finished()
-        ending = futures.ThreadPoolExecutor(1).submit(self._manager.wait_until_finished)
-        while not self._own and not futures.wait([ending], timeout=0.1).done:
-            pass
-        if self._own:
-            raise self._own
-        return ending.result()
-
-    def _noting(self, handler: Any) -> Any:
-        """The handler, of which a failure to write is noted where it happens."""
-        save = handler.async_save
-
-        async def async_save(*args: Any, **kwargs: Any) -> list[_Noting]:
-            return [_Noting(part, self._note_own) for part in await save(*args, **kwargs) or []]
-
-        handler.async_save = async_save
-        return handler
-
-    def _note_own(self, error: Exception) -> None:
-        self._own = error
 
     def _failure(self, error: Exception) -> CheckpointError:
         good = self.latest()
@@ -255,11 +235,7 @@ class Checkpoints:
         """Orbax calls this in the background when all files of a save are written, before it renames them."""
         if distributed.is_main():
             (written,) = self.directory.glob(f"{self._started}.*tmp*")
-            try:
-                integrity.write_manifest(written)
-            except Exception as error:
-                self._note_own(error)
-                raise
+            integrity.write_manifest(written)
 
     def _set_damaged_aside(self) -> None:
         good, damaged = distributed.gathered(_screen(self.directory) if distributed.is_main() else None)[0]
@@ -284,31 +260,35 @@ class Checkpoints:
         )
 
 
-class _Noting:
-    """A future of Orbax's that tells of the error it ends with."""
+def _barrier() -> Callable[..., None]:
+    """Where the threads that save wait for those of the other processes.
 
-    def __init__(self, part: Any, tell: Callable[[Exception], None]):
-        self._part, self._tell = part, tell
+    One whose own part of the save has failed does not: the others wait for that part, and it would keep its
+    failure until their time of ten minutes is over.
+    """
+    wait = ocp.multihost.get_barrier_sync_fn()
 
-    def result(self, timeout: float | None = None) -> Any:
-        try:
-            return self._part.result(timeout)
-        except Exception as error:
-            self._tell(error)
-            raise
+    def meet(*, key: str, timeout_ms: int) -> None:
+        if sys.exception() is None:
+            wait(key=key, timeout_ms=timeout_ms)
+
+    return meet
 
 
 def _screen(directory: Path) -> tuple[int | None, list[tuple[str, str]]]:
     """(newest good step, (step, damage) of others): of those before it, only what Orbax reads to open them."""
     good, damaged = None, []
-    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
-    for step in sorted(steps, reverse=True):
+    for step in sorted(_steps(directory), reverse=True):
         problem = integrity.damage(directory / str(step), "" if good is None else "metrics")
         if problem:
             damaged.append((str(step), problem))
         elif good is None:
             good = step
     return good, damaged
+
+
+def _steps(directory: Path) -> list[int]:
+    return [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
 
 
 def _check_space(directory: Path, state: Any) -> None:

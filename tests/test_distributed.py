@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ SMALL = [
     "--config.checkpoint.keep=9",
 ]  # fmt: skip
 EXPERTS = "--config.mesh.layout=data_expert"
+TEXT = ["--config.data.source=text.txt", "--config.data.vocab_size=300"]
 
 
 class Job:
@@ -53,10 +55,13 @@ class Job:
             )
             for index in range(count)
         ]
+        # All are listened to from the start: one that nobody hears waits when its pipe is full.
+        listening = futures.ThreadPoolExecutor(count)
+        self.ends = [listening.submit(process.communicate, timeout=240) for process in self.processes]
 
     def finish(self, *codes):
         """The standard errors; ``codes``: the exit code of each process."""
-        ends = [process.communicate(timeout=240) for process in self.processes]
+        ends = [end.result() for end in self.ends]
         assert tuple(process.returncode for process in self.processes) == codes, ends
         return [err for _, err in ends]
 
@@ -126,15 +131,20 @@ def test_a_job_killed_and_stopped_and_moved_ends_like_one_undisturbed_process(
 @pytest.mark.faults
 def test_a_save_that_fails_on_one_process_ends_the_job(tmp_path, user_environment, table):
     """Whatever checkpoint.on_error: the others wait for it, and are ended. It can write no file over 1 KiB."""
+    (tmp_path / "text.txt").write_text(
+        "".join(f"document {n} of {n * 7919 % 1000} words\n" for n in range(900))
+    )
     limited = ["bash", "-c", 'ulimit -f 1; exec "$@"', "bash"]
+    small = ["--config.model.num_layers=1", "--config.moe.num_experts=1", "--config.mesh.fsdp=True"]
     going_on = "--config.checkpoint.on_error=continue"
-    job = Job(tmp_path / "run", user_environment, 2, EXPERTS, going_on, before_one=limited)
+    job = Job(tmp_path / "run", user_environment, 2, *TEXT, *small, going_on, before_one=limited)
     job.processes[1].wait(240)
     left = time.monotonic()
     errors = job.finish(command.EXIT_LOST, command.EXIT_IO)
     ended = time.monotonic() - left
     assert ended < 30
     assert "process 1 of this job was lost" in errors[0].splitlines()[-1]
+    assert "can't be written" not in errors[0]
     said = errors[1].splitlines()[-1]
     assert "the checkpoint of step 4 can't be written" in said and "last complete: none" in said
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
@@ -183,9 +193,6 @@ def test_what_a_failing_process_says_after_its_runtime_is_shown(tmp_path, user_e
     parent = supervised(user_environment, tmp_path, "failing")
     _, err = parent.communicate(timeout=60)
     assert parent.returncode == 1 and err.endswith("RuntimeError: its own reason\n")
-
-
-TEXT = ["--config.data.source=text.txt", "--config.data.vocab_size=300"]
 
 
 @pytest.mark.parametrize(
