@@ -33,17 +33,26 @@ def job(settings: MeshSettings, environment: Mapping[str, str]) -> dict[str, Any
     if settings.coordinator != "auto":
         return _named(settings.coordinator, settings.processes, settings.process)
     if "JAX_COORDINATOR_ADDRESS" in environment:
-        names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        try:
-            count, index = (int(environment[name]) for name in names)
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"JAX_COORDINATOR_ADDRESS={environment['JAX_COORDINATOR_ADDRESS']}: accepted beside it are"
-                f" {' and '.join(names)}, both integers"
-            ) from error
-        return _named(environment["JAX_COORDINATOR_ADDRESS"], count, index)
+        return _named(*_from_variables(environment))
     on_tpu = any(os.path.exists(path) for path in TPU_DEVICES) and environment.get("JAX_PLATFORMS") != "cpu"
     return {} if _tasks(environment) != "1" or on_tpu else None
+
+
+def _from_variables(environment: Mapping[str, str]) -> tuple[str, int, int]:
+    """JAX's three variables, which must be what `MeshSettings` takes: with others JAX fails, or waits in vain."""
+    address, names = environment["JAX_COORDINATOR_ADDRESS"], ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    try:
+        count, index = (int(environment[name]) for name in names)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"JAX_COORDINATOR_ADDRESS={address}: accepted beside it are {' and '.join(names)}, both integers"
+        ) from error
+    try:
+        MeshSettings(coordinator=address, processes=count, process=index)
+    except ValueError as error:
+        said = f"JAX_COORDINATOR_ADDRESS={address}, {names[0]}={count}, {names[1]}={index}"
+        raise ValueError(f"{said}: as {error}") from error
+    return address, count, index
 
 
 def _tasks(environment: Mapping[str, str]) -> str:
