@@ -64,6 +64,14 @@ def _named(coordinator: str, count: int, index: int) -> dict[str, Any] | None:
     return dict(zip(names, (coordinator, count, index), strict=True)) if count > 1 else None
 
 
+def _devices(environment: Mapping[str, str]) -> dict[str, list[int]]:
+    """A host's only task has all of its devices; left alone, JAX takes the task's local number for the only one."""
+    alone = environment.get("SLURM_STEP_NUM_NODES") == environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:  # before SLURM's, which under mpirun are of its helpers
+        alone = environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+    return {"local_device_ids": []} if alone and "JAX_LOCAL_DEVICE_IDS" not in environment else {}
+
+
 def initialize(settings: MeshSettings) -> None:
     """Joins the run's other processes; must come before all else that asks JAX for its devices.
 
@@ -75,7 +83,9 @@ def initialize(settings: MeshSettings) -> None:
     if arguments is None:
         return
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+        jax.distributed.initialize(
+            **arguments, **_devices(os.environ), heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
+        )
     except ValueError as error:
         if _tasks(os.environ) != "1":
             raise ValueError(f"mesh.coordinator=auto: {error}; accepted is HOST:PORT of process 0") from error

@@ -298,12 +298,10 @@ def slurm(stubs, code, **environment):
     directory = stubs.bin.parent / "submitted"
     stubs.add("python", path=directory / ".venv" / "bin" / "python")
     stubs.add("scontrol")
-    stubs.add(
-        "srun", f'printf "%s" "${{JAX_LOCAL_DEVICE_IDS-unset}}" >devices; "${{@:3}}"; exit {code}'
-    )  # --kill-on-bad-exit, --cpus-per-task, then the command
-    variables = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "32", "SLURM_GPUS_ON_NODE": "8"}
-    script = SCRIPTS / "slurm.sbatch"
-    return stubs.run(script, "--workdir=/a b", cwd=directory, **(variables | environment)), directory
+    # After --kill-on-bad-exit and --cpus-per-task comes the command.
+    stubs.add("srun", f'"${{@:3}}"; exit {code}')
+    variables = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "32"}
+    return stubs.run(SCRIPTS / "slurm.sbatch", "--workdir=/a b", cwd=directory, **(variables | environment))
 
 
 @pytest.mark.parametrize(
@@ -314,17 +312,11 @@ def slurm(stubs, code, **environment):
     ],
 )  # fmt: skip
 def test_slurm_queues_again_what_can_go_on(stubs, code, restarts, requeued):
-    done, _ = slurm(stubs, code, SLURM_RESTART_COUNT=str(restarts))
+    done = slurm(stubs, code, SLURM_RESTART_COUNT=str(restarts))
     assert done.returncode == code
     assert stubs.calls("scontrol") == ([["requeue", "7"]] if requeued else [])
     assert stubs.calls("python") == [["-m", "experiments.run", "--workdir=/a b"]]
     assert stubs.calls("srun")[0][:2] == ["--kill-on-bad-exit=0", "--cpus-per-task=32"]
-
-
-@pytest.mark.parametrize("gpus, devices", [("8", "0,1,2,3,4,5,6,7"), ("1", "0"), ("", "unset")])
-def test_slurm_gives_a_process_all_gpus_of_its_node(stubs, gpus, devices):
-    _, directory = slurm(stubs, 0, SLURM_GPUS_ON_NODE=gpus)
-    assert (directory / "devices").read_text() == devices
 
 
 def test_slurm_says_what_to_install(stubs):
