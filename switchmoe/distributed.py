@@ -56,7 +56,7 @@ def _from_variables(environment: Mapping[str, str]) -> tuple[str, int, int]:
 
 
 def _tasks(environment: Mapping[str, str]) -> str:
-    return environment.get("SLURM_STEP_NUM_TASKS", environment.get("OMPI_COMM_WORLD_SIZE", "1"))
+    return environment.get("OMPI_COMM_WORLD_SIZE", environment.get("SLURM_STEP_NUM_TASKS", "1"))
 
 
 def _named(coordinator: str, count: int, index: int) -> dict[str, Any] | None:

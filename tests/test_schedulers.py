@@ -26,6 +26,11 @@ def test_jaxs_variables_are_checked_as_the_settings_are(address, count, index, m
         distributed.job(MeshSettings(), {name: str(value) for name, value in variables.items()})
 
 
+def test_mpirun_within_a_step_of_slurm_tells_of_more_than_the_step_does():
+    variables = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "OMPI_COMM_WORLD_SIZE": "8"}
+    assert distributed.job(MeshSettings(), variables | {"JAX_PLATFORMS": "cpu"}) == {}
+
+
 JOIN = """
 import jax
 from switchmoe import distributed
