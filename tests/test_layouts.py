@@ -1,7 +1,9 @@
 """Layouts on eight devices: the numbers of one device, the collectives of the theory, the bytes predicted."""
 
 import collections
+import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
@@ -15,10 +17,12 @@ import pytest
 from test_training import batch, optimizer, settings
 
 from switchmoe import sharding, training
+from switchmoe.settings import OptimizerSettings
 
 REMATERIALIZED = "nvoluntary full rematerialization"
 CASES = [(layout, False, "auto") for layout in sharding.LAYOUTS]
 CASES += [(layout, True, "auto") for layout in ("data", "data_expert_model")]
+CASES += [("data_model", True, "auto"), ("data_expert", True, "auto")]
 CASES += [("data_expert", False, "einsum"), ("data_expert_model", False, "ragged")]
 FIRST = ("data", False, "auto"), ("data_expert", False, "auto"), ("data_expert_model", True, "auto")
 MARKED = [case if case in FIRST else pytest.param(*case, marks=pytest.mark.long) for case in CASES]
@@ -134,7 +138,7 @@ def test_collectives_are_those_of_the_theory(layout, fsdp, dispatch):
         assert len(gathers) == 2 * ("model" in layout) + 2 * (dispatch == "ragged")
     else:
         assert max(sizes) <= 512 * 16, gathers  # the embedding
-        kernels = [g for g in gathers if re.search(r"\[(1,)?8,(16,32|32,16)\]", g)]
+        kernels = [g for g in gathers if re.search(r"\[(1,)?8,(16,32|32,16|16,16)\]", g)]
         assert bool(kernels) != expert, kernels
     assert REMATERIALIZED not in said
 
@@ -150,6 +154,21 @@ def test_a_rematerialization_is_heard_where_there_is_one():
 
     _, said = heard(jax.jit(turn).lower(jax.ShapeDtypeStruct((16, 16), jnp.float32)).compile)
     assert REMATERIALIZED in said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_tokens_over_data_while_experts_lie_apart(fsdp):
+    """2 x 2 x 2: the numbers of one device, and no more all-to-alls than without the data axis."""
+    sizes = dict(data=2, expert=2, model=2)
+    state, metrics, slopes, step, said = trained("data_expert_model", fsdp, "auto", **sizes)
+    wanted, wanted_metrics, wanted_slopes = alone()
+    assert_close(slopes, wanted_slopes, 1e-4)
+    assert_close(metrics, wanted_metrics, 1e-4)
+    assert_close(state.params, wanted.params, 1e-4)
+    found = collections.Counter(kind for kind, _ in collectives(step))
+    assert found["all-to-all"] == 8 and found["collective-permute"] == 0
+    assert REMATERIALIZED not in said
 
 
 def bytes_of(tree):
@@ -190,6 +209,41 @@ def test_bytes_of_a_device_are_what_the_layout_predicts():
     assert bytes_of(trained("data", True, "auto")[0].params) == predicted(1, 1, lambda n: 8)
     both = predicted(4, 2, lambda n: 1 if "expert" in n else 4)
     assert bytes_of(trained("data_expert_model", True, "auto")[0].params) == both
+
+
+def test_moments_take_twice_the_bytes_of_their_parameters_on_each_device():
+    adamw = dataclasses.replace(case(), optimizer=OptimizerSettings(name="adamw"))
+    state = jax.eval_shape(functools.partial(training.init_state, adamw, optimizer(adamw)))
+    boxes = training.abstract_variables(adamw)["params"]
+    for layout, fsdp in itertools.product(sharding.LAYOUTS, (False, True)):
+        s = case(layout, fsdp)
+        where = sharding.state_shardings(state, boxes, s, sharding.make_mesh(s.mesh))
+
+        def local(part, where=where):
+            leaves = jax.tree.leaves(getattr(state, part)), jax.tree.leaves(getattr(where, part))
+            return sum(
+                4 * math.prod(at.shard_shape(x.shape)) for x, at in zip(*leaves, strict=True) if x.ndim
+            )
+
+        assert local("opt_state") == 2 * local("params"), (layout, fsdp)
+
+
+def test_adding_a_layout_is_adding_a_table(monkeypatch):
+    """Experts over all but two devices, which have half of each width of them and no other width."""
+    rules = (*sharding.TOKENS, *sharding.EXPERTS, ("mlp", "model"))
+    new = sharding.Layout(rules, {"data": 1, "expert": -1, "model": 2})
+    monkeypatch.setitem(sharding.LAYOUTS, "expert_widths", new)
+    s = case("expert_widths")
+    mesh = sharding.make_mesh(s.mesh)
+    sharding.check(s, {"encoder": 12, "decoder": 6}, mesh.shape)
+    state = training.sharded_state(s, optimizer(s), mesh)
+    shapes = {
+        jax.tree_util.keystr(path): leaf.sharding.shard_shape(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+    }
+    (wi,) = {shape for key, shape in shapes.items() if "'experts'" in key and "'wi'" in key}
+    (query,) = {shape for key, shape in shapes.items() if "'query'" in key}
+    assert wi == (1, 2, 16, 16) and query == (1, 16, 8, 4)
 
 
 @pytest.mark.parametrize("name", ["adafactor", "adamw"])
