@@ -15,7 +15,7 @@ CHILD = "SWITCHMOE_CHILD"  # set in the environment of the process that does the
 FOLLOWS = "SWITCHMOE_FOLLOWS"  # set for a process that ends with its parent, from whom its input is a pipe
 EXIT_LOST, EXIT_STOPPED, EXIT_INTERRUPTED = 5, 75, 130
 _NOISE = re.compile(
-    r"coordination_service|preemption_notifier|distributed service|^\s+@ +0x|Check failure stack"
+    r"coordination_service|preemption_(notifier|sync_manager)|distributed service|^\s+@ +0x|Check failure stack"
 )
 _LOST = re.compile(r"stopped sending heartbeats\):\s*(.*)")
 
