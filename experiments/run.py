@@ -14,8 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-from absl import logging
-
 from experiments import command_line, process, supervisor
 from experiments.supervisor import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
 from switchmoe.settings import Settings
@@ -38,8 +36,7 @@ def main(argv: list[str]) -> int:
         return _fail(error, EXIT_BAD_INPUT)
     if several and not supervisor.is_child():
         return supervisor.run("experiments.run", argv[1:])
-    # Orbax logs what it also raises, with its stack; what concerns the user is raised.
-    logging.set_verbosity(logging.FATAL)
+    process.keep_quiet()
     process.keep_memory()
     if several:
         supervisor.leave_with_parent()
