@@ -18,28 +18,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-EXIT_BAD_INPUT, EXIT_IO = 2, 4
+from experiments import exits
 
 
 def main(argv: Sequence[str]) -> int:
     if {"--help", "-h"} & set(argv[1:]):
         print(__doc__.strip())
         return 0
+    return exits.guarded("experiments.analyze", lambda: _write(argv[1:]))
+
+
+def _write(arguments: Sequence[str]) -> int:
     # A report needs no accelerator, and one in use by a run would be waited for.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from experiments.sweep import CACHE_DIR
     from switchmoe.analysis import sweep_report, sweeps
 
-    try:
-        directory, out = _arguments(argv[1:])
-        sweep = sweeps.read_sweep(directory, skip=[out, directory / CACHE_DIR])
-        for name, reason in sweep.left_out.items():
-            print(f"left out: {directory / name}: {reason}", file=sys.stderr)
-        print(sweep_report.write(sweep, out, title=directory.resolve().name))
-    except ValueError as error:
-        return _fail(error, EXIT_BAD_INPUT)
-    except OSError as error:
-        return _fail(error, EXIT_IO)
+    directory, out = _arguments(arguments)
+    sweep = sweeps.read_sweep(directory, skip=[out, directory / CACHE_DIR])
+    for name, reason in sweep.left_out.items():
+        print(f"left out: {directory / name}: {reason}", file=sys.stderr)
+    print(sweep_report.write(sweep, out, title=directory.resolve().name))
     return 0
 
 
@@ -68,11 +67,6 @@ def _arguments(arguments: Sequence[str]) -> tuple[Path, Path]:
             f"--out={found}: accepted is a directory that is neither a run's nor the sweep's own"
         )
     return directory, found
-
-
-def _fail(error: object, code: int) -> int:
-    print(f"experiments.analyze: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

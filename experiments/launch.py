@@ -32,7 +32,6 @@ from experiments.supervisor import FOLLOWS
 LOG_FILE, LOCK_FILE = "log.txt", "run.lock"
 OPTIONS = ("launcher", "address", "resources", "retries")
 RETRIES = 2
-EXIT_FAILED = 1
 
 
 @dataclasses.dataclass(frozen=True)

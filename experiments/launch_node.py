@@ -11,8 +11,8 @@ import socket
 import subprocess
 from pathlib import Path
 
+from experiments.exits import EXIT_STOPPED
 from experiments.launch import LOG_FILE, Order, spawn
-from experiments.supervisor import EXIT_STOPPED
 from switchmoe.checkpoints import write_json
 
 STOP_FILE, NODE_FILE = "stop", "node.json"

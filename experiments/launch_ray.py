@@ -10,9 +10,9 @@ import sys
 
 import ray
 
-from experiments.launch import EXIT_FAILED, Options, Order
+from experiments.exits import EXIT_FAILED, EXIT_LOST, EXIT_STOPPED
+from experiments.launch import Options, Order
 from experiments.launch_node import Work, ask, began, look_again, note, prepare
-from experiments.supervisor import EXIT_LOST, EXIT_STOPPED
 
 CONNECT = 10.0  # seconds
 

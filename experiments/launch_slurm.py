@@ -15,9 +15,9 @@ from pathlib import Path
 
 import submitit
 
-from experiments.launch import EXIT_FAILED, Options, Order
+from experiments.exits import EXIT_FAILED, EXIT_LOST, EXIT_STOPPED
+from experiments.launch import Options, Order
 from experiments.launch_node import Work, ask, began, look_again, note, prepare
-from experiments.supervisor import EXIT_LOST, EXIT_STOPPED
 from switchmoe.checkpoints import write_json
 
 RESOURCES = {"CPU": "cpus_per_task", "GPU": "gpus_per_node", "memory": "mem_gb"}

@@ -17,11 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import claims, command_line
+from experiments import claims, command_line, exits
 from experiments.claims import CLAIMS, SCALES
-from experiments.supervisor import EXIT_INTERRUPTED
 
-EXIT_BAD_INPUT, EXIT_IO = 2, 4
 RUNNABLE = [claim.name for claim in CLAIMS.values() if not claim.not_run]
 
 
@@ -39,17 +37,11 @@ def main(argv: Sequence[str]) -> int:
     if list(argv[1:]) == ["--list"]:
         print(listing())
         return 0
-    try:
-        arguments = parse(argv[1:])
-        if arguments.names == ["report"]:
-            return _report(arguments)
-        return _try(arguments)
-    except ValueError as error:
-        return _fail(error, EXIT_BAD_INPUT)
-    except OSError as error:
-        return _fail(error, EXIT_IO)
-    except KeyboardInterrupt:
-        return _fail("interrupted before the first run", EXIT_INTERRUPTED)
+    return exits.guarded("experiments.paper", lambda: _run(parse(argv[1:])))
+
+
+def _run(arguments: Arguments) -> int:
+    return _report(arguments) if arguments.names == ["report"] else _try(arguments)
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -103,7 +95,7 @@ def _try(arguments: Arguments) -> int:
     wanted = [run for name in arguments.names for run in claims.runs(CLAIMS[name], arguments.scale)]
     where = [f"--config={SCALES[arguments.scale].config}", f"--workdir={arguments.workdir}"]
     code = sweep.command(["experiments.paper", *where, *arguments.rest], __doc__, wanted)
-    if "--dry_run" in arguments.rest or code not in (0, sweep.EXIT_FAILED):
+    if "--dry_run" in arguments.rest or code not in (0, exits.EXIT_FAILED):
         return code
     from experiments import paper_report
 
@@ -118,11 +110,6 @@ def _report(arguments: Arguments) -> int:
 
     print(paper_report.write(arguments.workdir, arguments.scale))
     return 0
-
-
-def _fail(error: object, code: int) -> int:
-    print(f"experiments.paper: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

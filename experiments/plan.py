@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import command_line
+from experiments import command_line, exits
 
 DEFAULT_CONFIG = "configs/switch_base.py"
 OPTIONS = {"devices": "32", "device": "tpu_v4", "hbm": "", "slices": "1", "layout": "", "out": "runs/plan"}
@@ -36,26 +36,20 @@ TAKES = {
     "layouts": ("out",),
 }
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "TiB": 2**40}
-EXIT_BAD_INPUT, EXIT_TOO_LARGE, EXIT_IO = 2, 3, 4
+EXIT_TOO_LARGE = 3
 KIB_STEPS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def main(argv: Sequence[str]) -> int:
-    try:
-        what, options, compiles, rest = _own(argv[1:])
-        if what == "layouts":
-            return _draw(Path(options["out"]))
-        settings, _ = command_line.parse([argv[0], *rest], DEFAULT_CONFIG, __doc__)
-        return _plan(what, settings, options, compiles)
-    except (ValueError, RuntimeError) as error:
-        return _fail(error, EXIT_BAD_INPUT)
-    except OSError as error:
-        return _fail(error, EXIT_IO)
+    return exits.guarded("experiments.plan", lambda: _run(argv))
 
 
-def _fail(error: Exception, code: int) -> int:
-    print(f"experiments.plan: {error}", file=sys.stderr)
-    return code
+def _run(argv: Sequence[str]) -> int:
+    what, options, compiles, rest = _own(argv[1:])
+    if what == "layouts":
+        return _draw(Path(options["out"]))
+    settings, _ = command_line.parse([argv[0], *rest], DEFAULT_CONFIG, __doc__)
+    return _plan(what, settings, options, compiles)
 
 
 def _own(arguments: Sequence[str]) -> tuple[str, dict[str, str], bool, list[str]]:

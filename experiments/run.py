@@ -8,20 +8,27 @@ written or read; 5 another process of the job was lost; 75 stopped by SIGTERM an
 state saved.
 """
 
+import contextlib
+import functools
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
-from absl import logging
-
-from experiments import command_line, process, supervisor
-from experiments.supervisor import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
+from experiments import command_line, exits, process, supervisor
+from experiments.exits import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    EXIT_LOST,
+    EXIT_NON_FINITE,
+    EXIT_STOPPED,
+)
 from switchmoe.settings import Settings
 
 DEFAULT_CONFIG = "configs/quickstart.py"
-EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_IO = 2, 3, 4
+_fail = functools.partial(exits.fail, "experiments.run")
 PEERS_LEAVE = 30  # seconds within which JAX ends a process whose peer is lost
 
 
@@ -38,8 +45,7 @@ def main(argv: list[str]) -> int:
         return _fail(error, EXIT_BAD_INPUT)
     if several and not supervisor.is_child():
         return supervisor.run("experiments.run", argv[1:])
-    # Orbax logs what it also raises, with its stack; what concerns the user is raised.
-    logging.set_verbosity(logging.FATAL)
+    process.keep_quiet()
     process.keep_memory()
     if several:
         supervisor.leave_with_parent()
@@ -57,22 +63,18 @@ def _train(settings: Settings, workdir: Path) -> int:
 
     progress = Progress(settings.train.num_steps, sys.stdout)
     try:
-        distributed.initialize(settings.mesh)
-        path = loop.run(settings, workdir, progress)
+        with contextlib.closing(progress):
+            distributed.initialize(settings.mesh)
+            path = loop.run(settings, workdir, progress)
     except ValueError as error:
-        progress.close()
         return _fail(error, EXIT_BAD_INPUT)
     except loop.NonFiniteLoss as error:
-        progress.close()
         return _fail(error, EXIT_NON_FINITE)
     except checkpoints.CheckpointError as error:
-        progress.close()
         return _fail(error, EXIT_IO)
     except OSError as error:
-        progress.close()
         return _fail(error if error.filename else f"{workdir}: {error}", EXIT_IO)
     except signals.Stopped as stopped:
-        progress.close()
         message, number = stopped.args
         return _fail(message, EXIT_STOPPED if number == signal.SIGTERM else EXIT_INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
@@ -81,9 +83,7 @@ def _train(settings: Settings, workdir: Path) -> int:
         time.sleep(PEERS_LEAVE)  # until then JAX has found out who is lost, and ended this process
         return _fail(f"{str(error).splitlines()[0]} (or another process of the job was lost)", EXIT_LOST)
     except KeyboardInterrupt:
-        progress.close()
         return _fail("interrupted twice; saved is the last checkpoint", EXIT_INTERRUPTED)
-    progress.close()
     if distributed.is_main():
         print(f"done: {path}")
     return 0
@@ -98,11 +98,6 @@ def _leave_at_once(code: int, wait: bool) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _fail(error: object, code: int) -> int:
-    print(f"experiments.run: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import sys
 import threading
 from typing import IO
 
+from experiments.exits import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
+
 CHILD = "SWITCHMOE_CHILD"  # set in the environment of the process that does the work
 FOLLOWS = "SWITCHMOE_FOLLOWS"  # set for a process that ends with its parent, from whom its input is a pipe
-EXIT_LOST, EXIT_STOPPED, EXIT_INTERRUPTED = 5, 75, 130
 _NOISE = re.compile(
     r"coordination_service|preemption_(notifier|sync_manager)|distributed service|^\s+@ +0x|Check failure stack"
 )

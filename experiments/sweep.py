@@ -29,27 +29,20 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import launch, sweep_plan, sweep_results
-from experiments.launch import EXIT_FAILED, LOG_FILE, Order
-from experiments.supervisor import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
+from experiments import exits, launch, sweep_plan, sweep_results
+from experiments.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
+from experiments.launch import LOG_FILE, Order
 from experiments.sweep_plan import Run, Sweep
 from switchmoe.checkpoints import write_json
 
-EXIT_BAD_INPUT, EXIT_IO = 2, 4
+COMMAND = "experiments.sweep"
 LOST = (EXIT_LOST, EXIT_STOPPED, 128 + signal.SIGKILL)  # of a run that something else than the sweep ended
 LOCK_FILE, CACHE_DIR = "sweep.lock", "compiled"
 POLL = 1.0  # seconds between looks at the runs under way
 
 
 def main(argv: Sequence[str]) -> int:
-    try:
-        return command(argv, __doc__)
-    except ValueError as error:
-        return _fail(error, EXIT_BAD_INPUT)
-    except OSError as error:
-        return _fail(error, EXIT_IO)
-    except KeyboardInterrupt:
-        return _fail("interrupted before the first run", EXIT_INTERRUPTED)
+    return exits.guarded(COMMAND, lambda: command(argv, __doc__))
 
 
 def command(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None = None) -> int:
@@ -151,7 +144,8 @@ class _Loop:
         if self.signals:
             name = signal.Signals(self.signals[0]).name
             text = f"stopped by {name}; the same command goes on from there"
-            return _fail(text, EXIT_INTERRUPTED if self.signals[0] == signal.SIGINT else EXIT_STOPPED)
+            code = EXIT_INTERRUPTED if self.signals[0] == signal.SIGINT else EXIT_STOPPED
+            return exits.fail(COMMAND, text, code)
         print(f"{len(runs) - len(self.failed)} of {len(runs)} runs done: {self.sweep.workdir}")
         return EXIT_FAILED if self.failed else 0
 
@@ -241,11 +235,6 @@ def _results(
 def _last_line(directory: Path) -> str:
     lines = (directory / LOG_FILE).read_text(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-
-
-def _fail(error: object, code: int) -> int:
-    print(f"experiments.sweep: {error}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

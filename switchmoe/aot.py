@@ -71,7 +71,7 @@ def measure(settings: Settings, lengths: dict[str, int], sizes: tuple[int, ...])
     Compiled in a process of its own, as the number of virtual devices is fixed when JAX starts.
 
     Raises:
-      RuntimeError: the compilation failed; its last line.
+      ValueError: the compilation failed; its last line.
     """
     flag = f"--xla_force_host_platform_device_count={math.prod(sizes)}"
     kept = [f for f in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in f]
@@ -86,7 +86,7 @@ def measure(settings: Settings, lengths: dict[str, int], sizes: tuple[int, ...])
     )
     if done.returncode:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise RuntimeError(f"the step can't be compiled for {math.prod(sizes)} virtual devices: {last}")
+        raise ValueError(f"the step can't be compiled for {math.prod(sizes)} virtual devices: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -211,9 +211,9 @@ class Checkpoints:
         try:
             action()
         except Exception as error:
-            if isinstance(error.__cause__, jax.errors.JaxRuntimeError):
-                raise error.__cause__ from None
             self._alone = jax.process_count() > 1 and not isinstance(error, NoSpace)
+            if self._alone and isinstance(error.__cause__, jax.errors.JaxRuntimeError):
+                raise error.__cause__ from None
             if self._alone:
                 raise self._failure(error) from error
             with contextlib.suppress(Exception):

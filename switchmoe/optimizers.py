@@ -76,6 +76,7 @@ def _create(settings: OptimizerSettings, num_steps: int, names: dict) -> optax.G
                 optax.scale_by_factored_rms(decay_rate=settings.decay_rate),
                 optax.clip_by_block_rms(1.0),
                 optax.scale_by_param_block_rms(),
+                optax.ema(settings.momentum, debias=False) if settings.momentum else optax.identity(),
             ),
             names,
         )

@@ -196,6 +196,7 @@ class OptimizerSettings:
     warmup_steps: int = 10000
     clip_norm: float = 0.0  # global gradient norm; 0: off
     decay_rate: float = 0.8  # Adafactor: second-moment decay 1 - step**-decay_rate
+    momentum: float = 0.0  # Adafactor's beta1: its updates averaged, at the price of a copy; T5 has none
     beta1: float = 0.9  # AdamW
     beta2: float = 0.98  # AdamW
     weight_decay: float = 0.0
@@ -209,6 +210,7 @@ class OptimizerSettings:
             raise _bad("optimizer.warmup_steps", self.warmup_steps, "an integer < 2**31")
         for field in ("clip_norm", "weight_decay"):
             _not_negative("optimizer", self, field)
+        _rate("optimizer", self, "momentum")
         for field in ("decay_rate", "beta1", "beta2"):
             if not 0 < getattr(self, field) < 1:
                 raise _bad(

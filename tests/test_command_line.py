@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from experiments import command_line
+from experiments import command_line, exits
 from switchmoe.settings import to_dict
 
 
@@ -90,3 +90,19 @@ def test_help_lists_every_field(capsys):
 def test_packaged_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse("--config=configs/t5_base.py")[0].moe.num_experts == 1
+
+
+@pytest.mark.parametrize(
+    "raised, code, said",
+    [
+        (ValueError("--a=b: accepted is c"), exits.EXIT_BAD_INPUT, "--a=b: accepted is c"),
+        (OSError(28, "No space left", "f"), exits.EXIT_IO, "[Errno 28] No space left: 'f'"),
+        (KeyboardInterrupt(), exits.EXIT_INTERRUPTED, "interrupted"),
+    ],
+)
+def test_a_command_that_ends_early_says_one_line(capsys, raised, code, said):
+    def action():
+        raise raised
+
+    assert exits.guarded("experiments.one", action) == code
+    assert capsys.readouterr().err == f"experiments.one: {said}\n"

@@ -145,6 +145,7 @@ def test_a_save_that_fails_on_one_process_ends_the_job(tmp_path, user_environmen
     assert ended < 30
     assert "process 1 of this job was lost" in errors[0].splitlines()[-1]
     assert "can't be written" not in errors[0]
+    assert "Traceback" not in errors[1]
     said = errors[1].splitlines()[-1]
     assert "the checkpoint of step 4 can't be written" in said and "last complete: none" in said
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]

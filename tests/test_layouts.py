@@ -246,12 +246,12 @@ def test_adding_a_layout_is_adding_a_table(monkeypatch):
     assert wi == (1, 2, 16, 16) and query == (1, 16, 8, 4)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "adamw"])
-def test_state_lies_where_its_parameter_lies(name):
+@pytest.mark.parametrize(("name", "momentum"), [("adafactor", 0.0), ("adafactor", 0.9), ("adamw", 0.0)])
+def test_state_lies_where_its_parameter_lies(name, momentum):
     """Moments like the parameter, factors without the axis that they sum over; never across experts."""
     model = dict(d_model=128, d_ff=256, num_heads=4, d_kv=64)
     moe, mesh = dict(num_experts=4), dict(layout="data_expert_model", fsdp=True, data=1, expert=2, model=4)
-    s = settings(model, moe, mesh=mesh, optimizer=dict(name=name))
+    s = settings(model, moe, mesh=mesh, optimizer=dict(name=name, momentum=momentum))
     state = jax.eval_shape(functools.partial(training.init_state, s, optimizer(s)))
     mesh = sharding.make_mesh(s.mesh)
     where = sharding.state_shardings(state, training.abstract_variables(s)["params"], s, mesh)
@@ -266,9 +266,11 @@ def test_state_lies_where_its_parameter_lies(name):
     of_experts = {key: shapes for key, shapes in specs.items() if "'experts'" in key and "'wi'" in key}
     assert all(local[1] == full[1] // 2 for full, local in of_experts.values())
     found = {local for full, local in of_experts.values() if math.prod(full) > 100}
-    assert found == ({(1, 2, 128, 64)} if name == "adamw" else {(1, 2, 128), (1, 2, 64)})
+    moments = {(1, 2, 128, 64)} if name == "adamw" or momentum else set()
+    assert found == moments | ({(1, 2, 128), (1, 2, 64)} if name == "adafactor" else set())
     query = {local for key, (full, local) in specs.items() if "'query'" in key and math.prod(full) > 100}
-    assert query == ({(1, 64, 1, 64)} if name == "adamw" else {(1, 64)})
+    moments = {(1, 64, 64)} if momentum else set()  # Adafactor's matrix: heads and their width are one axis
+    assert query == ({(1, 64, 1, 64)} if name == "adamw" else {(1, 64)} | moments)
 
 
 def test_axis_sizes_fill_within_a_slice_and_across_slices():

@@ -44,11 +44,12 @@ def test_an_experts_update_does_not_depend_on_the_others():
     assert float(jnp.abs(plain[:, 1] - other[:, 1]).max()) > 0
 
 
-def test_stacked_matrices_are_updated_as_if_each_stood_alone():
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_stacked_matrices_are_updated_as_if_each_stood_alone(momentum):
     """Against optax's own Adafactor on one matrix, heads and their width as one axis."""
     params, gradients = tree(0), (tree(1), tree(2))
-    stacked = updates(adafactor(), params, *gradients)
-    alone = optax.adafactor(0.1, decay_rate=0.8)
+    stacked = updates(adafactor(momentum=momentum), params, *gradients)
+    alone = optax.adafactor(0.1, decay_rate=0.8, momentum=momentum or None)
     matrix = [t["experts"][1, 2] for t in (params, *gradients)]
     np.testing.assert_allclose(stacked["experts"][1, 2], updates(alone, *matrix), rtol=1e-5, atol=1e-8)
     matrix = [t["query"][1].reshape(128, 256) for t in (params, *gradients)]

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import claims, paper, paper_report, sweep, sweep_plan
+from experiments import claims, exits, paper, paper_report, sweep, sweep_plan
 from experiments.claims import CLAIMS, SCALES
 from switchmoe import rundir, sharding
 from switchmoe.analysis.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
@@ -108,7 +108,7 @@ def test_a_dense_run_does_not_depend_on_what_routers_do():
 )  # fmt: skip
 @pytest.mark.usefixtures("here")
 def test_mistakes_get_one_line(tmp_path, capsys, arguments, message):
-    assert paper.main(["paper", *arguments, f"--workdir={tmp_path / 'out'}"]) == paper.EXIT_BAD_INPUT
+    assert paper.main(["paper", *arguments, f"--workdir={tmp_path / 'out'}"]) == exits.EXIT_BAD_INPUT
     err = capsys.readouterr().err
     assert err.startswith("experiments.paper: ") and message in err and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
@@ -202,7 +202,7 @@ def test_the_scorecard_says_what_the_runs_say(tmp_path, capsys):
         any(runs for runs in table.values()) for table in paper_report.read(out, "tiny").tables.values()
     )
     assert "http" not in page and "<script" not in page
-    assert paper.main(["paper", "report", f"--workdir={out}", "--scale=small"]) == paper.EXIT_BAD_INPUT
+    assert paper.main(["paper", "report", f"--workdir={out}", "--scale=small"]) == exits.EXIT_BAD_INPUT
     assert "not the runs of --scale=small" in capsys.readouterr().err
 
 
@@ -241,7 +241,7 @@ def test_a_claim_whose_runs_are_done_is_judged_and_nothing_is_run_again(tmp_path
     assert "no_token_left_behind (Switch, app. B): " in capsys.readouterr().out, (
         "another claim, the same directory"
     )
-    assert paper.main(["paper", "z_loss", f"--workdir={out}"]) == paper.EXIT_BAD_INPUT
+    assert paper.main(["paper", "z_loss", f"--workdir={out}"]) == exits.EXIT_BAD_INPUT
     assert "holds another sweep" in capsys.readouterr().err
 
 

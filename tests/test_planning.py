@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType
 
 from configs import switch_base, switch_c
+from experiments import exits, plan_layouts
 from experiments import plan as command
-from experiments import plan_layouts
 from switchmoe import aot, communication, memory, planning, sharding, training
 from switchmoe.settings import Settings, from_config
 
@@ -226,4 +226,4 @@ def test_the_picture_is_written_where_it_is_asked_for(tmp_path, capsys):
     path = tmp_path / "pictures" / "layouts.png"
     assert code == 0 and output.out.strip() == str(path) and path.read_bytes().startswith(b"\x89PNG")
     code, output = run(capsys, "layouts", f"--out={path / 'under_a_file'}")
-    assert code == command.EXIT_IO and output.err.count("\n") == 1 and "Not a directory" in output.err
+    assert code == exits.EXIT_IO and output.err.count("\n") == 1 and "Not a directory" in output.err

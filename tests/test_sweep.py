@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import configs
-from experiments import sweep, sweep_plan, sweep_results
+from experiments import exits, sweep, sweep_plan, sweep_results
 from experiments.sweep_plan import Cost
 from switchmoe import rundir
 from switchmoe.reporting import read_metrics
@@ -104,7 +104,7 @@ def test_fields_of_one_name_are_told_apart_by_their_groups(config):
 )  # fmt: skip
 @pytest.mark.usefixtures("here")
 def test_mistakes_get_one_line_before_the_first_run(config, tmp_path, capsys, products, more, message):
-    assert sweep.main(["sweep", *config(products), *more]) == sweep.EXIT_BAD_INPUT
+    assert sweep.main(["sweep", *config(products), *more]) == exits.EXIT_BAD_INPUT
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
@@ -186,7 +186,7 @@ def test_a_directory_of_another_sweep_is_refused_and_one_may_grow(config, tmp_pa
     path.write_text(json.dumps(sweep_plan.definition(found)))
     sweep_plan.check_directory(read(*config("[{'moe.num_experts': [1, 2, 4]}]")))
     others = config("[{'moe.num_experts': [1]}]")
-    assert sweep.main(["sweep", *others, "--config.data.batch_size=16"]) == sweep.EXIT_BAD_INPUT
+    assert sweep.main(["sweep", *others, "--config.data.batch_size=16"]) == exits.EXIT_BAD_INPUT
     err = capsys.readouterr().err
     assert (
         "data.batch_size (8 there, 16 asked), run num_experts=4 ({'moe.num_experts': 4} there, none asked)"
@@ -194,10 +194,10 @@ def test_a_directory_of_another_sweep_is_refused_and_one_may_grow(config, tmp_pa
     )
     path.unlink()
     fabricate(found.workdir / "num_experts=4", found.runs[0], 24)  # another run's settings under this name
-    assert sweep.main(["sweep", *config()]) == sweep.EXIT_BAD_INPUT
+    assert sweep.main(["sweep", *config()]) == exits.EXIT_BAD_INPUT
     assert "moe.num_experts (1 there, 4 asked)" in capsys.readouterr().err
     path.write_text("[")
-    assert sweep.main(["sweep", *config()]) == sweep.EXIT_BAD_INPUT
+    assert sweep.main(["sweep", *config()]) == exits.EXIT_BAD_INPUT
     assert "sweep.json is damaged" in capsys.readouterr().err and path.read_text() == "["
 
 
@@ -206,7 +206,7 @@ def test_two_sweeps_on_one_directory_are_refused(config, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / "sweep.lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert sweep.main(["sweep", *config()]) == sweep.EXIT_BAD_INPUT
+        assert sweep.main(["sweep", *config()]) == exits.EXIT_BAD_INPUT
     assert "another sweep is under way there" in capsys.readouterr().err
     assert not (tmp_path / "out" / "sweep.json").exists()
 
@@ -219,7 +219,7 @@ def test_done_runs_are_skipped_and_a_failed_one_does_not_stop_the_others(config,
     found = read(*arguments)
     fabricate(found.workdir / found.runs[1].name, found.runs[1], 24)
     before = (found.workdir / "num_experts=1" / "metrics.jsonl").read_text()
-    assert sweep.main(["sweep", *arguments]) == sweep.EXIT_FAILED
+    assert sweep.main(["sweep", *arguments]) == exits.EXIT_FAILED
     out, err = capsys.readouterr()
     assert "1 of 2 runs done" in out and "num_experts=1          done step 24/24" in out and "\x1b" not in out
     assert (

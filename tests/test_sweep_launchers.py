@@ -11,8 +11,8 @@ import test_sweep
 from test_sweep import fabricate, read
 
 from experiments import launch, launch_node, sweep
+from experiments.exits import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_LOST, EXIT_STOPPED
 from experiments.launch import Order
-from experiments.supervisor import EXIT_LOST, EXIT_STOPPED
 
 config, here = test_sweep.config, test_sweep.here  # fixtures
 
@@ -35,7 +35,7 @@ config, here = test_sweep.config, test_sweep.here  # fixtures
 )  # fmt: skip
 def test_mistakes_get_one_line(config, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
-    assert sweep.main(["sweep", *config(), *arguments]) == sweep.EXIT_BAD_INPUT
+    assert sweep.main(["sweep", *config(), *arguments]) == EXIT_BAD_INPUT
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
@@ -104,7 +104,7 @@ def test_lost_runs_are_started_again_so_often_and_failed_ones_are_not(config, ca
     found = read(*config("[{'train.seed': [0, 1, 2, 3]}]"))
     codes = {"seed=0": [2], "seed=1": [EXIT_LOST, 0], "seed=2": [-9, EXIT_STOPPED], "seed=3": [0]}
     launcher = Script(found, codes)
-    assert sweep.run(found, launcher) == sweep.EXIT_FAILED
+    assert sweep.run(found, launcher) == EXIT_FAILED
     out, err = capsys.readouterr()
     assert launcher.most == 2 and not any(codes.values())
     assert "seed=1  started again (1 of 1) after exit 5: what it said last" in out

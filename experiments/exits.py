@@ -1,0 +1,25 @@
+"""How a command ends: its exit codes, and the one line that says why it did not do what was asked."""
+
+import sys
+from collections.abc import Callable
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_IO, EXIT_LOST = 1, 2, 3, 4, 5
+EXIT_STOPPED, EXIT_INTERRUPTED = 75, 130  # by SIGTERM, by Ctrl-C
+
+
+def fail(command: str, error: object, code: int) -> int:
+    """Says so on standard error; returns the code."""
+    print(f"{command}: {error}", file=sys.stderr)
+    return code
+
+
+def guarded(command: str, action: Callable[[], int]) -> int:
+    """The exit code that the action returns, or that of what it raises: a mistake, a file error, Ctrl-C; one line."""
+    try:
+        return action()
+    except ValueError as error:
+        return fail(command, error, EXIT_BAD_INPUT)
+    except OSError as error:
+        return fail(command, error, EXIT_IO)
+    except KeyboardInterrupt:
+        return fail(command, "interrupted", EXIT_INTERRUPTED)
