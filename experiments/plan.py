@@ -68,6 +68,8 @@ def _own(arguments: Sequence[str]) -> tuple[str, dict[str, str], bool, list[str]
             if not (equals and value):
                 raise ValueError(f"--{name}: accepted is --{name}=VALUE")
             options[name] = value
+        elif argument.startswith(("--config.mesh.layout=", "--workdir")):
+            raise ValueError(f"{argument}: accepted by a plan is --layout=NAME, and nothing is written")
         else:
             rest.append(argument)
     if what == "layouts" and rest:

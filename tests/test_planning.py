@@ -198,6 +198,8 @@ def test_smallest_is_the_first_that_fits(capsys):
         (["--devices=24", "--layout=data_expert"], "data.batch_size=2048: accepted is a multiple of 24"),
         (["--devices=256", "--layout=data_expert"], "a multiple of the 256 devices along the expert axis"),
         (["--compile"], "--compile: accepted with one --layout"),
+        (["--config.mesh.layout=data"], "--config.mesh.layout=data: accepted by a plan is --layout=NAME"),
+        (["--workdir=runs/plan"], "--workdir=runs/plan: accepted by a plan is --layout=NAME"),
         (["--slice=2"], "Unknown command line flag 'slice'"),
         (["fastest"], "argument fastest: accepted are smallest, layouts"),
         (["smallest", "--devices=8"], "--devices=8: smallest takes --device=, --hbm=, --layout="),
