@@ -40,10 +40,11 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.model.update(d_model=128, d_ff=512, d_kv=32, num_heads=4, num_layers=2, activation="relu")
     config.model.update(dtype="float32", init_scale=1.0, scan_unroll=2)
-    config.moe.update(num_experts=8, group_size=1024, eval_capacity_factor=4.0, router_init_stddev=0.1)
-    config.moe.update(balance_loss_weight=1e-3, z_loss_weight=0.0, jitter=0.0)
+    config.moe.update(num_experts=8, group_size=1024, eval_capacity_factor=4.0, router_init_stddev=0.4)
+    config.moe.update(balance_loss_weight=1e-2, z_loss_weight=0.0, jitter=0.0)
     config.data.update(batch_size=32, input_length=96, vocab_size=3996, streams=1)
     config.optimizer.update(schedule="warmup_cosine", learning_rate=0.05, warmup_steps=50)
+    config.optimizer.update(momentum=0.9)
     config.train.update(num_steps=1300, log_every=20, eval_every=260, eval_batches=8)
     config.checkpoint.update(every=260)
     return config
