@@ -268,6 +268,8 @@ class _Run:
         if not all(map(math.isfinite, seen.values())):
             if self.main:
                 update_run(self.workdir, not_finite=step)
+            with contextlib.suppress(checkpoints.CheckpointError):  # the last save may be under way
+                self.saved.wait()
             size, good = self.settings.data.batch_size, self.saved.latest()
             skipped = self.skips.in_a_row(step - 1)
             raise NonFiniteLoss(
