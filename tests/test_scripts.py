@@ -110,7 +110,8 @@ class Stubs:
     def add(self, name, body=":", path=None):
         path = path or self.bin / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        note = r"""{ printf '%s\037' """ + name + r""" "$@"; printf '\036'; } >>"$LOG" """
+        # One write a record: some of them run at the same time.
+        note = rf"""record=$(printf '%s\037' {name} "$@"); printf '%s\036' "$record" >>"$LOG" """
         path.write_text(f"#!/bin/bash\n{note}\n{body}\n")
         path.chmod(0o755)
 
