@@ -28,7 +28,7 @@ SCALES = {
         experts=8,
         experts_table_1=8,
         counts=(2, 8, 32),
-        large={"model.d_model": 80, "model.d_ff": 320, "model.d_kv": 20, "model.num_layers": 4},
+        large={"model.d_model": 96, "model.d_ff": 48, "model.d_kv": 24, "model.num_layers": 4},
         hot=0.5,
     ),
     "small": Scale(
