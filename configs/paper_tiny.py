@@ -4,7 +4,7 @@
       --config.data.source='text/*.txt.xz' --config.data.documents=block
     python -m experiments.sweep --config=configs/paper_tiny.py --dry_run     # every run of every claim
 
-Give it 50 MB of text or more, as a run reads 3.8 M tokens and the embedded corpus has 1.2 M.
+Give it 50 MB of text or more, as a run reads 3.8 M tokens and the embedded corpus has 1.6 M.
 
 Model, vocabulary and rate are those of `sweeps/experts_tiny`, with a quarter of its batch: 128 x (24 + 6) = 3,840
 tokens a step. A batch is one group: 3,072 tokens of the encoder, 384 for each of 8 experts and 480 slots at factor

@@ -3,7 +3,7 @@
     python -m experiments.sweep --config=configs/sweeps/experts_tiny.py \\
       --config.data.source='text/*.txt.xz' --config.data.documents=block
 
-Without a source it reads the embedded corpus, whose 1.2 M tokens each run would see some seventeen times: give it
+Without a source it reads the embedded corpus, whose 1.6 M tokens each run would see some eleven times: give it
 100 MB of text, of which a run's 20.7 M tokens are about half. Plan it with `--dry_run`.
 
 Sizes. 0.25 M parameters dense, 8.75 M at E = 512; 1,350 steps of 512 x (24 + 6) = 15,360 tokens. The whole batch is
