@@ -22,6 +22,18 @@ class Sentinels:
 
 
 VOCABULARY = Sentinels()
+
+
+def noise_mask(length: int, seed: int = 0, *settings: float) -> np.ndarray:
+    """[L]."""
+    return span_corruption.noise_mask(1, length, np.random.default_rng(seed), *settings)[0]
+
+
+def corrupt(tokens_L: np.ndarray, *arguments) -> tuple[np.ndarray, np.ndarray]:
+    mask_L = noise_mask(len(tokens_L), *arguments)
+    return tuple(part[0] for part in span_corruption.corrupt(tokens_L[None], mask_L[None], VOCABULARY))
+
+
 DENSITIES = st.floats(0.02, 0.6)
 MEANS = st.floats(1.0, 12.0)
 
@@ -56,19 +68,17 @@ def test_lengths_are_met_exactly_by_the_longest_raw_piece(input_length, density,
     except ValueError:
         assume(False)
     tokens_L = np.arange(2, 2 + raw_length) % 1000
-    inputs, targets = span_corruption.corrupt(tokens_L, np.random.default_rng(0), VOCABULARY, density, mean)
+    inputs, targets = corrupt(tokens_L, 0, density, mean)
     assert (len(inputs), len(targets)) == (input_length, target_length)
     assume(allowed(raw_length + 1, density, mean))
-    longer, _ = span_corruption.corrupt(
-        np.append(tokens_L, 2), np.random.default_rng(0), VOCABULARY, density, mean
-    )
+    longer, _ = corrupt(np.append(tokens_L, 2), 0, density, mean)
     assert len(longer) == input_length + 1
 
 
 @given(st.integers(2, 600), DENSITIES, MEANS, st.integers(0, 2**32))
 def test_masks_have_the_right_share_and_number_of_spans(length, density, mean, seed):
     assume(allowed(length, density, mean))
-    mask = span_corruption.noise_mask(length, np.random.default_rng(seed), density, mean)
+    mask = noise_mask(length, seed, density, mean)
     noise = int(mask.sum())
     assert len(mask) == length
     assert abs(noise - length * density) <= 0.5 or noise in (1, length - 1)
@@ -79,9 +89,9 @@ def test_masks_have_the_right_share_and_number_of_spans(length, density, mean, s
 
 def test_masks_are_uniform_over_all_cuts():
     """8 tokens at 0.5, mean 2: 4 noise in 2 spans, so 3 x 3 cuts, each as likely as the others."""
-    rng = np.random.default_rng(0)
     draws = 9000
-    seen = collections.Counter(span_corruption.noise_mask(8, rng, 0.5, 2.0).tobytes() for _ in range(draws))
+    masks = span_corruption.noise_mask(draws, 8, np.random.default_rng(0), 0.5, 2.0)
+    seen = collections.Counter(mask.tobytes() for mask in masks)
     assert len(seen) == 9
     expected = draws / 9
     assert sum((count - expected) ** 2 / expected for count in seen.values()) < 26.1  # chi2, 8 dof, p = 0.001
@@ -92,9 +102,7 @@ def test_masks_are_uniform_over_all_cuts():
 def test_the_original_is_rebuilt_from_inputs_and_targets(tokens, density, mean, seed):
     assume(allowed(len(tokens), density, mean))
     tokens_L = np.array(tokens, np.int32)
-    inputs, targets = span_corruption.corrupt(
-        tokens_L, np.random.default_rng(seed), VOCABULARY, density, mean
-    )
+    inputs, targets = corrupt(tokens_L, seed, density, mean)
     assert inputs.dtype == targets.dtype == np.int32
     assert inputs[-1] == targets[-1] == VOCABULARY.eos_id
     padded = np.pad(targets, (0, 3))
@@ -107,8 +115,8 @@ def test_the_original_is_rebuilt_from_inputs_and_targets(tokens, density, mean, 
 @given(st.integers(20, 300), st.integers(0, 2**32))
 def test_the_mask_says_what_is_kept(length, seed):
     tokens_L = np.arange(2, 2 + length)
-    mask_L = span_corruption.noise_mask(length, np.random.default_rng(seed))
-    inputs, targets = span_corruption.corrupt(tokens_L, np.random.default_rng(seed), VOCABULARY)
+    mask_L = noise_mask(length, seed)
+    inputs, targets = corrupt(tokens_L, seed)
     np.testing.assert_array_equal(inputs[(inputs < 1000) & (inputs > 1)], tokens_L[~mask_L])
     np.testing.assert_array_equal(targets[(targets < 1000) & (targets > 1)], tokens_L[mask_L])
 
@@ -124,9 +132,20 @@ def test_restore_by_hand():
 
 
 def test_seed_decides():
-    draw = [span_corruption.noise_mask(568, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    draw = [noise_mask(568, seed) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(draw[0], draw[1])
     assert (draw[0] != draw[2]).any()
+
+
+def test_a_row_depends_on_no_other():
+    tokens_BL = np.random.default_rng(1).integers(2, 999, (5, 568))
+    masks = [span_corruption.noise_mask(rows, 568, np.random.default_rng(0)) for rows in (3, 5)]
+    np.testing.assert_array_equal(masks[0], masks[1][:3])
+    assert len(np.unique(masks[1], axis=0)) == 5
+    together = span_corruption.corrupt(tokens_BL, masks[1], VOCABULARY)
+    for row in range(5):
+        alone = span_corruption.corrupt(tokens_BL[row : row + 1], masks[1][row : row + 1], VOCABULARY)
+        assert all((a[0] == b[row]).all() for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize(

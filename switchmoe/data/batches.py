@@ -8,7 +8,7 @@ Letters: B sequences a batch, N sequences in all, L tokens, V vocabulary.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -85,24 +85,26 @@ def train_batches(
       DataError: `data.target_length` is too small, no document has any token; ValueError as
         ``span_corruption.lengths``.
     """
-    count, rows = stream_rows(settings).shape
-    corrupt = _corrupter(settings, vocabulary)
+    rows = stream_rows(settings)
+    count = len(rows)
     if not any(len(vocabulary.encode(text)) for text in _items(documents)):
         raise DataError(f"data.source={settings.source}: none of its {len(documents)} documents has any text")
 
     def pieces(stream: int) -> grain.IterDataset:
-        def example(position: int, tokens_L: np.ndarray) -> Batch:
-            return corrupt(tokens_L, np.random.default_rng((seed, stream, position)))
-
         # Threads hide a bucket's latency; on a local disk they only get in one another's way.
         threads = -(-16 // count) if "://" in settings.data_dir else 0
         read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
         tokens = document_order(documents, seed, stream, count).map(vocabulary.encode)
-        pieces = _Pieces(tokens.to_iter_dataset(read_options), _raw_length(settings))
-        return pieces.map_with_index(example).batch(rows)
+        return _Pieces(tokens.to_iter_dataset(read_options), _raw_length(settings))
 
-    mine = range(count) if streams is None else streams
-    batches = _Streams({stream: pieces(stream) for stream in mine})
+    mine = list(range(count) if streams is None else streams)
+
+    def batch(number: int, tokens_BL: np.ndarray) -> Batch:
+        # The noise is that of the global batch, so that it does not depend on who reads which rows.
+        mask_BL = _noise(settings, settings.batch_size, np.random.default_rng((seed, number)))
+        return _example(tokens_BL, mask_BL[rows[mine].ravel()], settings, vocabulary)
+
+    batches = _Streams({stream: pieces(stream) for stream in mine}, rows.shape[1], batch)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=settings.prefetch))
 
 
@@ -122,7 +124,6 @@ def eval_batches(
       DataError: the documents do not fill one batch.
     """
     raw_length = _raw_length(settings)
-    corrupt = _corrupter(settings, vocabulary)
     wanted = num_batches * settings.batch_size * raw_length
     parts, total = [], 0
     for text in _items(documents):
@@ -139,11 +140,9 @@ def eval_batches(
             + (f"at most {sequences}" if sequences else "a smaller data.input_length, or more text")
         )
     pieces_NL = np.concatenate(parts)[: full * settings.batch_size * raw_length].reshape(-1, raw_length)
-    examples = [
-        corrupt(piece_L, np.random.default_rng((EVAL_SEED, n))) for n, piece_L in enumerate(pieces_NL)
-    ]
-    joined = {name: np.stack([example[name] for example in examples]) for name in ("inputs", "targets")}
-    starts = range(0, len(examples), settings.batch_size)
+    mask_NL = _noise(settings, len(pieces_NL), np.random.default_rng(EVAL_SEED))
+    joined = _example(pieces_NL, mask_NL, settings, vocabulary)
+    starts = range(0, len(pieces_NL), settings.batch_size)
     return [{name: rows[n : n + settings.batch_size] for name, rows in joined.items()} for n in starts]
 
 
@@ -182,45 +181,63 @@ def _items(documents: Sequence[str]) -> Iterator[str]:
     return (documents[position] for position in range(len(documents)))
 
 
-def _corrupter(settings: DataSettings, vocabulary: Vocabulary) -> Any:
-    """A function from a raw piece and its random generator to an example."""
-    padded = target_length(settings)
+def _noise(settings: DataSettings, rows: int, rng: np.random.Generator) -> np.ndarray:
+    return span_corruption.noise_mask(
+        rows, _raw_length(settings), rng, settings.noise_density, settings.mean_span_length
+    )
 
-    def corrupt(tokens_L: np.ndarray, rng: np.random.Generator) -> Batch:
-        inputs, targets = span_corruption.corrupt(
-            tokens_L, rng, vocabulary, settings.noise_density, settings.mean_span_length
-        )
-        return {"inputs": inputs, "targets": np.pad(targets, (0, padded - len(targets)))}
 
-    return corrupt
+def _example(
+    tokens_BL: np.ndarray, mask_BL: np.ndarray, settings: DataSettings, vocabulary: Vocabulary
+) -> Batch:
+    inputs, targets = span_corruption.corrupt(tokens_BL, mask_BL, vocabulary)
+    padding = target_length(settings) - targets.shape[1]
+    return {"inputs": inputs, "targets": np.pad(targets, ((0, 0), (0, padding)))}
 
 
 class _Streams(grain.IterDataset):
-    """Puts the rows of several streams below one another."""
+    """Puts ``rows`` pieces of each stream below one another; ``batch`` makes a batch of its number and them.
 
-    def __init__(self, streams: dict[int, grain.IterDataset]):
+    All rows at once: one by one, most of the time would go into calls of NumPy.
+    """
+
+    def __init__(
+        self, streams: dict[int, grain.IterDataset], rows: int, batch: Callable[[int, np.ndarray], Batch]
+    ):
         super().__init__(list(streams.values()))
-        self._streams = streams
+        self._streams, self._arguments = streams, (rows, batch)
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _StreamsIterator({stream: iter(parent) for stream, parent in self._streams.items()})
+        return _StreamsIterator(
+            {stream: iter(parent) for stream, parent in self._streams.items()}, *self._arguments
+        )
 
 
 class _StreamsIterator(grain.DatasetIterator):
-    def __init__(self, streams: dict[int, grain.DatasetIterator]):
+    """Each stream's state has the number of the next batch, the same for all: states can be joined."""
+
+    def __init__(
+        self, streams: dict[int, grain.DatasetIterator], rows: int, batch: Callable[[int, np.ndarray], Batch]
+    ):
         super().__init__(list(streams.values()))
-        self._streams = streams
+        self._streams, self._rows, self._batch = streams, rows, batch
+        self._number = 0
 
     def __next__(self) -> Batch:
-        parts = [next(stream) for stream in self._streams.values()]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        pieces = [next(stream) for stream in self._streams.values() for _ in range(self._rows)]
+        self._number += 1
+        return self._batch(self._number - 1, np.stack(pieces))
 
     def get_state(self) -> dict[str, Any]:
-        return {str(number): stream.get_state() for number, stream in self._streams.items()}
+        return {
+            str(stream): {"batch": self._number, "pieces": pieces.get_state()}
+            for stream, pieces in self._streams.items()
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        for number, stream in self._streams.items():
-            stream.set_state(state[str(number)])
+        for stream, pieces in self._streams.items():
+            pieces.set_state(state[str(stream)]["pieces"])
+            self._number = state[str(stream)]["batch"]
 
 
 class _Pieces(grain.IterDataset):

@@ -10,7 +10,7 @@ place of each noise span, the targets one in place of each non-noise span; both 
 Lengths are fixed: for L raw tokens, ``noise = round(L * density)`` and ``spans = round(noise / mean)``
 (each at least 1), so inputs have ``L - noise + spans + 1`` tokens and targets ``noise + spans + 1``.
 
-Letters: L raw length, S spans.
+Letters: B pieces, L raw length, S spans, N places for a cut.
 """
 
 from typing import Protocol
@@ -79,40 +79,45 @@ def lengths(input_length: int, noise_density: float = 0.15, mean_span_length: fl
 
 
 def noise_mask(
-    raw_length: int, rng: np.random.Generator, noise_density: float = 0.15, mean_span_length: float = 3.0
-) -> np.ndarray:
-    """T5's `random_spans_noise_mask`: bool [L], True where a token is noise.
-
-    Noise and non-noise tokens are each cut into S non-empty spans, uniformly over all such cuts, and
-    interleaved, non-noise first.
-    """
-    noise, spans = noise_and_spans(raw_length, noise_density, mean_span_length)
-
-    def cut(length: int) -> np.ndarray:
-        ends_S = np.sort(rng.choice(length - 1, spans - 1, replace=False)) + 1
-        return np.diff(ends_S, prepend=0, append=length)
-
-    runs = np.stack([cut(raw_length - noise), cut(noise)], axis=1).reshape(-1)
-    return np.repeat(np.tile([False, True], spans), runs)
-
-
-def corrupt(
-    tokens_L: np.ndarray,
+    rows: int,
+    raw_length: int,
     rng: np.random.Generator,
-    vocabulary: Sentinels,
     noise_density: float = 0.15,
     mean_span_length: float = 3.0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Corrupts one raw piece of at least 2 tokens.
+) -> np.ndarray:
+    """T5's `random_spans_noise_mask` for so many pieces: bool [B, L], True where a token is noise.
 
-    Returns:
-      inputs, targets: int32, with the lengths of the module's docstring.
+    Noise and non-noise tokens are each cut into S non-empty spans, uniformly over all such cuts, and
+    interleaved, non-noise first. A row does not depend on how many come after it.
 
     Raises:
       ValueError: as ``noise_and_spans``.
     """
-    mask_L = noise_mask(len(tokens_L), rng, noise_density, mean_span_length)
-    return _replace(tokens_L, mask_L, vocabulary), _replace(tokens_L, ~mask_L, vocabulary)
+    noise, spans = noise_and_spans(raw_length, noise_density, mean_span_length)
+    # One draw for each place where a cut may be, of both kinds: the places of the least draws are cut.
+    draws_BL = rng.random((rows, raw_length - 2), np.float32)
+
+    def cut(draws_BN: np.ndarray) -> np.ndarray:
+        ends_BS = np.sort(np.argsort(draws_BN, axis=1)[:, : spans - 1], axis=1) + 1
+        return np.diff(ends_BS, prepend=0, append=draws_BN.shape[1] + 1, axis=1)
+
+    kept = raw_length - noise
+    lengths_BS2 = np.stack([cut(draws_BL[:, : kept - 1]), cut(draws_BL[:, kept - 1 :])], axis=2)
+    ends_BS = lengths_BS2.reshape(rows, -1).cumsum(axis=1)
+    turns_BL = np.zeros((rows, raw_length), np.int8)
+    np.put_along_axis(turns_BL, ends_BS[:, :-1], 1, axis=1)
+    return turns_BL.cumsum(axis=1, dtype=np.int32) % 2 == 1
+
+
+def corrupt(
+    tokens_BL: np.ndarray, mask_BL: np.ndarray, vocabulary: Sentinels
+) -> tuple[np.ndarray, np.ndarray]:
+    """Corrupts raw pieces where ``noise_mask`` says.
+
+    Returns:
+      inputs, targets: int32, a row for each piece, with the lengths of the module's docstring.
+    """
+    return _replace(tokens_BL, mask_BL, vocabulary), _replace(tokens_BL, ~mask_BL, vocabulary)
 
 
 def restore(inputs: np.ndarray, targets: np.ndarray, vocabulary: Sentinels) -> np.ndarray:
@@ -139,12 +144,13 @@ def _counts(raw_length: int, noise_density: float, mean_span_length: float) -> t
     return noise, max(round(noise / mean_span_length), 1)
 
 
-def _replace(tokens_L: np.ndarray, mask_L: np.ndarray, vocabulary: Sentinels) -> np.ndarray:
-    """A sentinel for each run of True, the other tokens as they are, EOS."""
-    starts_L = mask_L & ~np.concatenate([[False], mask_L[:-1]])
-    sentinels_L = vocabulary.sentinel(0) + 1 - np.cumsum(starts_L)
-    kept = np.where(starts_L, sentinels_L, tokens_L)[~mask_L | starts_L]
-    return np.append(kept, vocabulary.eos_id).astype(np.int32)
+def _replace(tokens_BL: np.ndarray, mask_BL: np.ndarray, vocabulary: Sentinels) -> np.ndarray:
+    """A sentinel for each run of True, the other tokens as they are, EOS; as many of each in every row."""
+    starts_BL = mask_BL.copy()
+    starts_BL[:, 1:] &= ~mask_BL[:, :-1]
+    sentinels_BL = vocabulary.sentinel(0) + 1 - starts_BL.cumsum(axis=1, dtype=np.int32)
+    kept = np.where(starts_BL, sentinels_BL, tokens_BL)[~mask_BL | starts_BL].reshape(len(tokens_BL), -1)
+    return np.pad(kept, ((0, 0), (0, 1)), constant_values=vocabulary.eos_id).astype(np.int32)
 
 
 def _until_eos(tokens: np.ndarray, vocabulary: Sentinels) -> list[int]:
