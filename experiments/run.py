@@ -46,7 +46,6 @@ def main(argv: list[str]) -> int:
     if several and not supervisor.is_child():
         return supervisor.run("experiments.run", argv[1:])
     process.keep_quiet()
-    process.keep_memory()
     if several:
         supervisor.leave_with_parent()
     code = _train(settings, Path(workdir))
@@ -101,4 +100,5 @@ def _leave_at_once(code: int, wait: bool) -> None:
 
 
 if __name__ == "__main__":
+    process.use_huge_pages()
     sys.exit(main(sys.argv))

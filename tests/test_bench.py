@@ -1,6 +1,8 @@
 """The benchmark's command on tiny shapes, what it refuses, and the bounds that hold whatever the machine."""
 
 import json
+import os
+import sys
 
 import flax.linen as nn
 import jax
@@ -129,3 +131,22 @@ def test_freed_memory_is_kept_where_glibc_is(monkeypatch):
     assert asked == [(-4, 0), (-1, 2**31 - 1), (-8, 1)]
     monkeypatch.setattr(process.ctypes, "CDLL", lambda _: object())  # macOS, musl
     process.keep_memory()
+
+
+def test_a_run_starts_anew_for_huge_pages_once_and_only_where_there_are_any(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(process, "_HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setattr(process.os, "execv", lambda path, argv: started.append((path, argv)))
+    monkeypatch.setattr(process.sys, "orig_argv", ["python", "-m", "experiments.run", "--workdir=x y"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # so that it is as it was when the test is over
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    process.use_huge_pages()  # no such file: another system
+    (tmp_path / "enabled").write_text("always madvise [never]\n")
+    process.use_huge_pages()
+    assert not started
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    process.use_huge_pages()
+    assert started == [(sys.executable, [sys.executable, "-m", "experiments.run", "--workdir=x y"])]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    process.use_huge_pages()  # in the process that was started
+    assert len(started) == 1
