@@ -15,6 +15,7 @@ and a job, which is one start of one run,
     stop(number)        passes a signal on; called by a signal handler
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib.util
@@ -23,7 +24,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,7 +55,7 @@ class Options:
 
     launcher: str = "local"
     address: str = "auto"
-    resources: dict[str, float] = dataclasses.field(default_factory=lambda: {"CPU": 1.0})
+    resources: dict[str, float] = dataclasses.field(default_factory=dict)  # of one run
     retries: int = RETRIES
     slurm: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -88,7 +89,8 @@ def _options(found: dict[str, str]) -> Options:
     if name not in LAUNCHERS:
         raise ValueError(f"--launcher={name}: accepted are {', '.join(LAUNCHERS)}")
     for option, value in found.items():
-        takes = {"launcher": tuple(LAUNCHERS)}.get(option, ("slurm",) if "." in option else ("ray", "slurm"))
+        every = option in ("launcher", "resources")
+        takes = tuple(LAUNCHERS) if every else ("slurm",) if "." in option else ("ray", "slurm")
         if name not in takes:
             others = " or ".join(f"--launcher={other}" for other in takes)
             raise ValueError(f"--{option}={value}: accepted is with {others}")
@@ -99,8 +101,9 @@ def _options(found: dict[str, str]) -> Options:
         raise ValueError(f"--retries={retries}: accepted is an integer >= 0")
     options = Options(name, found.get("address", "auto"), retries=int(retries))
     slurm = {key.partition(".")[2]: _typed(value) for key, value in found.items() if "." in key}
-    resources = _resources(found["resources"]) if "resources" in found else options.resources
-    return dataclasses.replace(options, resources=resources, slurm=slurm)
+    resources = _resources(found["resources"]) if "resources" in found else {}
+    whole = {} if name == "local" else {"CPU": 1.0}
+    return dataclasses.replace(options, resources=whole | resources, slurm=slurm)
 
 
 def _resources(text: str) -> dict[str, float]:
@@ -112,7 +115,7 @@ def _resources(text: str) -> dict[str, float]:
                 f"--resources={text}: accepted are NAME=AMOUNT of one run, with commas between, as CPU=2,GPU=1"
             )
         found[name] = float(amount)
-    return {"CPU": 1.0} | found
+    return found
 
 
 def _typed(value: str) -> Any:
@@ -137,22 +140,59 @@ def create(options: Options, workdir: Path) -> Any:
 
 
 class Local:
-    """Starts runs on this machine, one at a time."""
+    """Starts runs on this machine: one at a time, or with ``--resources=CPU=N`` as many as get N cores of their own.
 
-    here, at_once, retries = True, 1, 0
+    Raises:
+      ValueError: other resources than cores, or more than there are.
+    """
+
+    here, retries = True, 0
+
+    def __init__(self, options: Options):
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        each = options.resources.get("CPU", 0)
+        if options.resources and (
+            options.resources.keys() != {"CPU"} or each not in range(1, len(cores) + 1)
+        ):
+            text = ",".join(f"{name}={amount:g}" for name, amount in options.resources.items())
+            raise ValueError(
+                f"--resources={text}: accepted with --launcher=local are CPU=1 to CPU={len(cores)}; others with "
+                "--launcher=ray --address=local"
+            )
+        n = int(each)
+        self._free = [cores[i : i + n] for i in range(0, len(cores) - n + 1, n)] if n else [[]]
+        self.at_once = len(self._free)
 
     def start(self, order: Order) -> "_Child":
-        return _Child(spawn(order, patience=10))
+        cores = self._free[0]
+        with _only(cores):
+            process = spawn(order, patience=10)
+        self._free.pop(0)
+        return _Child(process, lambda: self._free.append(cores))
 
     def close(self) -> None:
         """Nothing is left open."""
 
 
+@contextlib.contextmanager
+def _only(cores: list[int]) -> Iterator[None]:
+    """What this thread starts meanwhile has these cores; none: has all that there are."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class _Child:
     queued = False
 
-    def __init__(self, process: subprocess.Popen):
-        self._process = process
+    def __init__(self, process: subprocess.Popen, ended: Callable[[], None]):
+        self._process, self._ended = process, ended
 
     def wait(self, seconds: float) -> int | None:
         try:
@@ -160,6 +200,7 @@ class _Child:
         except subprocess.TimeoutExpired:
             return None
         self._process.stdin.close()
+        self._ended()
         return code
 
     def stop(self, number: int) -> None:
@@ -219,4 +260,4 @@ def _slurm(options: Options, workdir: Path) -> Any:
 
 
 NEEDS = {"ray": "ray", "slurm": "submitit"}
-LAUNCHERS = {"local": lambda *_: Local(), "ray": _ray, "slurm": _slurm}
+LAUNCHERS = {"local": lambda options, _: Local(options), "ray": _ray, "slurm": _slurm}

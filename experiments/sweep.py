@@ -6,10 +6,11 @@ it overrides; what it prints is in DIR/NAME/log.txt. The same command does what 
 skipped, one that was cut short goes on from its checkpoint, one that failed is tried again. `results.csv` has
 a line a run. ``--dry_run`` lists the runs with parameters, FLOPs, tokens and time, and starts nothing.
 
-  --launcher=local              one run after the other on this machine
+  --launcher=local              on this machine: one run after the other, or with --resources=CPU=N as many at a
+                                time as get N cores of their own
   --launcher=ray [--address=auto|local|HOST:PORT|ray://HOST:PORT]     on a Ray cluster
   --launcher=slurm [--slurm.NAME=VALUE ...] [--address=local]         as SLURM jobs
-  --resources=CPU=1[,GPU=1,...] with the last two: what one run gets
+  --resources=CPU=1[,GPU=1,...] what one run gets
   --retries=2                   with the last two: how often a run whose machine was lost is started again
 
 With Ray and SLURM DIR and the current directory are those of every node. See docs/several_hosts.md.

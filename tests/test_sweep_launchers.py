@@ -1,8 +1,11 @@
 """Launchers: their options, the loop that all share, and what holds wherever a run is started."""
 
 import csv
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -29,6 +32,9 @@ config, here = test_sweep.config, test_sweep.here  # fixtures
         (["--launcher=ray", "--resources=2"], "--resources=2: accepted are NAME=AMOUNT"),
         (["--launcher=ray", "--resources=CPU=two"], "--resources=CPU=two: accepted are NAME=AMOUNT"),
         (["--launcher=ray", "--resources=CPU=1,CPU=2"], "--resources=CPU=1,CPU=2: accepted are NAME=AMOUNT"),
+        (["--resources=CPU=0.5"], "--resources=CPU=0.5: accepted with --launcher=local are CPU=1 to CPU="),
+        (["--resources=CPU=1,GPU=1"], "--resources=CPU=1,GPU=1: accepted with --launcher=local are CPU=1 to CPU="),
+        (["--resources=CPU=99999"], "--resources=CPU=99999: accepted with --launcher=local are CPU=1 to CPU="),
         (["--launcher=ray"], "--launcher=ray: ray is not installed; accepted is after pip install 'switchmoe[ray]'"),
         (["--launcher", "slurm"], "submitit is not installed; accepted is after pip install 'switchmoe[slurm]'"),
     ],
@@ -54,6 +60,27 @@ def test_options_are_told_from_the_sweeps_own():
     assert others == ["--config=a.py", "--dry_run"]
     assert options.resources == {"CPU": 1.0, "GPU": 2.0, "memory": 1.5}
     assert options.slurm == {"partition": "gpu", "time": 90, "exclusive": True}
+
+
+def test_on_this_machine_runs_side_by_side_have_cores_of_their_own(monkeypatch):
+    cores, code = os.sched_getaffinity(0), "import os; print(*os.sched_getaffinity(0))"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    monkeypatch.setattr(
+        launch, "spawn", lambda *_, **__: subprocess.Popen([sys.executable, "-c", code], **pipes)
+    )
+
+    def had(job):
+        assert job.wait(60) == 0
+        return {int(core) for core in job._process.stdout.read().split()}
+
+    alone = launch.create(launch.Options(), Path("."))
+    assert alone.at_once == 1 and had(alone.start(None)) == cores
+    local = launch.create(launch.Options(resources={"CPU": 1.0}), Path("."))
+    assert local.at_once == len(cores)
+    for _ in range(2):  # the second time on those that are free again
+        found = [had(job) for job in [local.start(None) for _ in cores]]
+        assert [len(one) for one in found] == [1] * len(cores) and set.union(*found) == cores
+    assert os.sched_getaffinity(0) == cores
 
 
 class Script:
