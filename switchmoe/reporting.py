@@ -229,7 +229,9 @@ def _read_lines(path: Path) -> list[tuple[bytes, Record]]:
     for number, line in enumerate(lines, start=1):
         record = _parse(line)
         if record is None:
-            raise ValueError(f"{path}, line {number}: not a JSON object with an integer step: {line[:60]!r}")
+            raise ValueError(
+                f"{path}, line {number}: not a JSON object with a step and a split: {line[:60]!r}"
+            )
         found.append((line, record))
     last = _parse(rest)
     return found if last is None else [*found, (rest, last)]
@@ -240,7 +242,9 @@ def _parse(line: bytes) -> Record | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and type(record.get("step")) is int else None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    return record if isinstance(record.get("split"), str) else None
 
 
 def _drop_after(path: Path, last_step: float) -> None:

@@ -219,6 +219,16 @@ def test_another_file_format_says_how_to_convert_it(tmp_path):
     assert "holds tfrecord" in message and "convert_format" in message
 
 
+def test_a_damaged_description_is_named(tmp_path):
+    Reviews(data_dir=str(tmp_path), file_format="array_record").download_and_prepare(
+        download_dir=str(tmp_path / "downloads")
+    )
+    (info,) = tmp_path.glob("reviews/*/dataset_info.json")
+    info.write_text("")
+    message = refusal(DataSettings(source="reviews", data_dir=str(tmp_path), text_field="review"))
+    assert f"description of the dataset in {tmp_path} is damaged" in message
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     message = refusal(DataSettings(source="c4/en", data_dir=str(tmp_path)))

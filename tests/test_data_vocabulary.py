@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -159,6 +160,14 @@ def test_an_existing_model_is_used(tmp_path, vocabulary):
     assert load_vocabulary(settings(tmp_path, vocab=str(path)), []) == vocabulary
     message = refusal(load_vocabulary, settings(tmp_path, vocab=str(path), vocab_size=32000), [])
     assert "data.vocab_size=32000" in message and f"accepted is data.vocab_size={SIZE}" in message
+
+
+def test_a_bucket_without_its_package_is_named(monkeypatch, corpus):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    message = refusal(load_vocabulary, settings("gs://nobody", vocab="gs://nobody/spiece.model"), [])
+    assert "data.vocab=gs://nobody/spiece.model: cannot be read" in message and "gcsfs" in message
+    message = refusal(load_vocabulary, settings("gs://nobody"), corpus)
+    assert "data.data_dir=gs://nobody: cannot be read" in message and "gcsfs" in message
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no model at all", "half"])

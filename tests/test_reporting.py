@@ -90,7 +90,9 @@ def test_a_torn_last_line_is_left_out(tmp_path, torn):
     assert read_metrics(path) == [train_record(1), train_record(2)]
 
 
-@pytest.mark.parametrize("line", ['{"step": 3, "split": "tr', "[1, 2]", '{"split": "train"}', ""])
+@pytest.mark.parametrize(
+    "line", ['{"step": 3, "split": "tr', "[1, 2]", '{"split": "train"}', '{"step": 3}', ""]
+)
 def test_any_other_bad_line_is_an_error_that_names_file_and_line(tmp_path, line):
     path = run(tmp_path, [train_record(1), train_record(2)])
     first, second = path.read_text().splitlines()

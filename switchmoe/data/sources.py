@@ -136,6 +136,8 @@ def _default_cache() -> str:
 
 
 def _load_tfds(settings: DataSettings, split: str) -> Documents:
+    from google.protobuf import json_format
+
     name, data_dir = settings.source, os.path.expanduser(cache_directory(settings))
     try:
         if name == EMBEDDED:
@@ -148,6 +150,11 @@ def _load_tfds(settings: DataSettings, split: str) -> Documents:
         raise DataError(
             f"data.source={name}: a package is missing ({_first_line(error)}); accepted is an "
             "environment with tensorflow-datasets and array-record, and gcsfs for gs:// directories"
+        ) from error
+    except json_format.ParseError as error:
+        raise DataError(
+            f"data.source={name}: the description of the dataset in {data_dir} is damaged ({_first_line(error)}); accepted "
+            "is a complete dataset: delete it and prepare it again"
         ) from error
     if not len(source):
         raise DataError(f"data.source={name}: its split {split_name} is empty")

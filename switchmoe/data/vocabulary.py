@@ -140,9 +140,15 @@ def load_vocabulary(settings: DataSettings, documents: Sequence[str]) -> Vocabul
     folders = [epath.Path(sources.cache_directory(settings)).expanduser() / "vocabularies"]
     if settings.source.endswith(local_files.SUFFIXES) and not settings.data_dir:
         folders.insert(0, epath.Path(getattr(documents, "directory", "") or folders[0]))
-    for folder in folders:
-        if (folder / name).exists():
-            return _checked(folder / name, settings)
+    try:
+        cached = [folder / name for folder in folders if (folder / name).exists()]
+    except ImportError as error:  # of what reads a bucket
+        raise DataError(
+            f"data.data_dir={settings.data_dir}: cannot be read ({error}); accepted is a directory, or a bucket whose "
+            "package is installed"
+        ) from error
+    if cached:
+        return _checked(cached[0], settings)
     vocabulary = Vocabulary.from_bytes(train(documents, settings.vocab_size), name)
     _keep(vocabulary.model_bytes, [folder / name for folder in folders])
     return vocabulary
@@ -199,9 +205,10 @@ def _fingerprint(documents: Sequence[str]) -> str:
 def _checked(path: epath.Path, settings: DataSettings) -> Vocabulary:
     try:
         model_bytes = path.read_bytes()
-    except OSError as error:
+    except (OSError, ImportError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"data.vocab={path}: cannot be read ({error.strerror or error}); accepted is a SentencePiece "
+            f"data.vocab={path}: cannot be read ({reason}); accepted is a SentencePiece "
             "model file, or '' to train one"
         ) from error
     vocabulary = Vocabulary.from_bytes(model_bytes, str(path))
