@@ -64,7 +64,7 @@ def run(module: str, argv: list[str]) -> int:
     held = _relay(child.stderr)
     code = child.wait()
     if code == -signal.SIGTERM and received:  # before it had begun to notice signals
-        print(f"{module}: stopped by SIGTERM before the first step, nothing was changed", file=sys.stderr)
+        print(f"{module}: stopped by SIGTERM before the first step", file=sys.stderr)
         code = EXIT_STOPPED
     if code == EXIT_STOPPED and signal.SIGINT in received:
         return EXIT_INTERRUPTED

@@ -40,7 +40,7 @@ def stop_signals() -> Iterator[Stop]:
         stop.number = number
         signal.signal(number, before[number])
         if not stop.deferred:
-            raise Stopped(f"stopped by {stop.name} before the first step, nothing was changed", number)
+            raise Stopped(f"stopped by {stop.name} before the first step", number)
 
     noted = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
     before = {number: signal.signal(number, note) for number in noted}

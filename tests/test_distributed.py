@@ -185,7 +185,7 @@ def test_sigterm_before_a_process_has_begun_to_notice_it(tmp_path, user_environm
     parent.terminate()
     _, err = parent.communicate(timeout=60)
     assert parent.returncode == command.EXIT_STOPPED
-    assert err == "http.server: stopped by SIGTERM before the first step, nothing was changed\n"
+    assert err == "http.server: stopped by SIGTERM before the first step\n"
 
 
 def test_what_a_failing_process_says_after_its_runtime_is_shown(tmp_path, user_environment):

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from switchmoe.dispatch import einsum_dispatcher
 from switchmoe.moe import Experts, MoELayer, group_shape
+from switchmoe.routing import RouterSettings, expert_capacity, switch
 from switchmoe.settings import ModelSettings, MoESettings
 
 MODEL = ModelSettings(d_model=16, d_ff=32, d_kv=4, num_heads=4, num_layers=2, dtype="float32", init_scale=1.0)
@@ -211,6 +213,9 @@ def test_512_experts_on_few_tokens():
 @pytest.mark.parametrize("experts", [2, 8, 32])
 def test_mask_memory_does_not_depend_on_the_number_of_experts(experts):
     """Einsum masks: factor * S**2 numbers a group, with the capacity rounded up."""
-    from switchmoe.routing import expert_capacity
-
-    assert 64 * experts * expert_capacity(64, experts, 1.25) == pytest.approx(1.25 * 64**2, rel=0.25)
+    settings = RouterSettings(capacity=expert_capacity(64, experts, 1.25))
+    scores_GSE, mask_GS = jnp.zeros((1, 64, experts)), jnp.ones((1, 64), bool)
+    routing = jax.vmap(lambda scores_SE, mask_S: switch(scores_SE, mask_S, None, settings))(
+        scores_GSE, mask_GS
+    )
+    assert einsum_dispatcher(routing).slot_GSEC.size == pytest.approx(1.25 * 64**2, rel=0.25)

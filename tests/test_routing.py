@@ -13,7 +13,7 @@ from switchmoe.routing import RouterSettings, expert_capacity, switch
 
 
 def route(logits_SE, mask_S=None, capacity=100):
-    logits_SE = jnp.asarray(logits_SE, jnp.float32)
+    logits_SE = jnp.asarray(logits_SE)
     mask_S = jnp.ones(len(logits_SE), bool) if mask_S is None else jnp.asarray(mask_S)
     return _switch(logits_SE, mask_S, RouterSettings(capacity=capacity))
 
