@@ -84,6 +84,16 @@ def test_a_saturation_that_is_not_seen_is_not_told():
     assert any("E_max is not determined" in note for note in straight.notes)
 
 
+def test_a_loss_that_rises_again_is_said_not_to_follow_the_law():
+    falling = S_BASE.loss(2e6, EXPERTS) * np.exp(np.random.default_rng(0).normal(0, 0.002, len(EXPERTS)))
+    rising = np.where(EXPERTS > 64, falling[0] * 1.02, falling)
+    noted = [
+        "b' is not below 0" in " ".join(fit([2e6] * len(EXPERTS), EXPERTS, loss).notes)
+        for loss in (falling, rising)
+    ]
+    assert noted == [False, True]
+
+
 def test_as_many_coefficients_as_runs_leave_no_intervals():
     found = fit([2e6] * 4, EXPERTS[[0, 3, 6, 9]], S_BASE.loss(2e6, EXPERTS[[0, 3, 6, 9]]))
     assert found.residual is None and set(found.intervals.values()) == {None}

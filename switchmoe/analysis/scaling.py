@@ -132,7 +132,8 @@ def fit(
         for (name, value), error in zip(values.items(), errors, strict=True)
     }
     a, b, c, d = (0.0, values["b'"], 0.0, values["d'"]) if sizes == 1 else linear.tolist()
-    notes = _notes(sizes, at_edge, residual)
+    falls = sizes > 1 or intervals["b'"] is None or intervals["b'"][1] < 0
+    notes = _notes(sizes, at_edge, residual, falls)
     return Fit(Law(a, b, c, d, e_start, e_max), values, intervals, level, residual, len(loss_R), notes)
 
 
@@ -190,9 +191,10 @@ def _interval(value: float, reach: float, in_logarithm: bool) -> tuple[float, fl
     return value / factor, value * factor
 
 
-def _notes(sizes: int, at_edge: np.ndarray, residual: float | None) -> tuple[str, ...]:
+def _notes(sizes: int, at_edge: np.ndarray, residual: float | None, falls: bool) -> tuple[str, ...]:
     said = {
         "one model size: found are b' = b + c log10 N and d' = a log10 N + d, not their parts": sizes == 1,
+        "b' is not below 0 for sure: over all these runs the loss does not fall with the experts as the law has it": not falls,
         "E_start is not determined by these runs: its search ended at an edge of its range": at_edge[0],
         "E_max is not determined by these runs: its search ended at an edge of its range": at_edge[1],
         "no runs are left over to tell how sure the coefficients are": residual is None,
