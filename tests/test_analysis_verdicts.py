@@ -126,7 +126,11 @@ def test_the_loss_to_reach_may_be_a_third_ones():
     assert math.exp(check.interval(arms).mean) == pytest.approx(2) and check.arms == ("fast", "slow", "goal")
     never = arms | table(slow=[run(6.5, 6.4)] * 3)
     assert verdicts.verdict([check], never).outcome == HELD
-    assert verdicts.written(check.interval(never), "ratio") == "inf (inf to inf)"
+    assert verdicts.written(check.interval(never), "ratio") == "the other did not reach it"
+    assert "1.50 or more" in verdicts.written(
+        verdicts.Interval(math.inf, math.log(1.5), math.inf, 3), "ratio"
+    )
+    assert "of either" in verdicts.written(verdicts.Interval(math.nan, -math.inf, math.inf, 3), "ratio")
     unreached = verdicts.sooner("slow", "fast", "steps", to="goal").interval(never)
     assert verdicts.written(unreached, "ratio") == "not reached"
     assert verdicts.verdict([check], never | table(fast=[run(6.5, 6.4)] * 3)).outcome == UNDECIDED

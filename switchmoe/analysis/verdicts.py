@@ -237,6 +237,11 @@ def written(found: Interval, unit: str) -> str:
     form = {"nats": "{:+.4f}", "ratio": "{:.2f}", "share": "{:.2%}"}[unit]
     if unit == "ratio" and found.mean == -math.inf:
         return "not reached by each seed" if found.high > -math.inf else "not reached"
+    if unit == "ratio" and math.isnan(found.mean):
+        return "not reached by each seed of either"
+    if unit == "ratio" and found.mean == math.inf:
+        some = f"{np.exp(found.low):.2f} or more, as the other did not reach it with each seed"
+        return some if found.low < math.inf else "the other did not reach it"
     values = [float(np.exp(x)) if unit == "ratio" else x for x in found[:3]]
     mean, low, high = (form.format(value) for value in values)
     return f"{mean}{' nats' if unit == 'nats' else ''} ({low} to {high})"
