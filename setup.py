@@ -37,6 +37,7 @@ setup(
         "ml-collections>=1.1",
         "sentencepiece>=0.2.1",
         "tensorboardX>=2.6.2",
+        "protobuf>=4.25",  # what tensorflow-datasets raises where a dataset's description is damaged
         "matplotlib>=3.8",
         "numpy>=2.0",
         "scipy>=1.13",

@@ -178,7 +178,7 @@ def damage(path, how):
     elif how == "damaged line":
         metrics.write_text(lines[0] + "{broken\n" + "".join(lines[1:]))
     elif how == "not records":
-        metrics.write_text('{"step": 400}\n')
+        metrics.write_text('{"step": 400, "split": "validation", "cross_entropy": {}}\n')
 
 
 @pytest.mark.parametrize(
