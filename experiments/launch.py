@@ -102,8 +102,8 @@ def _options(found: dict[str, str]) -> Options:
     options = Options(name, found.get("address", "auto"), retries=int(retries))
     slurm = {key.partition(".")[2]: _typed(value) for key, value in found.items() if "." in key}
     resources = _resources(found["resources"]) if "resources" in found else {}
-    whole = {} if name == "local" else {"CPU": 1.0}
-    return dataclasses.replace(options, resources=whole | resources, slurm=slurm)
+    default = {} if name == "local" else {"CPU": 1.0}
+    return dataclasses.replace(options, resources=default | resources, slurm=slurm)
 
 
 def _resources(text: str) -> dict[str, float]:

@@ -24,7 +24,7 @@ def greedy(params: Any, inputs_BL: jax.Array, length: int, settings: Settings, e
     Returns:
       tokens_BL, int32, of shape [B, length].
     """
-    model = Transformer(alone(settings))
+    model = Transformer(_alone(settings))
     variables = {"params": params}
     encoded_BLD, _ = model.apply(variables, inputs_BL, method="encode")
     real_BL = jnp.ones((inputs_BL.shape[0], length), bool)
@@ -41,7 +41,7 @@ def greedy(params: Any, inputs_BL: jax.Array, length: int, settings: Settings, e
     return jax.lax.fori_loop(0, length, step, jnp.full(real_BL.shape, PAD_ID, jnp.int32))
 
 
-def alone(settings: Settings) -> Settings:
+def _alone(settings: Settings) -> Settings:
     """The settings with which a sequence's output in evaluation does not depend on its neighbours in the batch."""
     moe = dataclasses.replace(settings.moe, eval_group_size=0)
     if moe.router not in NOT_CAUSAL:

@@ -282,7 +282,7 @@ def test_a_checkpoint_never_has_its_code_executed(tmp_path, table):
         ("config.json", b"", "empty", "its config.json is not a run's"),
         ("run.json", b"", "empty", "run.json is damaged"),
         ("vocabulary.model", b"", "empty", "vocabulary.model: truncated"),
-        ("metrics.jsonl", b'{"step": 1, "split": "train"}\n{"st\n', "truncated in the middle", "metrics.jsonl, line 2"),
+        ("metrics.jsonl", b'{"step": 1, "split": ""}\n{"st\n{"step": 2}\n', "truncated in the middle", "metrics.jsonl, line 2"),
         ("metrics.jsonl", bytes(range(256)), "full of something else", "metrics.jsonl, line 1"),
         ("metrics.jsonl", b"[" * 100_000 + b"\n", "full of brackets", "metrics.jsonl, line 1"),
         (".", b"", "", "accepted is a directory"),

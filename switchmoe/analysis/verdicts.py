@@ -235,16 +235,22 @@ def f_interval(larger: Sequence[float], smaller: Sequence[float]) -> Interval:
 def written(found: Interval, unit: str) -> str:
     """``+0.0060 nats (-0.0010 to +0.0130)``; logarithms of ratios as ratios, of which 0 is a loss never reached."""
     form = {"nats": "{:+.4f}", "ratio": "{:.2f}", "share": "{:.2%}"}[unit]
-    if unit == "ratio" and found.mean == -math.inf:
-        return "not reached by each seed" if found.high > -math.inf else "not reached"
-    if unit == "ratio" and math.isnan(found.mean):
-        return "not reached by each seed of either"
-    if unit == "ratio" and found.mean == math.inf:
-        some = f"{np.exp(found.low):.2f} or more, as the other did not reach it with each seed"
-        return some if found.low < math.inf else "the other did not reach it"
+    if unit == "ratio" and not math.isfinite(found.mean):
+        return _without_number(found)
     values = [float(np.exp(x)) if unit == "ratio" else x for x in found[:3]]
     mean, low, high = (form.format(value) for value in values)
     return f"{mean}{' nats' if unit == 'nats' else ''} ({low} to {high})"
+
+
+def _without_number(found: Interval) -> str:
+    """Of a ratio: a run of an arm, or of both, diverged or did not reach the loss."""
+    if math.isnan(found.mean):
+        return "not known: diverged or not reached by a seed of either"
+    if found.mean < 0:
+        return "not reached by each seed" if found.high > -math.inf else "not reached"
+    if found.low == math.inf:
+        return "the other did not reach it"
+    return f"{np.exp(found.low):.2f} or more, as the other did not reach it with each seed"
 
 
 def _paired(
