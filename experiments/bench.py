@@ -162,4 +162,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    process.use_huge_pages()
     sys.exit(main(sys.argv[1:]))

@@ -60,7 +60,7 @@ def _settings(experts: int, options: argparse.Namespace) -> Settings:
         num_layers=options.layers,
         activation="relu",
         dtype=options.dtype,
-        scan_unroll=options.layers // 2,
+        scan=False,
     )
     moe = dict(num_experts=experts, capacity_factor=options.factor, jitter=0.0)
     data = dict(batch_size=options.batch, input_length=options.lengths[0], vocab_size=options.vocab - 100)

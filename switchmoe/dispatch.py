@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from switchmoe.grouped import grouped_matmul
+from switchmoe.products import buffers_matmul
 from switchmoe.routing import Routing
 
 
@@ -34,7 +35,7 @@ class EinsumDispatcher:
         return _masked_sum("GSEC,GSD->EGCD", self.slot_GSEC, x_GSD)
 
     def matmul(self, x_EGCD: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
-        return jnp.einsum("EGCD,EDF->EGCF", x_EGCD, kernel_EDF)
+        return buffers_matmul(x_EGCD, kernel_EDF)
 
     def combine(self, y_EGCD: jax.Array) -> jax.Array:
         return _masked_sum("GSEC,EGCD->GSD", self.gate_GSEC, y_EGCD)
@@ -81,7 +82,7 @@ class IndexDispatcher:
 
     def matmul(self, rows: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
         if self.sizes_E is None:
-            return jnp.einsum("EGCD,EDF->EGCF", rows, kernel_EDF)
+            return buffers_matmul(rows, kernel_EDF)
         return grouped_matmul(rows, kernel_EDF, self.sizes_E)
 
     def combine(self, rows: jax.Array) -> jax.Array:

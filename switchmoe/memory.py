@@ -86,6 +86,8 @@ def state_bytes(settings: Settings, mesh: dict[str, int]) -> tuple[int, int]:
 
 def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) -> Memory:
     """Bytes of one device of the mesh ``{axis: devices}``; see the module's docstring."""
+    # Counted along the layers' axis, which ``model.scan=False`` has not.
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, scan=True))
     parameters, optimizer = state_bytes(settings, mesh)
     boxes = abstract_state(without_mesh(settings))[1]
     shards, accumulate = mesh["data"] * mesh["expert"], settings.train.accumulate

@@ -2,7 +2,7 @@
 
 A stack is a scan over super-blocks of ``moe.every`` blocks, the last of them sparse; a dense model is
 a scan over single blocks. Compile time does not grow with depth, and a stack's parameters carry a
-leading layer axis.
+leading layer axis. With ``model.scan=False`` it is a loop, each super-block with parameters of its own.
 
 Letters: B batch, L length, D model, V vocabulary rows, H heads.
 """
@@ -134,20 +134,31 @@ class Stack(nn.Module):
         if encoded_BMD is not None:
             context["encoded"] = encoded_BMD
             context["cross_mask"] = jnp.where(encoded_mask_BM[:, None, None, :], 0.0, MASKED)
-        block = nn.remat(SuperBlock, prevent_cse=False) if model.remat else SuperBlock
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True, "router": True},
-            in_axes=nn.broadcast,
-            length=model.num_layers // blocks_per_scan(self.settings),
-            unroll=model.scan_unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.settings, self.train, name="blocks")
         dropout = nn.Dropout(model.dropout_rate, deterministic=not self.train)
-        x_BLD, aux = blocks(dropout(x_BLD), context)
+        x_BLD, aux = self._blocks(dropout(x_BLD), context)
         aux = jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), aux)
         return dropout(RMSNorm(name="norm")(x_BLD)), aux
+
+    def _blocks(self, x_BLD: jax.Array, context: dict) -> tuple[jax.Array, dict]:
+        model = self.settings.model
+        block = nn.remat(SuperBlock, prevent_cse=not model.scan) if model.remat else SuperBlock
+        repeats = model.num_layers // blocks_per_scan(self.settings)
+        if model.scan:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True, "router": True},
+                in_axes=nn.broadcast,
+                length=repeats,
+                unroll=model.scan_unroll,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            return scanned(self.settings, self.train, name="blocks")(x_BLD, context)
+        all_aux = []
+        for i in range(repeats):
+            x_BLD, aux = block(self.settings, self.train, name=f"blocks_{i}")(x_BLD, context)
+            all_aux.append(aux)
+        return x_BLD, jax.tree.map(lambda *values: jnp.stack(values), *all_aux)
 
 
 class Transformer(nn.Module):

@@ -91,6 +91,39 @@ def test_remat_and_unrolling_change_nothing(unroll):
     np.testing.assert_allclose(logits, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_loop_over_blocks_is_the_scan(remat):
+    """With the scan's parameters, a slice for each super-block, logits, aux and gradients are its own."""
+    settings = tiny(dict(num_layers=4))
+    loop = tiny(dict(num_layers=4, scan=False, remat=remat))
+    params, (inputs, targets) = init(settings)["params"], example()
+
+    def own(params: dict) -> dict:
+        """The loop's parameters, from the scan's."""
+        stacks = {}
+        for stack in ("encoder", "decoder"):
+            rest = {name: value for name, value in params[stack].items() if name != "blocks"}
+            parts = [jax.tree.map(lambda x, i=i: x[i], params[stack]["blocks"]) for i in range(2)]
+            stacks[stack] = rest | {f"blocks_{i}": part for i, part in enumerate(parts)}
+        return params | stacks
+
+    shapes = jax.eval_shape(Transformer(loop).init, jax.random.key(0), inputs, targets)["params"]
+    assert jax.tree.structure(own(params)) == jax.tree.structure(nn.unbox(shapes))
+
+    def value(model: Transformer, params: dict) -> tuple:
+        logits, aux = model.apply({"params": params}, inputs, targets)
+        return (logits**2).sum(), aux
+
+    both = [
+        jax.jit(jax.value_and_grad(functools.partial(value, Transformer(of)), has_aux=True))(given)
+        for of, given in ((settings, params), (loop, own(params)))
+    ]
+    (scanned, scanned_gradient), (looped, looped_gradient) = both
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, scanned, looped)
+    jax.tree.map(close, own(scanned_gradient), looped_gradient)
+
+
 def test_dense_twin_has_no_router():
     settings = tiny(moe=dict(num_experts=1))
     variables = init(settings)
