@@ -147,7 +147,7 @@ class Attention(nn.Module):
                 matmul(inputs[name], param(self, name, init, ("embed", "heads", "kv"), shape, x_BQD.dtype))
                 for name, init in attention_inits(model).items()
             )
-        # Else XLA's CPU back end writes bias and mask out for all sequences, once for all layers, to read them in each.
+        # Else XLA's CPU back end writes bias and mask out for all sequences, and each layer reads that.
         query_BQHK, bias_HQM, mask_B1QM = jax.lax.optimization_barrier((query_BQHK, bias_HQM, mask_B1QM))
         logits_BHQM = product("BQHK,BMHK->BHQM", query_BQHK, key_BMHK, jnp.float32)
         if bias_HQM is not None:

@@ -65,9 +65,7 @@ class ModelSettings:
     init_scale: float = 0.1  # s of the truncated normal with variance s / fan_in (Switch, 2.4)
     relative_buckets: int = 32
     relative_max_distance: int = 128
-    scan: bool = (
-        True  # False: each block its own parameters; compiles longer; saves copies of kernels on a CPU
-    )
+    scan: bool = True  # False: a loop, parameters for each repeat; compiles longer, copies less on a CPU
     scan_unroll: int = 1  # repeats of the scan over layers unrolled; on CPU 2 or more saves 15-20 %
     remat: bool = False  # recompute each block's activations in the backward pass
 
