@@ -18,6 +18,7 @@ import optax
 from flax import struct
 
 from switchmoe import optimizers, sharding
+from switchmoe.products import compiler_options
 from switchmoe.settings import Settings
 from switchmoe.transformer import PAD_ID, STACKS, Transformer
 
@@ -100,7 +101,8 @@ def compile_step(
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = functools.partial(train_step, settings=settings, tx=tx)
     step = jax.jit(step, donate_argnums=0, out_shardings=(where, where.step))
-    return (step.lower(state, batch) if key is None else step.lower(state, batch, key=key)).compile()
+    lowered = step.lower(state, batch) if key is None else step.lower(state, batch, key=key)
+    return lowered.compile(compiler_options())
 
 
 def token_sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | None = None) -> dict:

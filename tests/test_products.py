@@ -94,3 +94,49 @@ def test_rms_norm_by_its_formula(dtype, rtol):
 def test_rms_norm_of_zeros_is_finite():
     value, gradient = jax.value_and_grad(lambda x: products.rms_norm(x, jnp.ones(4)).sum())(jnp.zeros((2, 4)))
     assert value == 0 and np.isfinite(gradient).all()
+
+
+@pytest.fixture
+def no_cache():
+    """As in a process for which no compilation cache is set."""
+    kept = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", kept)
+
+
+def test_compiler_options_are_for_a_cpu_without_cache_or_a_users_word(no_cache, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert products.compiler_options() == {products._ONEDNN: True}
+    monkeypatch.setenv("XLA_FLAGS", f"--{products._ONEDNN}=false")
+    assert products.compiler_options() == {}
+    monkeypatch.delenv("XLA_FLAGS")
+    jax.config.update("jax_compilation_cache_dir", "anywhere")
+    assert products.compiler_options() == {}
+
+
+def test_an_option_that_xla_does_not_know_is_not_given(no_cache, monkeypatch):
+    monkeypatch.setattr(products, "_ONEDNN", "xla_cpu_of_no_version")
+    products._known.cache_clear()
+    assert products.compiler_options() == {}
+    products._known.cache_clear()
+
+
+def test_onednn_adds_nothing_to_a_kernels_gradient(no_cache):
+    """Where XLA has it add a column to a product, its slowest code runs: seconds."""
+    x, kernel, column = random(0, 512, 256), random(1, 256, 512), random(2, 256, 1)
+
+    def program(gradient):
+        lowered = jax.jit(lambda kernel: gradient(kernel) + column).lower(kernel)
+        return lowered.compile({products._ONEDNN: True})
+
+    def fused(kernel):
+        return jnp.einsum("SD,SF->DF", x, 2 * jnp.einsum("SD,DF->SF", x, kernel))
+
+    if "BINARY_ADD" not in program(fused).as_text():
+        pytest.skip("this version of XLA has nothing added by oneDNN")
+    ours = program(jax.grad(lambda kernel: (products.matmul(x, kernel) ** 2).sum()))
+    assert "__onednn$matmul" in ours.as_text() and "BINARY_ADD" not in ours.as_text()
+    x_SD, kernel_DF = (np.asarray(value, np.float64) for value in (x, kernel))
+    expected = 2 * x_SD.T @ (x_SD @ kernel_DF) + np.asarray(column)
+    np.testing.assert_allclose(ours(kernel), expected, atol=1e-5 * np.abs(expected).max())

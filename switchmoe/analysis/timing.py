@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from switchmoe.products import compiler_options
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -20,7 +22,7 @@ class Case:
 
 def compiled(function: Callable, *arguments: Any) -> Case:
     """A JAX function on its arguments, compiled; temporaries as XLA's own memory analysis counts them."""
-    program = jax.jit(function).lower(*arguments).compile()
+    program = jax.jit(function).lower(*arguments).compile(compiler_options())
     analysis = program.memory_analysis()
     memory = None if analysis is None else analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     return Case(lambda: jax.block_until_ready(program(*arguments)), memory)
