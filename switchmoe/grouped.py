@@ -60,8 +60,7 @@ def _product(spec: str, x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Arr
 
 def _kernel_gradient(x_ND: jax.Array, d_NF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """d_EDF, summed over each expert's rows in float32."""
-    # Twice the product's: each block pays for adding up a whole kernel.
-    size = 2 * _block_size(len(x_ND), len(sizes_E))
+    size = _block_size(len(x_ND), len(sizes_E))
     x_ND, d_NF = (jnp.pad(rows, ((0, size), (0, 0))) for rows in (x_ND, d_NF))
     ends_E = jnp.cumsum(sizes_E)
 
@@ -87,8 +86,12 @@ def _blocks(sizes_E: jax.Array, e: jax.Array, size: int, body, carry: jax.Array)
 
 
 def _block_size(rows: int, experts: int) -> int:
-    """A power of two, half of an expert's mean share, so that rounding up costs a quarter or less."""
-    share = max(rows // (2 * experts), 1)
+    """A power of two, at most an expert's mean share: smaller ones round up less, but their products are slow.
+
+    4,096 rows, 64 experts, widths 256 and 1024, forward and backward on 2 cores of an Intel Xeon (4th generation),
+    jax 0.12: 258 ms with 64 rows a block, 288 with 32, 278 with 128.
+    """
+    share = max(rows // experts, 1)
     return min(max(1 << (share.bit_length() - 1), 16), 128)
 
 
