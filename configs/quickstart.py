@@ -10,7 +10,7 @@ a row side by side; held-out cross-entropy in nats per target token (unigram bas
 
               this config      with --config.moe.num_experts=1
     seed 0    2.721  405 s     2.768  357 s
-    seed 1    2.732  540 s     2.756  484 s    (before kernels' gradients were oneDNN's)
+    seed 1    2.736  427 s     2.752  376 s
 
 With 2,000 steps the lead was 0.030 (2.830 and 2.860) with seed 0 and 0.002 with seed 1.
 
