@@ -1,7 +1,6 @@
 """The whole training step, its budget by part, and Hugging Face's. See `experiments.bench`."""
 
 import argparse
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +13,6 @@ from switchmoe import flops, losses, optimizers, training
 from switchmoe.analysis import timing
 from switchmoe.layers import Attention, FeedForward
 from switchmoe.moe import MoELayer, group_shape
-from switchmoe.products import compiler_options
 from switchmoe.settings import Settings, from_config
 
 HEADS = 4
@@ -86,8 +84,7 @@ def _batch(options: argparse.Namespace) -> training.Batch:
 def _step(settings: Settings, batch: training.Batch) -> timing.Case:
     tx = optimizers.create(settings.optimizer, 1000, training.axis_names(settings))
     state = [jax.jit(lambda: training.init_state(settings, tx))()]
-    step = functools.partial(training.train_step, settings=settings, tx=tx)
-    step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    step = training.compile_step(settings, tx, state[0], batch)
 
     def run() -> None:
         state[0], metrics = step(state[0], batch)

@@ -28,13 +28,13 @@ def compiler_options() -> dict[str, bool]:
     said = _ONEDNN in os.environ.get("XLA_FLAGS", "")
     if said or jax.config.jax_compilation_cache_dir or jax.default_backend() != "cpu":
         return {}
-    return {_ONEDNN: True} if _known() else {}
+    return {_ONEDNN: True} if _known(_ONEDNN) else {}
 
 
 @functools.cache
-def _known() -> bool:
+def _known(option: str) -> bool:
     try:
-        jax.jit(jnp.negative).lower(0.0).compile({_ONEDNN: True})
+        jax.jit(jnp.negative).lower(0.0).compile({option: True})
     except jax.errors.JaxRuntimeError:
         return False
     return True
