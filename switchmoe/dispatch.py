@@ -155,8 +155,10 @@ def _gather_up_backward(saved: tuple[jax.Array, ...], d_TD: jax.Array) -> tuple:
     y_ND, gate_TK, row_TK, choice_N = saved
     d_ND = _take(d_TD, choice_N // row_TK.shape[-1])
     gate_N1 = _take(gate_TK.reshape(-1), choice_N)[:, None]
-    # The gate's gradient by rows, of which there may be far fewer than choices.
-    d_gate_N = (d_ND.astype(jnp.float32) * y_ND.astype(jnp.float32)).sum(axis=-1)
+    # The gate's gradient by rows, of which there may be far fewer than choices. A row on which nothing depends
+    # has none, even where it is not finite (0 * NaN is NaN).
+    d_gate_ND = jnp.where(d_ND == 0, 0.0, d_ND.astype(jnp.float32) * y_ND.astype(jnp.float32))
+    d_gate_N = d_gate_ND.sum(axis=-1)
     return (gate_N1 * d_ND).astype(y_ND.dtype), _take(d_gate_N, row_TK), None, None
 
 

@@ -12,12 +12,22 @@ import jax.numpy as jnp
 def grouped_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """y_NF with y_n = x_n @ kernel_e for the sizes_0 rows of expert 0, then those of expert 1, ...
 
-    Rows beyond ``sum(sizes_E)`` come out as anything and are given no gradient to pass on. On a CPU by
-    blocks of rows (`blocked_matmul`); elsewhere by tokamax's kernels, if it is installed, or else by
+    Rows beyond ``sum(sizes_E)`` come out as anything and are given no gradient to pass on. Neither they nor a
+    row that is not finite (which comes out so) add anything to the kernels' gradient. On a CPU by blocks of
+    rows (`blocked_matmul`); elsewhere by tokamax's kernels, if it is installed, or else by
     `jax.lax.ragged_dot`, which on a CPU pays for every expert.
     """
     if jax.default_backend() == "cpu":
         return blocked_matmul(x_ND, kernel_EDF, sizes_E)
+    return _library_matmul(x_ND, kernel_EDF, sizes_E)
+
+
+@jax.custom_vjp
+def _library_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return _library_product(x_ND, kernel_EDF, sizes_E)
+
+
+def _library_product(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     if importlib.util.find_spec("tokamax"):
         import tokamax
         from absl import flags
@@ -28,6 +38,22 @@ def grouped_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -
             flags.FLAGS.mark_as_parsed()
         return tokamax.ragged_dot(x_ND, kernel_EDF, sizes_E)
     return jax.lax.ragged_dot(x_ND, kernel_EDF, sizes_E)
+
+
+def _library_forward(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> tuple:
+    y_NF = _library_matmul(x_ND, kernel_EDF, sizes_E)
+    good_N1 = (jnp.arange(len(x_ND)) < sizes_E.sum())[:, None] & jnp.isfinite(y_NF[:, :1])
+    return y_NF, (x_ND, kernel_EDF, sizes_E, good_N1)
+
+
+def _library_backward(saved: tuple[jax.Array, ...], d_NF: jax.Array) -> tuple:
+    x_ND, kernel_EDF, sizes_E, good_N1 = saved
+    good_ND = jnp.where(good_N1, x_ND, 0)
+    _, gradients = jax.vjp(lambda x, k: _library_product(x, k, sizes_E), good_ND, kernel_EDF)
+    return *gradients(jnp.where(good_N1, d_NF, 0)), None
+
+
+_library_matmul.defvjp(_library_forward, _library_backward)
 
 
 @jax.custom_vjp
@@ -58,17 +84,21 @@ def _product(spec: str, x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Arr
     return jax.lax.fori_loop(0, len(kernel_EDF), expert, y_NF)[:rows]
 
 
-def _kernel_gradient(x_ND: jax.Array, d_NF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """d_EDF, summed over each expert's rows in float32."""
+def _kernel_gradient(
+    x_ND: jax.Array, d_NF: jax.Array, sizes_E: jax.Array, good_N1: jax.Array
+) -> jax.Array:
+    """d_EDF, summed over each expert's good rows in float32."""
     size = _block_size(len(x_ND), len(sizes_E))
-    x_ND, d_NF = (jnp.pad(rows, ((0, size), (0, 0))) for rows in (x_ND, d_NF))
+    x_ND, d_NF, good_N1 = (jnp.pad(rows, ((0, size), (0, 0))) for rows in (x_ND, d_NF, good_N1))
     ends_E = jnp.cumsum(sizes_E)
 
     def expert(e: jax.Array) -> jax.Array:
         def block(start: jax.Array, total_DF: jax.Array) -> jax.Array:
             mine_B1 = (start + jnp.arange(size) < ends_E[e])[:, None]
             x_BD = jax.lax.dynamic_slice_in_dim(x_ND, start, size)
-            d_BF = jnp.where(mine_B1, jax.lax.dynamic_slice_in_dim(d_NF, start, size), 0)
+            good_B1 = mine_B1 & jax.lax.dynamic_slice_in_dim(good_N1, start, size)
+            x_BD = jnp.where(good_B1, x_BD, 0)
+            d_BF = jnp.where(good_B1, jax.lax.dynamic_slice_in_dim(d_NF, start, size), 0)
             return total_DF + jnp.dot(x_BD.T, d_BF, preferred_element_type=jnp.float32)
 
         zeros_DF = jnp.zeros((x_ND.shape[1], d_NF.shape[1]), jnp.float32)
@@ -96,10 +126,15 @@ def _block_size(rows: int, experts: int) -> int:
 
 
 def _backward(saved: tuple[jax.Array, ...], d_NF: jax.Array) -> tuple:
-    x_ND, kernel_EDF, sizes_E = saved
+    x_ND, kernel_EDF, sizes_E, good_N1 = saved
     # The kernel is read as it lies: a transposed copy of all experts costs more than the product.
     d_ND = _product("BF,DF->BD", d_NF, kernel_EDF, sizes_E, x_ND.shape[1])
-    return d_ND, _kernel_gradient(x_ND, d_NF, sizes_E), None
+    return d_ND, _kernel_gradient(x_ND, d_NF, sizes_E, good_N1), None
 
 
-blocked_matmul.defvjp(lambda *saved: (blocked_matmul(*saved), saved), _backward)
+def _forward(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> tuple:
+    y_NF = blocked_matmul(x_ND, kernel_EDF, sizes_E)
+    return y_NF, (x_ND, kernel_EDF, sizes_E, jnp.isfinite(y_NF[:, :1]))
+
+
+blocked_matmul.defvjp(_forward, _backward)

@@ -156,6 +156,8 @@ class MoELayer(nn.Module):
 
         A token's y is the sum over its choices of gate * expert(x), and of its shared experts; without
         these it is 0 if the token is padding or found no slot: the residual around the layer carries it.
+        Where x is not finite, y is NaN (0 for padding), and nothing else is touched by that token: it is routed
+        as zeros, and gives no gradient to router and experts.
 
         Args:
           x_GSD: tokens in groups (see `group_shape`).
@@ -174,6 +176,8 @@ class MoELayer(nn.Module):
         check(self.moe, self.causal)
         if mask_GS is None:
             mask_GS = jnp.ones(x_GSD.shape[:2], bool)
+        good_GS1 = jnp.isfinite(x_GSD).all(axis=-1, keepdims=True)
+        x_GSD = jnp.where(good_GS1, x_GSD, 0)
         routing = self._route(x_GSD, mask_GS, ids_GS)
         dispatcher = exchange.dispatcher(dispatch_name(self.moe, self.causal), routing)
         experts = self.experts(self.model, self.moe, self.train, name="experts")
@@ -183,7 +187,8 @@ class MoELayer(nn.Module):
             # Side by side, the shared experts are one feed-forward of all their widths.
             width = self.moe.num_shared * self.model.d_ff // self.moe.granularity
             y_GSD += FeedForward(self.model, self.train, width, name="shared")(x_GSD)
-        return y_GSD, self._aux(routing)
+        bad_GS1 = jnp.where(mask_GS, jnp.nan, 0.0).astype(y_GSD.dtype)[..., None]
+        return jnp.where(good_GS1, y_GSD, bad_GS1), self._aux(routing)
 
     def _route(self, x_GSD: jax.Array, mask_GS: jax.Array, ids_GS: jax.Array | None) -> Routing:
         moe, name, tokens = self.moe, router_name(self.moe, self.causal), x_GSD.shape[1]

@@ -52,15 +52,22 @@ def product(spec: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype | None = Non
 
 
 def _product_backward(spec: str, dtype: jnp.dtype | None, factors: tuple, g: jax.Array) -> tuple:
+    return _before_what_follows(*_product_gradients(spec, factors, g))
+
+
+def _product_gradients(spec: str, factors: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, y = factors
     x_axes, y_axes, axes = spec.replace("->", ",").split(",")
     g = g.astype(x.dtype)
     x_grad = jnp.einsum(f"{axes},{y_axes}->{x_axes}", g, y)
-    y_grad = jnp.einsum(f"{x_axes},{axes}->{y_axes}", x, g)
+    return x_grad, jnp.einsum(f"{x_axes},{axes}->{y_axes}", x, g)
+
+
+def _before_what_follows(x_grad: jax.Array, y_grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     if jax.default_backend() != "cpu":
         return x_grad, y_grad
-    # Both before what follows: it would run beside the second and compete for the threads (a step with 64
-    # experts takes 6 % longer). And oneDNN, where XLA has it add a column to its product, takes seconds.
+    # What follows would run beside the second and compete for the threads (a step with 64 experts takes 6 %
+    # longer). And oneDNN, where XLA has it add a column to its product, takes seconds.
     return jax.lax.optimization_barrier((x_grad, y_grad))
 
 
@@ -78,10 +85,39 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def buffers_matmul(x_EGCD: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
-    """Each expert's buffers times its kernel, as a product of two matrices for each expert."""
+    """Each expert's buffers times its kernel, as a product of two matrices for each expert.
+
+    A row that is not finite comes out so, and adds nothing to the kernels' gradient: 0 * inf is NaN, so one
+    bad row would spoil its expert's kernel even where the loss does not depend on that row.
+    """
     experts, groups, slots, width = x_EGCD.shape
-    y = product("END,EDF->ENF", x_EGCD.reshape(experts, groups * slots, width), kernel_EDF)
+    y = _rows_product(x_EGCD.reshape(experts, groups * slots, width), kernel_EDF)
     return y.reshape(experts, groups, slots, -1)
+
+
+@jax.custom_vjp
+def _rows_product(x_END: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
+    return jnp.einsum(_ROWS, x_END, kernel_EDF)
+
+
+_ROWS = "END,EDF->ENF"
+
+
+def _rows_forward(x_END: jax.Array, kernel_EDF: jax.Array) -> tuple[jax.Array, tuple]:
+    y_ENF = _rows_product(x_END, kernel_EDF)
+    # One column tells of the whole row: a sum with inf or NaN in it is not finite.
+    return y_ENF, (x_END, kernel_EDF, jnp.isfinite(y_ENF[..., :1]))
+
+
+def _rows_backward(saved: tuple, g_ENF: jax.Array) -> tuple:
+    x_END, kernel_EDF, good_EN1 = saved
+    x_grad_END, _ = _product_gradients(_ROWS, (x_END, kernel_EDF), g_ENF)
+    good = (jnp.where(good_EN1, x_END, 0), kernel_EDF)
+    _, kernel_grad_EDF = _product_gradients(_ROWS, good, jnp.where(good_EN1, g_ENF, 0))
+    return _before_what_follows(x_grad_END, kernel_grad_EDF)
+
+
+_rows_product.defvjp(_rows_forward, _rows_backward)
 
 
 @jax.custom_vjp

@@ -196,6 +196,52 @@ def test_a_nan_token_reaches_no_other(back_end):
     assert jnp.isfinite(gradient[clean]).all()
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("back_end", DISPATCHERS)
+def test_a_bad_token_that_no_loss_reads_adds_nothing_to_kernels_and_gates(back_end, bad):
+    routing = choices(6, groups=2, tokens=8, experts=3, capacity=2, per_token=2)
+    w_EDD = jax.random.normal(jax.random.key(0), (3, 4, 4))
+    clean = jnp.ones((2, 8), bool).at[0, 0].set(False)
+
+    def gradients(x_GSD):
+        def score(w_EDD, gate_GSK):
+            return through(back_end, routing, w_EDD, x_GSD, gate_GSK)[clean].sum()
+
+        return jax.grad(score, (0, 1))(w_EDD, routing.gate_SK)
+
+    x_GSD = jax.random.normal(jax.random.key(1), (2, 8, 4))
+    assert routing.kept_SK[0, 0].any()
+    found, wanted = gradients(x_GSD.at[0, 0].set(bad)), gradients(x_GSD)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=1e-5, atol=1e-6)
+
+
+def grouped_products():
+    """Each library's grouped product by its name, as a CPU, a GPU and a TPU would call it."""
+    return {"blocked": grouped.blocked_matmul, "ragged_dot": grouped._library_matmul}
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+@pytest.mark.parametrize("name", grouped_products())
+def test_rows_that_belong_to_nobody_add_nothing_to_kernels(name, bad):
+    product, kernel_EDF = grouped_products()[name], jnp.ones((2, 4, 5))
+
+    def score(kernel_EDF, x_ND, sizes, read):
+        return product(x_ND, kernel_EDF, jnp.array(sizes))[:read].sum()
+
+    x_ND = jnp.ones((6, 4)).at[4].set(bad)
+    gradient = jax.jit(jax.grad(score), static_argnums=(2, 3))
+    for sizes, read, wanted in (
+        ((3, 3), 3, (3.0, 0.0)),  # a row of expert 1 on which nothing depends
+        ((3, 3), 4, (3.0, 1.0)),
+        ((4, 0), 4, (4.0, 0.0)),  # a row of no expert
+        ((0, 4), 4, (0.0, 4.0)),
+        ((0, 0), 6, (0.0, 0.0)),
+    ):
+        wanted_EDF = jnp.broadcast_to(jnp.array(wanted)[:, None, None], kernel_EDF.shape)
+        np.testing.assert_array_equal(gradient(kernel_EDF, x_ND, sizes, read), wanted_EDF)
+
+
 def test_gather_has_no_scatter_of_rows_in_its_gradient():
     """The transpose of each move is a gather (the only scatter is that of the int32 indices)."""
     routing = choices(7, groups=2, tokens=8, experts=3, capacity=2)

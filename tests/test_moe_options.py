@@ -152,6 +152,30 @@ def test_what_does_not_go_together_is_refused(moe, causal, message):
         make(causal=causal, **moe).init(jax.random.key(0), tokens())
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "router, dispatch",
+    [(router, "auto") for router in ROUTERS] + [("top_k", name) for name in ("einsum", "gather", "ragged")],
+)
+def test_a_bad_token_spoils_its_own_output_and_nothing_else(router, dispatch, bad):
+    """Token 3 is not finite, and neither is token 5, which is padding; no loss reads either."""
+    layer = make(train=True, router=router, dispatch=dispatch, num_shared=1, **MORE.get(router, {}))
+    x_GSD, mask_GS = tokens().at[:, 5].set(0.0), jnp.ones((2, 12), bool).at[:, 5].set(False)
+    params = params_of(layer, x_GSD)
+
+    def loss(params, x_GSD):
+        y_GSD, aux = layer.apply(params, x_GSD, mask_GS, IDS_GS, rngs={"router": jax.random.key(3)})
+        return (y_GSD[:, 6:] ** 2).sum() + (y_GSD[:, :3] ** 2).sum() + aux["loss"], y_GSD
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    grads, y_GSD = gradient(params, x_GSD.at[:, 3, 2].set(bad).at[:, 5].set(bad))
+    assert np.isnan(y_GSD[:, 3]).all() and not y_GSD[:, 5].any()
+    wanted, wanted_GSD = gradient(params, x_GSD.at[:, 3].set(0.0))
+    others = np.delete(np.arange(12), [3, 5])
+    np.testing.assert_array_equal(y_GSD[:, others], wanted_GSD[:, others])
+    jax.tree.map(np.testing.assert_array_equal, grads, wanted)
+
+
 def test_auto_says_what_it_takes():
     assert dispatch_name(MoESettings()) == "gather"
     assert dispatch_name(MoESettings(dropless=True)) == "ragged"
