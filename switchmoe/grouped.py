@@ -84,9 +84,7 @@ def _product(spec: str, x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Arr
     return jax.lax.fori_loop(0, len(kernel_EDF), expert, y_NF)[:rows]
 
 
-def _kernel_gradient(
-    x_ND: jax.Array, d_NF: jax.Array, sizes_E: jax.Array, good_N1: jax.Array
-) -> jax.Array:
+def _kernel_gradient(x_ND: jax.Array, d_NF: jax.Array, sizes_E: jax.Array, good_N1: jax.Array) -> jax.Array:
     """d_EDF, summed over each expert's good rows in float32."""
     size = _block_size(len(x_ND), len(sizes_E))
     x_ND, d_NF, good_N1 = (jnp.pad(rows, ((0, size), (0, 0))) for rows in (x_ND, d_NF, good_N1))

@@ -206,6 +206,7 @@ class MoELayer(nn.Module):
             score=moe.score,
             num_experts=moe.total_experts,
             branches=moe.branches,
+            balance_choices=moe.balance_choices,
             balance_axis=GROUPS if moe.balance == "global" else None,
         )
         if name == "hash":

@@ -105,6 +105,7 @@ class MoESettings:
     importance_loss_weight: float = 0.1  # noisy_top_k's
     load_loss_weight: float = 0.1  # noisy_top_k's
     balance: str = "group"  # group | global: the tokens over which the balancing losses' shares are taken
+    balance_choices: str = "all"  # all | first: choices that the balance loss counts; GShard's: the first
     explore: str = "jitter"  # in training: argmax | sample | input_dropout | jitter (Switch, app. C)
     jitter: float = 1e-2  # router input times U(1 - jitter, 1 + jitter)
     input_dropout_rate: float = 0.1  # dropout of the router's input, with explore=input_dropout
@@ -134,6 +135,7 @@ class MoESettings:
         for field in ("jitter", "input_dropout_rate", "expert_dropout_rate"):
             _rate("moe", self, field)
         _one_of("moe", self, "balance", ("group", "global"))
+        _one_of("moe", self, "balance_choices", ("all", "first"))
         _one_of("moe", self, "explore", ("argmax", "sample", "input_dropout", "jitter"))
         _one_of("moe", self, "score", ("softmax", "sigmoid"))
         _one_of("moe", self, "router_dtype", DTYPES)

@@ -74,6 +74,75 @@ def test_top_k_by_hand(renormalize, gates):
     assert routing.losses["balance"] == pytest.approx(4 * (0.5 * p_E[0] + 0.5 * p_E[1]), rel=1e-5)
 
 
+@pytest.mark.parametrize("counted, share", [("all", [0.5, 0.5]), ("first", [2 / 3, 1 / 3])])
+def test_balance_loss_of_all_choices_or_of_the_first(counted, share):
+    """GShard's l_aux (alg. 1) is that of the first choices over E squared: mean_e (c_e / S) m_e."""
+    p_E = PROBS_SE.mean(axis=0)
+    balance = route("top_k", np.log(PROBS_SE), balance_choices=counted).losses["balance"]
+    assert balance == pytest.approx(4 * (share[0] * p_E[0] + share[1] * p_E[1]), rel=1e-5)
+    c_E = np.bincount(PROBS_SE.argmax(axis=1), minlength=4)
+    if counted == "first":
+        assert balance / 4**2 == pytest.approx((c_E / 3 * p_E).mean(), rel=1e-5)
+    # The other routers with a balance loss: switch (finer experts have choices), hierarchical.
+    logits_SE = scores("hierarchical")
+    found = route("hierarchical", logits_SE, balance_choices=counted)
+    chosen_SK = found.expert_SK if counted == "all" else found.expert_SK[:, :1]
+    f_E = np.bincount(chosen_SK.ravel(), minlength=4) / chosen_SK.size
+    branch, leaf = logits_SE[:, :2], logits_SE[:, 2:].reshape(-1, 2, 2)
+    p_SE = (jax.nn.softmax(branch)[..., None] * jax.nn.softmax(leaf)).reshape(-1, 4)
+    assert found.losses["balance"] == pytest.approx(float(4 * (f_E * p_SE.mean(axis=0)).sum()), rel=1e-5)
+    finer = route("switch", np.log(PROBS_SE), balance_choices=counted, choices=2)
+    assert finer.losses["balance"] == balance
+
+
+@pytest.mark.parametrize("spread", [1, 60])
+@pytest.mark.parametrize("shift", [0, -25, -120, 120])
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("top_k", {}),
+        ("switch", {"choices": 2}),
+        ("noisy_top_k", {}),
+        ("hierarchical", {}),
+        ("sinkhorn", {}),
+        ("loss_free", {"score": "sigmoid"}),
+        ("loss_free", {"score": "softmax"}),
+        ("loss_free", {"score": "sigmoid", "reroute": 1, "capacity": 5}),
+        ("top_k", {"reroute": 1, "capacity": 5, "priority": True}),
+    ],
+)
+def test_renormalised_gates_sum_to_one_at_any_shift(name, more, shift, spread):
+    given_SE = scores(name) * spread
+    moved = slice(None, 4) if name in ("loss_free", "noisy_top_k") else slice(None)
+    given_SE[:, moved] += shift
+    if name == "loss_free":
+        given_SE[:, 4:] = 0.0
+    chosen = settings(name, **more)
+
+    def total(scores_SE):
+        routing = ROUTERS[name](scores_SE, jnp.ones(16, bool), None, chosen)
+        best_S = jnp.where(routing.kept_SK.all(axis=1), routing.gate_SK[:, 0], 0.0)
+        return best_S.sum(), routing
+
+    gradient, routing = jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(given_SE, jnp.float32))
+    seated_S = routing.kept_SK.all(axis=1)
+    assert seated_S.any()
+    np.testing.assert_allclose(routing.gate_SK.sum(axis=1)[seated_S], 1.0, rtol=1e-5)
+    assert jnp.isfinite(gradient).all()
+    if name in ("sinkhorn", "loss_free"):  # the best logits, also where all scores are 0 or 1
+        order_SE = np.argsort(-given_SE[:, :4], axis=1, kind="stable")
+        if not more.get("reroute"):
+            np.testing.assert_array_equal(routing.expert_SK, order_SE[:, :2])
+
+
+def test_sigmoid_gates_by_hand_where_they_underflow():
+    """sigmoid(-120) : sigmoid(-121) is e : 1; in float32 both are 0."""
+    logits_S2E = np.array([[-120.0, -121.0, -140.0, -150.0, 0, 0, 0, 0]])
+    gate_SK = route("loss_free", logits_S2E, score="sigmoid").gate_SK
+    close(gate_SK, [[np.e / (np.e + 1), 1 / (np.e + 1)]])
+    close(route("sinkhorn", logits_S2E[:, :4]).gate_SK, gate_SK)
+
+
 def test_renormalised_gates_are_the_softmax_of_the_best_logits():
     logits_SE = scores("top_k")
     routing = route("top_k", logits_SE)

@@ -54,6 +54,7 @@ class RouterSettings:
     score: str = "softmax"  # loss_free: softmax | sigmoid
     num_experts: int = 0  # hash, which has no logits
     branches: int = 1  # hierarchical: the experts form so many groups
+    balance_choices: str = "all"  # all | first: the choices that the balance loss counts
     balance_axis: str | None = None  # a vmap axis over which statistics of the losses are pooled
 
 
@@ -72,6 +73,7 @@ def token_choice(
     mask_S: jax.Array,
     settings: RouterSettings,
     gate_SE: jax.Array,
+    log_gate_SE: jax.Array,
     prob_SE: jax.Array,
     key: jax.Array | None = None,
     **named_losses: jax.Array,
@@ -87,6 +89,7 @@ def token_choice(
     Args:
       rank_SE: what is ranked, larger first, ties to the lower index.
       gate_SE: the gates, before they are renormalised over a token's choices.
+      log_gate_SE: their logarithms, which also tell gates apart that underflow or saturate.
       prob_SE: the distribution of which the entropy is reported.
       key: draws which choices after the first are kept where ``threshold`` is set; None keeps all.
     """
@@ -95,12 +98,12 @@ def token_choice(
     num_experts, k = rank_SE.shape[-1], settings.choices
     ranked_SR = _best(rank_SE, min(k * (settings.reroute + 1), num_experts))
     first_SK = ranked_SR[:, :k]
-    gate_SK = _gates(gate_SE, first_SK, settings)
+    gate_SK = _gates(gate_SE, log_gate_SE, first_SK, settings)
     wanted_SK = jnp.broadcast_to(mask_S[:, None], gate_SK.shape)
     if key is not None and settings.threshold and k > 1:
         keep_SK = jax.random.uniform(key, gate_SK.shape) * settings.threshold < gate_SK
         wanted_SK &= keep_SK.at[:, 0].set(True)
-    order_S = jnp.argsort(-gate_SE.max(axis=-1)) if settings.priority else None
+    order_S = jnp.argsort(-log_gate_SE.max(axis=-1)) if settings.priority else None
 
     expert_SK, slot_SK, kept_SK = first_SK, jnp.zeros_like(first_SK), jnp.zeros_like(wanted_SK)
     filled_E = jnp.zeros(num_experts, jnp.int32)
@@ -115,7 +118,7 @@ def token_choice(
         slot_SK = jnp.where(seated_SK | (start == 0), place_SK, slot_SK)
         kept_SK |= seated_SK
     if settings.reroute:
-        gate_SK = _gates(gate_SE, expert_SK, settings)
+        gate_SK = _gates(gate_SE, log_gate_SE, expert_SK, settings)
 
     wanted = jnp.maximum(wanted_SK.sum(), 1)
     chosen_SKE = jax.nn.one_hot(first_SK, num_experts) * wanted_SK[..., None]
@@ -169,9 +172,11 @@ def _best(rank_SE: jax.Array, count: int) -> jax.Array:
     return jax.lax.top_k(rank_SE, count)[1].astype(jnp.int32)
 
 
-def _gates(gate_SE: jax.Array, expert_SK: jax.Array, settings: RouterSettings) -> jax.Array:
-    gate_SK = jnp.take_along_axis(gate_SE, expert_SK, axis=-1)
+def _gates(
+    gate_SE: jax.Array, log_gate_SE: jax.Array, expert_SK: jax.Array, settings: RouterSettings
+) -> jax.Array:
     # A single gate would become a constant 1, and the router lose its gradient.
     if settings.renormalize and settings.choices > 1:
-        gate_SK /= jnp.maximum(gate_SK.sum(axis=-1, keepdims=True), 1e-9)
-    return gate_SK
+        # g / sum(g), from logarithms: gates that all underflow sum to 1 as well.
+        return jax.nn.softmax(jnp.take_along_axis(log_gate_SE, expert_SK, axis=-1), axis=-1)
+    return jnp.take_along_axis(gate_SE, expert_SK, axis=-1)

@@ -41,7 +41,8 @@ def top_k(
     ST-MoE's g_i / sum g. With ``threshold`` t a choice after the first is kept with probability
     min(1, gate / t) in training: t = 0.5 is GShard's ``2 g_2 > uniform`` (alg. 1), t = 0.2 ST-MoE's
     (app. G). With one choice and ``renormalize`` the gate stays p, as a constant 1 would leave the
-    router without a gradient. Losses: ``balance``, with f the share of all K choices, and ``z``.
+    router without a gradient. Losses: ``z``, and ``balance`` with f the share of all K choices (Mixtral's
+    code) or, with ``balance_choices="first"``, of the first ones alone (GShard, alg. 1; Mesh TensorFlow).
     """
     return _balanced(logits_SE, logits_SE, jax.nn.softmax(logits_SE, axis=-1), mask_S, key, settings)
 
@@ -54,17 +55,25 @@ def _balanced(
     key: jax.Array | None,
     settings: RouterSettings,
 ) -> Routing:
-    share_SE = chosen(rank_SE, settings.choices) / settings.choices
     return token_choice(
         rank_SE,
         mask_S,
         settings,
         gate_SE=prob_SE,
+        log_gate_SE=jax.nn.log_softmax(logits_SE, axis=-1),
         prob_SE=prob_SE,
         key=key,
-        balance=losses.load_balancing(prob_SE, share_SE, mask_S, settings.balance_axis),
+        balance=_balance(prob_SE, rank_SE, mask_S, settings),
         z=losses.router_z(logits_SE, mask_S),
     )
+
+
+def _balance(
+    prob_SE: jax.Array, rank_SE: jax.Array, mask_S: jax.Array, settings: RouterSettings
+) -> jax.Array:
+    counted = settings.choices if settings.balance_choices == "all" else 1
+    share_SE = chosen(rank_SE, counted) / counted
+    return losses.load_balancing(prob_SE, share_SE, mask_S, settings.balance_axis)
 
 
 def noisy_top_k(
@@ -97,6 +106,7 @@ def noisy_top_k(
         mask_S,
         settings,
         gate_SE=gate_SE,
+        log_gate_SE=rank_SE,
         prob_SE=jax.nn.softmax(h_SE, axis=-1),
         importance=losses.squared_cv(gate_SE, mask_S, settings.balance_axis),
         load=losses.squared_cv(load_SE, mask_S, settings.balance_axis),
@@ -110,7 +120,8 @@ def hierarchical(
 
     p_ij = softmax(branch logits)_i softmax(expert logits of branch i)_j. A token takes the K1 best branches
     and the K2 best experts in each, K1 = K2 = sqrt(choices); the gates are p, renormalised with
-    ``renormalize``. Losses: ``balance`` over all experts with the joint p, and ``z`` of both levels added.
+    ``renormalize``. Losses: ``balance`` over all experts with the joint p, of all choices or the first as in
+    `top_k`, and ``z`` of both levels added.
 
     Args:
       logits_SM: M = N + E: the branches' logits, then the experts', branch by branch.
@@ -123,16 +134,21 @@ def hierarchical(
     open_SN = chosen(first_SN, per_level)
     open_SNE = jax.vmap(lambda logits_SE: chosen(logits_SE, per_level), in_axes=1, out_axes=1)(second_SNE)
     prob_SE = prob_SNE.reshape(second_SE.shape)
+    log_SNE = jax.nn.log_softmax(first_SN)[..., None] + jax.nn.log_softmax(second_SNE, axis=-1)
+    log_SE = log_SNE.reshape(second_SE.shape)
     open_SE = (open_SN[..., None] * open_SNE).reshape(second_SE.shape)
     z = losses.router_z(first_SN, mask_S) + losses.router_z(second_SNE, mask_S)
+    below_S1 = 1.0 + log_SE.max(axis=-1, keepdims=True) - log_SE.min(axis=-1, keepdims=True)
+    rank_SE = jnp.where(open_SE > 0, log_SE, log_SE - below_S1)  # those of closed branches come last
     return token_choice(
-        jnp.where(open_SE > 0, prob_SE, prob_SE - 2.0),  # those of closed branches come last
+        rank_SE,
         mask_S,
         settings,
         gate_SE=prob_SE,
+        log_gate_SE=log_SE,
         prob_SE=prob_SE,
         key=key,
-        balance=losses.load_balancing(prob_SE, open_SE / settings.choices, mask_S, settings.balance_axis),
+        balance=_balance(prob_SE, rank_SE, mask_S, settings),
         z=z,
     )
 
@@ -155,7 +171,10 @@ def hashed(ids_S: jax.Array, mask_S: jax.Array, key: jax.Array | None, settings:
     rank_SE = ((x_SE ^ (x_SE >> 16)) >> 8).astype(jnp.float32)  # 24 bits: exact
     settings = dataclasses.replace(settings, renormalize=False)
     prob_SE = chosen(rank_SE, settings.choices) / settings.choices
-    return token_choice(rank_SE, mask_S, settings, gate_SE=jnp.ones_like(rank_SE), prob_SE=prob_SE)
+    one_SE = jnp.ones_like(rank_SE)
+    return token_choice(
+        rank_SE, mask_S, settings, gate_SE=one_SE, log_gate_SE=jnp.zeros_like(one_SE), prob_SE=prob_SE
+    )
 
 
 SINKHORN_ROUNDS = 8
@@ -179,6 +198,7 @@ def sinkhorn(
         mask_S,
         settings,
         gate_SE=jax.nn.sigmoid(logits_SE),
+        log_gate_SE=jax.nn.log_sigmoid(logits_SE),
         prob_SE=jax.nn.softmax(logits_SE, axis=-1),
         z=losses.router_z(logits_SE, mask_S),
     )
@@ -212,10 +232,13 @@ def loss_free(
     """
     del key
     logits_SE, bias_SE = jnp.split(logits_S2E, 2, axis=-1)
-    score_SE = (
-        jax.nn.sigmoid(logits_SE) if settings.score == "sigmoid" else jax.nn.softmax(logits_SE, axis=-1)
-    )
-    rank_SE = jax.lax.stop_gradient(score_SE + bias_SE)
+    if settings.score == "sigmoid":
+        score_SE, log_SE = jax.nn.sigmoid(logits_SE), jax.nn.log_sigmoid(logits_SE)
+    else:
+        score_SE, log_SE = jax.nn.softmax(logits_SE, axis=-1), jax.nn.log_softmax(logits_SE, axis=-1)
+    # Scores that underflow or saturate are equal; where no bias has a say, the logits still rank them.
+    rank_SE = jnp.where((bias_SE == 0).all(), logits_SE, score_SE + bias_SE)
+    rank_SE = jax.lax.stop_gradient(rank_SE)
     share_SE = chosen(rank_SE, settings.choices) / settings.choices
     # The mean over real tokens of b (f - 1 / E) is sum_i b_i (f_i - 1 / E), as b is every token's.
     pull_E = losses.mean_over_tokens(share_SE, mask_S) - 1 / share_SE.shape[-1]
@@ -225,6 +248,7 @@ def loss_free(
         mask_S,
         settings,
         gate_SE=score_SE,
+        log_gate_SE=log_SE,
         prob_SE=jax.nn.softmax(logits_SE, axis=-1),
         z=losses.router_z(logits_SE, mask_S),
         bias=bias - jax.lax.stop_gradient(bias),
