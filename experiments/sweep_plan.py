@@ -122,6 +122,13 @@ def _word(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]", "_", str(value))
 
 
+def _idle(run: Run) -> list[str]:
+    """The run's own overrides that nothing reads."""
+    from switchmoe.moe import without_effect
+
+    return [f"moe.{name}" for name in without_effect(run.settings.moe) if f"moe.{name}" in run.overrides]
+
+
 def check_directory(sweep: Sweep) -> None:
     """Refuses a directory with another sweep, or with other runs under this one's names. A sweep may grow.
 
@@ -241,6 +248,7 @@ def table(sweep: Sweep, costs: Sequence[Cost], peak: float, results: Sequence[di
         "  ".join([row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
+    lines += [f"{run.name}: without effect: {', '.join(idle)}" for run in sweep.runs if (idle := _idle(run))]
     shares = ", ".join(f"{share:.0%}" for _, share in done)
     basis = f"the {shares} of done runs" if done else f"an assumed {ASSUMED_PEAK_SHARE:.0%}"
     lines.append(

@@ -21,7 +21,7 @@ import switchmoe
 from switchmoe import checkpoints, decoding, distributed, flops, optimizers, sharding, training, transformer
 from switchmoe.analysis import report
 from switchmoe.data import batches, sources, vocabulary
-from switchmoe.moe import dispatch_name, group_shape, router_name
+from switchmoe.moe import dispatch_name, group_shape, router_name, without_effect
 from switchmoe.origin import commit, machine
 from switchmoe.reporting import Clock, MetricsWriter, Progress
 from switchmoe.routing import expert_capacity
@@ -183,6 +183,9 @@ class _Run:
             else "dense"
         )
         say(f"model: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M for a token, {experts}")
+        idle = without_effect(settings.moe)
+        if idle:
+            say(f"without effect here: {', '.join(f'moe.{name}' for name in idle)}")
         for stack, tokens in self.group_tokens.items():
             causal = stack == "decoder"
             names = router_name(settings.moe, causal), dispatch_name(settings.moe, causal)

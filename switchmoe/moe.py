@@ -4,6 +4,7 @@ Letters: B batch, L length, G groups, S tokens per group, D model, F feed-forwar
 C capacity (slots per expert and group), H heads, K width of a head.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -92,6 +93,43 @@ def check(moe: MoESettings, causal: bool) -> None:
         refuse("dropless", "True with moe.dispatch=ragged or auto, and a router in which tokens choose")
     if router == "soft" and dispatch != "einsum":
         refuse("dispatch", "einsum or auto with the router soft, whose slots mix all tokens")
+
+
+def without_effect(moe: MoESettings) -> list[str]:
+    """The fields that are set to other than their defaults, but that nothing reads with the others as they are."""
+    changed = [
+        field.name
+        for field in dataclasses.fields(moe)
+        if field.name != "num_experts" and getattr(moe, field.name) != field.default
+    ]
+    if moe.num_experts == 1:
+        return changed
+    routers = {router_name(moe, causal) for causal in (False, True)}
+    balanced = routers & {"switch", "top_k", "hierarchical"}
+    noisy, free = "noisy_top_k" in routers, "loss_free" in routers
+    has_effect = {
+        "branches": "hierarchical" in routers,
+        "slots": "soft" in routers,
+        "score": free,
+        "bias_rate": free,
+        "importance_loss_weight": noisy,
+        "load_loss_weight": noisy,
+        "balance_loss_weight": balanced,
+        "balance_choices": balanced and moe.total_choices > 1,
+        "balance": balanced or noisy,
+        "z_loss_weight": routers - {"hash", "soft", "noisy_top_k"},
+        "explore": routers != {"hash"},
+        "jitter": moe.explore == "jitter" and routers != {"hash"},
+        "input_dropout_rate": moe.explore == "input_dropout" and routers != {"hash"},
+        "renormalize": moe.total_choices > 1 and routers - {"hash", *NOT_CAUSAL},
+        "choice_threshold": moe.total_choices > 1 and balanced,
+        "router_init_stddev": routers - {"hash", "noisy_top_k"},
+        "priority": moe.router not in ("hash", *NOT_CAUSAL) and not moe.dropless,
+        "reroute": not moe.dropless,
+        "capacity_factor": not moe.dropless and routers != {"soft"},
+        "eval_capacity_factor": not moe.dropless and routers != {"soft"},
+    }
+    return [name for name in changed if not has_effect.get(name, True)]
 
 
 class Experts(nn.Module):

@@ -56,7 +56,7 @@ class ModelSettings:
     d_model: int = 768
     d_ff: int = 2048  # width of a feed-forward and of each expert
     d_kv: int = 64  # width of one attention head
-    num_heads: int = 12
+    num_heads: int = 12  # num_heads x d_kv need not be d_model (T5 1.1 small: 6 x 64 of 512)
     num_layers: int = 12  # per stack
     activation: str = "geglu"  # relu | geglu
     dtype: str = "bfloat16"  # activations; parameters, router, softmax, losses are float32
@@ -78,15 +78,13 @@ class ModelSettings:
         _one_of("model", self, "dtype", DTYPES)
         _rate("model", self, "dropout_rate")
         _positive("model", self, "init_scale")
-        if self.d_model % self.num_heads:
-            raise _bad("model.num_heads", self.num_heads, f"a divisor of model.d_model={self.d_model}")
 
 
 @dataclasses.dataclass(frozen=True)
 class MoESettings:
     """Where the sparse layers are, how they route, and how they move tokens."""
 
-    num_experts: int = 8  # 1: a dense model, no router at all
+    num_experts: int = 8  # 1: a dense model; no other field of moe has an effect then
     every: int = 2  # the last of each `every` blocks is sparse
     router: str = "switch"  # a name in routing.ROUTERS
     decoder_router: str = ""  # the decoder's, where it differs: expert_choice and soft are not causal
@@ -312,9 +310,9 @@ class Settings:
     checkpoint: CheckpointSettings = CheckpointSettings()
 
     def __post_init__(self) -> None:
-        if self.moe.num_experts > 1 and self.model.num_layers % self.moe.every:
+        if self.sparse and self.model.num_layers % self.moe.every:
             raise _bad("moe.every", self.moe.every, f"a divisor of model.num_layers={self.model.num_layers}")
-        if self.model.d_ff % self.moe.granularity:
+        if self.sparse and self.model.d_ff % self.moe.granularity:
             raise _bad("moe.granularity", self.moe.granularity, f"a divisor of model.d_ff={self.model.d_ff}")
         if self.data.batch_size % self.train.accumulate:
             raise _bad(

@@ -111,7 +111,7 @@ def check(settings: Settings, lengths: dict[str, int], mesh: Mapping[str, int]) 
       ValueError: one line with field, value and what would be accepted.
     """
     moe, accumulate = settings.moe, settings.train.accumulate
-    for stack in lengths:
+    for stack in lengths if settings.sparse else ():
         moe_check(moe, causal=stack == "decoder")
     shards = mesh["data"] * mesh["expert"]
     batch = settings.data.batch_size // accumulate
@@ -159,7 +159,7 @@ def _check_widths(settings: Settings, mesh: Mapping[str, int]) -> None:
     model = settings.model
     widths = {
         "model.num_heads": ("heads", model.num_heads),
-        "model.d_ff": ("mlp", model.d_ff // settings.moe.granularity),
+        "model.d_ff": ("mlp", model.d_ff // (settings.moe.granularity if settings.sparse else 1)),
         "data.vocab_size": ("vocab", settings.embedding_rows),
         "model.d_model": ("embed", model.d_model),
     }

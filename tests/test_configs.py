@@ -72,6 +72,13 @@ def test_a_sparse_model_costs_its_dense_twin_and_its_routers():
     assert dense["router"] == 0 and sparse["router"] == 2 * 6 * (512 + 114) * 768 * 128
 
 
+def test_t5_small_has_6_heads_of_64_in_a_width_of_512():
+    """T5 1.1 small and flan-t5-small: 76,961,152 parameters, input and output embeddings apart."""
+    model = dict(d_model=512, d_ff=1024, num_heads=6, d_kv=64, num_layers=8, tie_embeddings=False)
+    small = from_config({"model": model, "moe": {"num_experts": 1}})
+    assert training.parameter_counts(small) == (76_961_152, 76_961_152)
+
+
 def test_every_config_is_valid_and_says_how_to_run_it():
     for path in sorted(Path(configs.__file__).parent.glob("[a-z]*.py")):
         settings(path.stem)

@@ -3,12 +3,13 @@
 import pytest
 
 from switchmoe import sharding
+from switchmoe.moe import without_effect
 from switchmoe.settings import Settings, default_config, from_config, to_dict
 
 LENGTHS = {"encoder": 512, "decoder": 114}
 
 IMPOSSIBLE = [
-    ({"model": {"num_heads": 5}}, "model.num_heads=5: accepted is a divisor of model.d_model=768"),
+    ({"model": {"num_heads": 0}}, "model.num_heads=0: accepted is an integer >= 1"),
     ({"model": {"activation": "swish"}}, "model.activation=swish: accepted is one of relu, geglu"),
     ({"model": {"dtype": "float16"}}, "model.dtype=float16: accepted is one of float32, bfloat16"),
     ({"model": {"num_layers": 0}}, "model.num_layers=0: accepted is an integer >= 1"),
@@ -80,6 +81,44 @@ def test_what_the_mesh_or_the_groups_cannot_hold(config, devices, message):
     with pytest.raises(ValueError) as error:
         checked(config, devices)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("layout, devices", [("data", 1), ("data_expert", 8), ("data_expert_model", 8)])
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"router": "top_k", "choices": 2},
+        {"router": "noisy_top_k"},
+        {"router": "noisy_top_k", "choices": 4},
+        {"router": "hierarchical", "choices": 4, "branches": 4},
+        {"router": "expert_choice"},
+        {"router": "soft", "dispatch": "gather", "slots": 4},
+        {"explore": "sample", "granularity": 5, "every": 5},
+        {"num_shared": 2, "dropless": True, "dispatch": "einsum", "attention": True},
+    ],
+    ids=str,
+)
+def test_one_expert_is_dense_whatever_the_routers_fields(moe, layout, devices):
+    config = {"moe": moe | {"num_experts": 1}, "mesh": {"layout": layout}}
+    assert checked(config, devices) == {}
+    assert set(without_effect(from_config(config).moe)) == set(moe)
+
+
+def test_fields_without_effect_are_named():
+    def idle(**moe):
+        return without_effect(from_config({"moe": moe}).moe)
+
+    assert idle() == []
+    assert idle(branches=4, slots=2, score="sigmoid", choice_threshold=0.2, jitter=0.1) == [
+        "choice_threshold", "score", "branches", "slots"
+    ]  # fmt: skip
+    assert idle(router="hierarchical", branches=4, choices=4) == []
+    assert idle(router="soft", decoder_router="loss_free", slots=2, score="sigmoid") == []
+    assert idle(explore="argmax", jitter=0.1) == ["jitter"]
+    assert idle(dropless=True, capacity_factor=2.0, reroute=2) == ["capacity_factor", "reroute"]
+    assert idle(router="hash", z_loss_weight=1.0, balance_loss_weight=1.0) == [
+        "balance_loss_weight", "z_loss_weight"
+    ]  # fmt: skip
 
 
 def test_check_returns_the_tokens_of_a_group():

@@ -111,6 +111,17 @@ def test_mistakes_get_one_line_before_the_first_run(config, tmp_path, capsys, pr
 
 
 @pytest.mark.usefixtures("here")
+def test_a_sweep_may_end_at_one_expert_whatever_the_router(config, capsys):
+    arguments = config(
+        "[{'moe.num_experts': [1, 4], 'moe.router': ['top_k', 'noisy_top_k'], 'moe.choices': [2]}]"
+    )
+    assert sweep.main(["sweep", *arguments, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "num_experts=1,router=top_k,choices=2: without effect: moe.router, moe.choices" in out
+    assert "num_experts=4,router=top_k,choices=2: without" not in out
+
+
+@pytest.mark.usefixtures("here")
 def test_a_dry_run_lists_and_writes_nothing(config, tmp_path, capsys):
     assert sweep.main(["sweep", *config(), "--dry_run"]) == 0
     header, dense, sparse, total = capsys.readouterr().out.splitlines()
