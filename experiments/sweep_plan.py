@@ -44,12 +44,13 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one run: all parameters, those of a token, and per step FLOPs and tokens of both stacks."""
+    """Of one run: all parameters, those of a token, and per step FLOPs and real tokens of both stacks."""
 
     parameters: int
     parameters_active: int
     flops: float
     tokens: int
+    places: int  # tokens and padding
 
 
 def read(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None = None) -> Sweep:
@@ -210,7 +211,14 @@ def survey(runs: Sequence[Run], measure: bool, here: bool = True) -> tuple[list[
             raise ValueError(f"run {run.name}: {error}") from None
         counts = training.parameter_counts(run.settings)
         work = flops.train_flops(run.settings, target)
-        costs.append(Cost(*counts, work, data.batch_size * (data.input_length + target)))
+        costs.append(
+            Cost(
+                *counts,
+                work,
+                data.batch_size * batches.real_tokens(data),
+                data.batch_size * (data.input_length + target),
+            )
+        )
     peak = flops.matmul_peak(runs[0].settings.model.dtype) * jax.device_count() if measure else 0.0
     return costs, peak
 
@@ -242,6 +250,8 @@ def table(sweep: Sweep, costs: Sequence[Cost], peak: float, results: Sequence[di
         total += cost.flops * steps
         counts = (f"{n / 1e6:,.2f} M" for n in (cost.parameters, cost.parameters_active))
         tokens = f"{cost.tokens * steps / 1e6:,.1f} M"
+        if cost.places != cost.tokens:
+            tokens += f" ({cost.places * steps / 1e6:,.1f} M padded)"
         rows.append((run.name, *counts, f"{cost.flops:.3g}", f"{cost.flops * steps:.3g}", tokens, time))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

@@ -23,7 +23,7 @@ def result(directory: Path, run: Run, cost: Cost) -> dict[str, Any]:
     ``state`` is waiting (nothing there), unfinished or done. Cross-entropies and the load (smallest and
     largest of all layers' experts, in multiples of the fair share) are held-out; ``dropped`` is the mean
     over layers in the last training step that was logged, ``heldout_dropped`` in the last evaluation.
-    ``seconds`` are of training steps alone.
+    ``seconds`` are of training steps alone, ``tokens`` without padding.
     """
     path = directory / reporting.METRICS_FILE
     records = reporting.read_metrics(path) if path.exists() else []
@@ -54,6 +54,7 @@ def result(directory: Path, run: Run, cost: Cost) -> dict[str, Any]:
         "tokens": step * cost.tokens,
         "seconds": seconds,
         "tokens_per_second": known["steps_timed"] * cost.tokens / seconds if seconds else None,
+        "padded_tokens_per_second": known["steps_timed"] * cost.places / seconds if seconds else None,
     }
 
 

@@ -166,16 +166,16 @@ def _sum_of_rows(
     rows_ND: jax.Array, gate_TK: jax.Array | None, row_TK: jax.Array, choice_N: jax.Array
 ) -> jax.Array:
     """Sums each token's rows, by reading its choices or, where these are more than the rows, by adding rows."""
-    tokens, choices = row_TK.shape
+    (tokens, choices), dtype = row_TK.shape, rows_ND.dtype
     if row_TK.size <= 2 * choice_N.size:
         rows_TKD = _take(rows_ND, row_TK)
         if gate_TK is not None:
             rows_TKD = rows_TKD * gate_TK[..., None]
-        return rows_TKD.sum(axis=1).astype(rows_ND.dtype)
+        return rows_TKD.sum(axis=1).astype(dtype)
     if gate_TK is not None:
         rows_ND = rows_ND * _take(gate_TK.reshape(-1), choice_N)[:, None]
     total_TD = jnp.zeros((tokens, rows_ND.shape[-1]), jnp.float32)
-    return total_TD.at[choice_N // choices].add(rows_ND, mode="drop").astype(rows_ND.dtype)
+    return total_TD.at[choice_N // choices].add(rows_ND, mode="drop").astype(dtype)
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:

@@ -5,40 +5,84 @@ import time
 import jax
 import jax.numpy as jnp
 
+from switchmoe.moe import group_shape, router_columns, router_name
+from switchmoe.routing import NOT_CAUSAL, expert_capacity
 from switchmoe.settings import Settings
 
 
 def forward_flops(settings: Settings, target_length: int) -> dict[str, float]:
-    """FLOPs (2 per multiply-add) of one sequence's forward pass, by part.
+    """FLOPs (2 per multiply-add) of one sequence's forward pass in training, by part.
 
-    Matrix products only. A choice costs one expert, whatever the capacity factor: a Switch model
-    counts like the dense model whose layers it makes sparse, plus its routers.
+    Matrix products only. Where tokens choose, a choice costs one expert, whatever the capacity factor: a Switch
+    model counts like the dense model whose layers it makes sparse, plus its routers. Where experts choose, and
+    in Soft MoE, all slots are full and each costs one row (`expert_rows`). One-hot masks are not counted, Soft
+    MoE's mixing is: it is what that model computes.
 
     Returns:
       ``encoder`` and ``decoder`` (projections and feed-forwards of their own tokens),
       ``cross_keys_values`` (the decoder's projections of the encoder's tokens), ``attention`` (logits
-      and mixing), ``more_experts`` (second choices, shared experts), ``router``, ``output`` (vocabulary
-      logits).
+      and mixing), ``more_experts`` (what experts cost beyond the dense layer: second choices, shared experts;
+      below 0 where there are fewer slots than tokens), ``mixing`` (Soft MoE's sums over tokens and slots),
+      ``router``, ``output`` (vocabulary logits).
     """
-    model = settings.model
+    model, lengths = settings.model, {False: settings.data.input_length, True: target_length}
     inputs, layers = settings.data.input_length, model.num_layers
     projection = model.d_model * model.num_heads * model.d_kv
     feed_forward = (3 if model.activation == "geglu" else 2) * model.d_model * model.d_ff
     pairs = inputs**2 + target_length**2 + inputs * target_length
-    sparse_layers = layers // settings.moe.every if settings.sparse else 0
-    # A token's experts over those of the dense layer; attention's have the dense layer's FLOPs.
-    extra = settings.moe.choices - 1 + settings.moe.num_shared / settings.moe.granularity
-    routers = sparse_layers * (2 if settings.moe.attention else 1)
     multiply_adds = {
         "encoder": layers * inputs * (4 * projection + feed_forward),
         "decoder": layers * target_length * (6 * projection + feed_forward),
         "cross_keys_values": layers * inputs * 2 * projection,
         "attention": layers * 2 * pairs * model.num_heads * model.d_kv,
-        "more_experts": sparse_layers * (inputs + target_length) * feed_forward * extra,
-        "router": routers * (inputs + target_length) * model.d_model * settings.moe.total_experts,
+        "more_experts": 0.0,
+        "mixing": 0.0,
+        "router": 0.0,
         "output": target_length * model.d_model * settings.embedding_rows,
     }
+    for causal, length in lengths.items() if settings.sparse else ():
+        for part, count in _sparse_layer(settings, causal, length).items():
+            multiply_adds[part] += layers // settings.moe.every * count
     return {part: 2.0 * count for part, count in multiply_adds.items()}
+
+
+def _sparse_layer(settings: Settings, causal: bool, length: int) -> dict[str, float]:
+    """Multiply-adds of a sequence in one sparse block, beyond those of a dense one."""
+    model, moe = settings.model, settings.moe
+    expert = (3 if model.activation == "geglu" else 2) * model.d_model * model.d_ff / moe.granularity
+    projections = 3 * model.d_model * model.num_heads * model.d_kv
+    rows, name = expert_rows(settings, causal, length), router_name(moe, causal)
+    more = (rows + length * (moe.num_shared - moe.granularity)) * expert
+    widths = [2 * model.d_model]  # of what is mixed on the way to the slots and back
+    if moe.attention:
+        more += (rows - length) * projections
+        widths.append(model.d_model + projections // model.d_model)
+    _, tokens = _groups(settings, length)
+    columns = router_columns(moe, name)
+    return {
+        "more_experts": more,
+        "mixing": tokens * rows * sum(widths) if name == "soft" else 0.0,
+        "router": length * len(widths) * model.d_model * columns,
+    }
+
+
+def expert_rows(settings: Settings, causal: bool, length: int) -> float:
+    """Rows that the experts of one sparse layer compute for a sequence of ``length`` tokens, empty slots left out."""
+    moe, name = settings.moe, router_name(settings.moe, causal)
+    if name not in NOT_CAUSAL:
+        return length * moe.total_choices
+    groups, tokens = _groups(settings, length)
+    slots = moe.slots
+    if name == "expert_choice":
+        slots = expert_capacity(tokens, moe.total_experts, moe.capacity_factor, moe.total_choices)
+    return groups * moe.total_experts * slots
+
+
+def _groups(settings: Settings, length: int) -> tuple[float, int]:
+    """(groups a sequence, tokens of each)."""
+    batch = settings.data.batch_size // settings.train.accumulate
+    groups, tokens = group_shape(batch, length, settings.moe.group_size)
+    return groups / batch, tokens
 
 
 def train_flops(settings: Settings, target_length: int) -> float:

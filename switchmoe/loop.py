@@ -249,17 +249,18 @@ class _Run:
             self._check(step, **seen)
         else:
             self._note(f"warning: step {step}: {_values(seen)}; its update is left out")
-        clock.step()
+        clock.step(int(metrics["tokens"]))
         if step % train.log_every and step not in (1, train.num_steps) and not skipped:
             return
-        seconds, waited = clock.lap()
+        seconds, waited, tokens = clock.lap()
         record = self._record(step, "train", jax.device_get(metrics))
         work = flops.train_flops(self.settings, self.target_length)
-        tokens = self.settings.data.batch_size * (self.settings.data.input_length + self.target_length)
+        places = self.settings.data.batch_size * (self.settings.data.input_length + self.target_length)
         record |= {
             "learning_rate": float(self.schedule(self.skips.updates_before(step))),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
+            "padded_tokens_per_second": places / seconds,
             "input_wait_share": waited / seconds,
             "model_flops": work,
             "peak_share": work / seconds / (self.peak * jax.device_count()),

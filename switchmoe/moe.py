@@ -41,6 +41,18 @@ def router_name(moe: MoESettings, causal: bool) -> str:
     return (causal and moe.decoder_router) or moe.router
 
 
+def router_columns(moe: MoESettings, name: str) -> int:
+    """Columns of the router's kernel, 0 where it has none."""
+    experts = moe.total_experts
+    special = {
+        "hash": 0,
+        "noisy_top_k": 2 * experts,
+        "hierarchical": moe.branches + experts,
+        "soft": experts * moe.slots,
+    }
+    return special.get(name, experts)
+
+
 def dispatch_name(moe: MoESettings, causal: bool = False) -> str:
     """What ``moe.dispatch=auto`` stands for.
 
@@ -279,20 +291,16 @@ class MoELayer(nn.Module):
         With ``moe.router_dtype=bfloat16`` they are that, the softmax and the gates as well.
         """
         moe, name = self.moe, router_name(self.moe, self.causal)
-        experts = moe.total_experts
-        width = {
-            "noisy_top_k": 2 * experts,
-            "hierarchical": moe.branches + experts,
-            "soft": experts * moe.slots,
-        }.get(name, experts)
         init = nn.initializers.normal(moe.router_init_stddev)
         if name == "noisy_top_k":
             init = nn.initializers.zeros
-        shape = (x_GSD.shape[-1], width)
+        shape = (x_GSD.shape[-1], router_columns(moe, name))
         kernel_DE = param(self, "router", init, ("embed", None), shape, x_GSD.dtype)
         logits_GSE = jnp.einsum("GSD,DE->GSE", x_GSD, kernel_DE, precision=jax.lax.Precision.HIGHEST)
         if name == "loss_free":
-            bias_E = param(self, "router_bias", nn.initializers.zeros, (None,), (experts,), jnp.float32)
+            bias_E = param(
+                self, "router_bias", nn.initializers.zeros, (None,), (moe.total_experts,), jnp.float32
+            )
             bias_GSE = jnp.broadcast_to(bias_E.astype(logits_GSE.dtype), logits_GSE.shape)
             logits_GSE = jnp.concatenate([logits_GSE, bias_GSE], axis=-1)
         return logits_GSE

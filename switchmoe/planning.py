@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 from switchmoe import communication, flops, memory, sharding
+from switchmoe.moe import dispatch_name, group_shape, router_name
 from switchmoe.settings import Settings
 
 GB, GIB = 1e9, 2**30
@@ -140,16 +141,23 @@ def _product(inner: dict[str, int], outer: dict[str, int]) -> dict[str, int]:
 
 
 def hardware_flops(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) -> float:
-    """FLOPs of one step as they are computed: all slots of the buffers, and with remat the forward twice."""
+    """FLOPs of one step as they are computed: empty slots and one-hot masks too, and with remat the forward twice."""
     model, moe, data, accumulate = settings.model, settings.moe, settings.data, settings.train.accumulate
     work = data.batch_size * sum(flops.forward_flops(settings, lengths["decoder"]).values())
-    if settings.sparse and not moe.dropless:
-        row = 2.0 * (3 if model.activation == "geglu" else 2) * model.d_model * model.d_ff / moe.granularity
-        shards, layers = mesh["data"] * mesh["expert"], model.num_layers // moe.every
-        for stack, length in lengths.items():
-            batch = data.batch_size // accumulate // shards
-            rows = communication.buffer_rows(settings, stack, length, batch, mesh) * shards * accumulate
-            work += layers * (rows - data.batch_size * length * moe.total_choices) * row
+    shards = mesh["data"] * mesh["expert"]
+    projections = 3 * model.d_model * model.num_heads * model.d_kv if moe.attention else 0
+    expert = (3 if model.activation == "geglu" else 2) * model.d_model * model.d_ff / moe.granularity
+    for stack, length in lengths.items() if settings.sparse else ():
+        causal, layers = stack == "decoder", model.num_layers // moe.every
+        batch = data.batch_size // accumulate // shards
+        rows = communication.buffer_rows(settings, stack, length, batch, mesh) * shards * accumulate
+        if not moe.dropless:
+            empty = rows - data.batch_size * flops.expert_rows(settings, causal, length)
+            work += 2.0 * layers * empty * (expert + projections)
+        if dispatch_name(moe, causal) == "einsum" and router_name(moe, causal) != "soft":
+            _, tokens = group_shape(data.batch_size // accumulate, length, moe.group_size)
+            widths = 2 * model.d_model + (moe.attention and model.d_model + projections // model.d_model)
+            work += 2.0 * layers * rows * tokens * widths
     return (4 if model.remat else 3) * work
 
 

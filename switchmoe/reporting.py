@@ -273,11 +273,11 @@ def _open_events(directory: Path, resume_step: int | None) -> EventsWriter:
 
 
 class Clock:
-    """Seconds a step and seconds of waiting for input, without evaluations and checkpoints."""
+    """Seconds and real tokens a step, and seconds of waiting for input, without evaluations and checkpoints."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
-        self._steps, self._waited = 0, 0.0
+        self._steps, self._tokens, self._waited = 0, 0, 0.0
         self._total = {"steps_timed": 0, "train_seconds": 0.0, "input_wait_seconds": 0.0}
 
     @contextlib.contextmanager
@@ -292,17 +292,19 @@ class Clock:
         yield
         self._start += time.monotonic() - started
 
-    def step(self) -> None:
+    def step(self, tokens: int) -> None:
         self._steps += 1
+        self._tokens += tokens
 
-    def lap(self) -> tuple[float, float]:
-        """(seconds, seconds waited) a step since the last lap."""
+    def lap(self) -> tuple[float, float, float]:
+        """(seconds, seconds waited, tokens) a step since the last lap."""
         seconds, steps, waited = time.monotonic() - self._start, max(self._steps, 1), self._waited
+        tokens = self._tokens
         self._total["steps_timed"] += self._steps
         self._total["train_seconds"] += seconds
         self._total["input_wait_seconds"] += waited
-        self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
-        return seconds / steps, waited / steps
+        self._start, self._steps, self._tokens, self._waited = time.monotonic(), 0, 0, 0.0
+        return seconds / steps, waited / steps, tokens / steps
 
     def totals(self) -> dict[str, float]:
         if self._steps:

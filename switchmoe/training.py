@@ -170,6 +170,8 @@ def train_step(
 
     The step's key is ``fold_in(key, step)``: a resumed run draws what it would have drawn.
 
+    Beside the metrics of `summarize` there are ``grad_norm`` and ``tokens``, the batch's real ones of both stacks.
+
     With ``train.skip_nonfinite`` a step whose loss or gradient norm is not finite leaves parameters and
     optimizer as they were, and ``skipped`` is 1; the step is counted all the same.
 
@@ -192,6 +194,7 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = summarize(sums, counts, settings) | {"grad_norm": optax.global_norm(grads)}
+    metrics["tokens"] = sum(counts.values()).astype(jnp.int32)
     if settings.train.skip_nonfinite:
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["skipped"] = 1 - finite.astype(jnp.int32)

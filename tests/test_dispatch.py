@@ -93,6 +93,7 @@ def compare(back_end, routing, loop, dtype=jnp.float32, rtol=1e-5, atol=1e-6):
     arguments = (w_EDD, x_GSD, routing.gate_SK)
     got = outputs_and_gradients(lambda *a: through(back_end, routing, *a), arguments, weight_GSD)
     wanted = outputs_and_gradients(lambda *a: loop(routing, *a), arguments, weight_GSD)
+    assert got[0].dtype == dtype and got[1].dtype == dtype
     kept = np.asarray(routing.kept_SK)
     for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
         if index == 3:  # a choice that found no slot has no output: its gate has no gradient either

@@ -102,6 +102,78 @@ def test_forward_flops_are_xlas_within_5_percent(experts):
     assert planning.hardware_flops(settings, PAPER, one) / 3 == pytest.approx(counted, rel=0.05)
 
 
+ROUTERS = {  # routers and options by what they cost
+    "switch": {},
+    "top_k": dict(router="top_k", choices=2),
+    "noisy_top_k": dict(router="noisy_top_k", choices=2),
+    "hierarchical": dict(router="hierarchical", choices=4, branches=4),
+    "hash": dict(router="hash"),
+    "sinkhorn": dict(router="sinkhorn"),
+    "loss_free": dict(router="loss_free", choices=2, score="sigmoid"),
+    "expert_choice": dict(router="expert_choice", decoder_router="top_k"),
+    "soft": dict(router="soft", decoder_router="hash", slots=48),
+    "soft, few slots": dict(router="soft", decoder_router="hash", slots=2),
+    "shared": dict(num_shared=2),
+    "finer": dict(granularity=4, num_shared=2),
+    "attention": dict(attention=True, choices=2, router="top_k"),
+    "attention, soft": dict(attention=True, router="soft", decoder_router="switch", slots=8),
+    "masks": dict(dispatch="einsum"),
+    "masks, attention": dict(dispatch="einsum", attention=True),
+}
+
+
+def counted_flops(settings):
+    """(XLA's count of a forward pass, the estimate with empty slots and masks, the model's own)."""
+    lengths = {"encoder": settings.data.input_length, "decoder": 64}
+    params = nn.unbox(training.abstract_variables(settings)["params"])
+    batch = {
+        name: jax.ShapeDtypeStruct((settings.data.batch_size, lengths[stack]), jnp.int32)
+        for name, stack in (("inputs", "encoder"), ("targets", "decoder"))
+    }
+    forward = jax.jit(lambda params, batch: training.token_sums(params, batch, settings, jax.random.key(0)))
+    found = forward.lower(params, batch).compile().cost_analysis()["flops"]
+    hardware = planning.hardware_flops(settings, lengths, dict.fromkeys(sharding.AXES, 1)) / 3
+    own = settings.data.batch_size * sum(planning.flops.forward_flops(settings, lengths["decoder"]).values())
+    return found, hardware, own
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_routers_flops_are_xlas_within_5_percent(name):
+    """A fifth more slots than choices; and at factor 1 the model's own, which has no empty slots."""
+    model = dict(d_model=384, d_ff=1024, d_kv=64, num_heads=6, num_layers=1)
+    moe = dict(num_experts=8, every=1, group_size=256, jitter=0.0) | ROUTERS[name]
+    data = dict(batch_size=4, input_length=128, vocab_size=4000)
+    for factor in (1.25, 1.0):
+        settings = small(model, moe | {"capacity_factor": factor}, data)
+        found, hardware, own = counted_flops(settings)
+        assert hardware == pytest.approx(found, rel=0.05)
+    if settings.moe.dispatch != "einsum":
+        assert own == pytest.approx(found, rel=0.05)
+
+
+def test_what_a_router_costs():
+    """Of the encoder alone: no product for a hash, two kernels for noisy top-k, slots and their mixing for soft."""
+
+    def parts(**moe):
+        settings = small(moe=dict(decoder_router="hash", every=1) | moe)
+        return planning.flops.forward_flops(settings, 32)
+
+    layers, tokens, d, experts = 4, 128, 64, 8
+    kernel = 2.0 * layers * tokens * d * experts
+    expert = 2.0 * layers * 3 * 64 * 256
+    assert parts(router="switch")["router"] == parts(router="sinkhorn")["router"] == kernel
+    assert parts(router="hash")["router"] == 0
+    assert parts(router="noisy_top_k", choices=2)["router"] == 2 * kernel
+    assert parts(router="hierarchical", choices=4, branches=2)["router"] == kernel * 10 / 8
+    soft = parts(router="soft", slots=3)  # a group is two sequences: 24 slots for 256 tokens
+    assert soft["router"] == 3 * kernel
+    assert soft["more_experts"] == pytest.approx((24 / 2 - tokens) * expert)
+    assert soft["mixing"] == 2.0 * layers * 2 * tokens * 24 * d
+    assert parts(router="switch")["mixing"] == parts(router="switch")["more_experts"] == 0
+    assert parts(router="expert_choice", capacity_factor=2.0)["more_experts"] == tokens * expert
+    assert parts(router="top_k", num_shared=1, choices=2)["more_experts"] == 2 * (tokens + 32) * expert
+
+
 def test_hardware_flops_count_empty_slots_and_recomputation():
     settings = small(dict(activation="relu"), dict(capacity_factor=2.0, group_size=128))
     one = dict.fromkeys(sharding.AXES, 1)

@@ -53,7 +53,14 @@ def wait_for_step(process, workdir, step):
 
 def losses(workdir):
     """All that a step computes, but not its times."""
-    timed = {"step_seconds", "tokens_per_second", "input_wait_share", "peak_share", "seconds"}
+    timed = {
+        "step_seconds",
+        "tokens_per_second",
+        "padded_tokens_per_second",
+        "input_wait_share",
+        "peak_share",
+        "seconds",
+    }
     return [
         {k: v for k, v in record.items() if k not in timed}
         for record in read_metrics(workdir / "metrics.jsonl")
@@ -68,6 +75,8 @@ def test_a_killed_and_a_stopped_run_end_like_an_undisturbed_one(tmp_path, enviro
     assert "\r" not in out and "step 24/24" in out, "a pipe gets plain lines"
     for name in ("config.json", "metrics.jsonl", "run.json", "report.html", "plots/loss.png", "tensorboard"):
         assert (whole / name).exists(), name
+    for record in read_metrics(whole / "metrics.jsonl"):  # 8 is what span corruption of 34 tokens writes
+        assert record["split"] == "validation" or record["tokens"] == 4 * (32 + 8)
     run = json.loads((whole / "run.json").read_text())
     assert len(run["examples"]) == 4 and all("<extra_id_0>" in e["input"] for e in run["examples"])
 

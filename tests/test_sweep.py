@@ -160,7 +160,7 @@ def test_results_of_done_unfinished_and_waiting_runs(config):
     found = read(*config("[{'moe.num_experts': [4]}, {'train.seed': [1, 2]}]"))
     for run, steps in zip(found.runs, (24, 16), strict=False):
         fabricate(found.workdir / run.name, run, steps)
-    sweep_results.write(found, results(found, Cost(100, 50, 3.0, 10)))
+    sweep_results.write(found, results(found, Cost(100, 50, 3.0, 10, 15)))
     with (found.workdir / "results.csv").open() as file:
         done, unfinished, waiting = csv.DictReader(file)
     assert list(done)[:4] == ["run", "state", "moe.num_experts", "train.seed"]
@@ -168,6 +168,7 @@ def test_results_of_done_unfinished_and_waiting_runs(config):
     figures = {
         "cross_entropy": 4.5, "best_cross_entropy": 4.0, "dropped": 0.25, "load_min": 0.0, "load_max": 2.0,
         "step": 24, "tokens": 240, "flops": 72, "seconds": 2.0, "tokens_per_second": 120.0, "parameters": 100,
+        "padded_tokens_per_second": 180.0,
     }  # fmt: skip
     assert {name: float(done[name]) for name in figures} == pytest.approx(figures)
     assert (unfinished["train.seed"], unfinished["moe.num_experts"], waiting["cross_entropy"]) == (
@@ -181,12 +182,22 @@ def test_results_of_done_unfinished_and_waiting_runs(config):
 def test_a_prediction_goes_by_the_done_run_nearest_in_size(config):
     """Of two done runs at 10 % and 40 % of the peak, the one with about as many parameters counts."""
     found = read(*config("[{'moe.num_experts': [1, 2, 4]}]"))
-    costs = [Cost(size, 1, 1000.0, 10) for size in (10, 90, 100)]
+    costs = [Cost(size, 1, 1000.0, 10, 10) for size in (10, 90, 100)]
     done = [{"state": "done", "seconds": 1.0, "tokens_per_second": rate} for rate in (4.0, 1.0)]
     waiting = {"state": "waiting", "seconds": None, "tokens_per_second": None}
     text = sweep_plan.table(found, costs, 1000.0, [done[0], waiting, done[1]])
     assert text.splitlines()[2].split()[-1] == "4m00s"  # 24 steps x 1000 FLOPs / (1000 x 0.1)
     assert "at the 40%, 10% of done runs" in text
+
+
+@pytest.mark.usefixtures("here")
+def test_padding_is_counted_apart(config):
+    """24 steps of 8 sequences: 32 input tokens, 8 that span corruption writes, 120 of padding."""
+    found = read(*config("[{'moe.num_experts': [4]}]"), "--config.data.target_length=128")
+    costs, _ = sweep_plan.survey(found.runs, measure=False)
+    assert (costs[0].tokens, costs[0].places) == (8 * (32 + 8), 8 * (32 + 128))
+    text = sweep_plan.table(found, costs, 1e9, results(found, costs[0]))
+    assert f"{24 * 320 / 1e6:.1f} M ({24 * 1280 / 1e6:.1f} M padded)" in text
 
 
 @pytest.mark.usefixtures("here")
@@ -310,7 +321,14 @@ def wait_for(process, path, text):
 
 
 def computed(path):
-    timed = {"step_seconds", "tokens_per_second", "input_wait_share", "peak_share", "seconds"}
+    timed = {
+        "step_seconds",
+        "tokens_per_second",
+        "padded_tokens_per_second",
+        "input_wait_share",
+        "peak_share",
+        "seconds",
+    }
     return [{k: v for k, v in record.items() if k not in timed} for record in read_metrics(path)]
 
 

@@ -140,7 +140,7 @@ def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, A
         ("Parameters", _show(run.get("parameters"), count)),
         ("Parameters a token uses", _show(run.get("parameters_active"), count)),
         ("Steps", f"{steps:,}" + (f" of {asked:,}" if asked else "")),
-        ("Median speed", _show(_median(records, "tokens_per_second"), lambda x: f"{x:,.0f} tokens/s")),
+        ("Median speed", _speed(records)),
         ("Median step time", _show(_median(records, "step_seconds"), _seconds)),
         (
             "Matrix-product peak, measured",
@@ -153,6 +153,12 @@ def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, A
         ("Tokens per routing group", ", ".join(groups) if groups else MISSING),
         ("Platform", ", ".join(str(run[key]) for key in ("platform", "device") if key in run) or MISSING),
     ]
+
+
+def _speed(records: Sequence[Record]) -> str:
+    padded = _median(records, "padded_tokens_per_second")  # not there in a run of an earlier version
+    speed = _show(_median(records, "tokens_per_second"), lambda x: f"{x:,.0f} tokens/s")
+    return speed if padded is None else f"{speed} ({padded:,.0f} with padding)"
 
 
 def fill_ins(text: str) -> dict[int, str]:

@@ -42,6 +42,14 @@ def target_length(settings: DataSettings) -> int:
     return max(settings.target_length, written)
 
 
+def real_tokens(settings: DataSettings) -> int:
+    """Tokens of a sequence, of both stacks, that are no padding: span corruption always writes as many."""
+    return (
+        settings.input_length
+        + span_corruption.lengths(settings.input_length, settings.noise_density, settings.mean_span_length)[1]
+    )
+
+
 def document_order(
     documents: Sequence[str], seed: int, stream: int = 0, streams: int = 1
 ) -> grain.MapDataset:
