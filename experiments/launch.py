@@ -17,20 +17,19 @@ and a job, which is one start of one run,
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.util
 import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from experiments.supervisor import FOLLOWS
+from switchmoe.lock import INHERITED, Lock
 
-LOG_FILE, LOCK_FILE = "log.txt", "run.lock"
+LOG_FILE = "log.txt"
 OPTIONS = ("launcher", "address", "resources", "retries")
 RETRIES = 2
 
@@ -217,34 +216,28 @@ def spawn(order: Order, patience: float) -> subprocess.Popen:
       patience: seconds to wait for that.
 
     Raises:
-      OSError: the directory can't be written, or is still another process's.
+      InUse: the directory is still another process's.
+      OSError: it can't be written.
     """
     order.directory.mkdir(exist_ok=True)
-    with (order.directory / LOCK_FILE).open("a") as lock, (order.directory / LOG_FILE).open("ab") as log:
-        _hold(lock, order.directory, patience)
-        return subprocess.Popen(
-            [sys.executable, "-m", "experiments.run", *order.arguments, f"--workdir={order.workdir}"],
-            cwd=order.cwd,
-            env={"JAX_COMPILATION_CACHE_DIR": str(order.cache)} | os.environ | {FOLLOWS: "1"},
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock.fileno()],  # the lock is let go of when all that have it open are gone
-            start_new_session=True,  # Ctrl-C is for the sweep alone, which passes it on
-        )
-
-
-def _hold(lock: IO, directory: Path, patience: float) -> None:
-    until = time.monotonic() + patience
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise OSError(
-                    f"{directory}: another process has been at work on this run for {patience:.0f} s"
-                ) from None
-        time.sleep(0.1)
+    lock = Lock(order.directory)
+    try:
+        lock.take(patience)
+        with (order.directory / LOG_FILE).open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "experiments.run", *order.arguments, f"--workdir={order.workdir}"],
+                cwd=order.cwd,
+                env={"JAX_COMPILATION_CACHE_DIR": str(order.cache)}
+                | os.environ
+                | {FOLLOWS: "1", INHERITED: str(lock.fileno())},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock.fileno()],  # the lock is let go of when all that have it open are gone
+                start_new_session=True,  # Ctrl-C is for the sweep alone, which passes it on
+            )
+    finally:
+        lock.free()
 
 
 def _ray(options: Options, _: Path) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from experiments.exits import EXIT_STOPPED
 from experiments.launch import LOG_FILE, Order, spawn
 from switchmoe.checkpoints import write_json
+from switchmoe.lock import InUse
 
 STOP_FILE, NODE_FILE = "stop", "node.json"
 POLL = 1.0  # seconds between looks at `stop`
@@ -64,7 +65,7 @@ class Work:
             node = {"host": socket.gethostname(), "pid": self.process.pid, "parent": os.getpid()}
             write_json(self.order.directory / NODE_FILE, node)
             return self._attend()
-        except OSError as error:
+        except (OSError, InUse) as error:
             raise RuntimeError(
                 f"{socket.gethostname()}: {error} (the sweep's --workdir and current directory must be those of"
                 " every node)"

@@ -15,7 +15,8 @@ from experiments.claims import CLAIMS, SCALES, Claim
 from switchmoe.analysis import plots, report, sweep_plots, sweeps, verdicts
 from switchmoe.analysis.verdicts import Check, Finding, Table, Verdict
 from switchmoe.reporting import duration
-from switchmoe.rundir import flat, read_run
+from switchmoe.resuming import flat
+from switchmoe.rundir import read_run
 from switchmoe.settings import from_config, to_dict
 
 COLOURS = (*sweep_plots.COLOURS, plots.GREY)

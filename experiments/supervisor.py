@@ -12,6 +12,7 @@ import threading
 from typing import IO
 
 from experiments.exits import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
+from switchmoe.lock import handed_down
 
 CHILD = "SWITCHMOE_CHILD"  # set in the environment of the process that does the work
 FOLLOWS = "SWITCHMOE_FOLLOWS"  # set for a process that ends with its parent, from whom its input is a pipe
@@ -51,6 +52,7 @@ def run(module: str, argv: list[str]) -> int:
         env=os.environ | {CHILD: "1"},
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        pass_fds=handed_down(),
         start_new_session=True,  # Ctrl-C is for this process alone
     )
     received: list[int] = []

@@ -35,6 +35,7 @@ from experiments.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_STO
 from experiments.launch import LOG_FILE, Order
 from experiments.sweep_plan import Run, Sweep
 from switchmoe.checkpoints import write_json
+from switchmoe.lock import InUse
 
 COMMAND = "experiments.sweep"
 LOST = (EXIT_LOST, EXIT_STOPPED, 128 + signal.SIGKILL)  # of a run that something else than the sweep ended
@@ -159,7 +160,11 @@ class _Loop:
         overrides = [f"--config.{field}={value}" for field, value in run.overrides.items()]
         order = Order([*self.sweep.arguments, *overrides], self.sweep.workdir / run.name, Path.cwd(), cache)
         self.told[run.name] = 0
-        self.jobs[run.name] = self.launcher.start(order)
+        try:
+            self.jobs[run.name] = self.launcher.start(order)
+        except InUse as error:
+            self.failed[run.name] = f"can't start: {error}"
+            return self._show(run, self.failed[run.name])
         self._pass_on(run.name)  # what came since before there was a job to pass it on to
 
     def _look(self, runs: dict[str, Run]) -> None:

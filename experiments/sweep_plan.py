@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import command_line
-from switchmoe import rundir
+from switchmoe import resuming, rundir
 from switchmoe.reporting import duration
 from switchmoe.settings import Settings, from_config, to_dict
 
@@ -141,11 +141,12 @@ def check_directory(sweep: Sweep) -> None:
         raise ValueError(f"{where} holds a run; accepted is a directory of this sweep, or a new one")
     found = read_definition(sweep.workdir)
     if found is not None:
-        there, here = _flat(found), _flat(definition(sweep))
+        resuming.compare(found["base"], sweep.base, f"{where} holds another sweep, or this one")
+        here = definition(sweep)["runs"]
         different = [
-            f"{name} ({value} there, {here.get(name, 'none')} asked)"
-            for name, value in there.items()
-            if here.get(name) != value and not name.startswith(rundir.MAY_CHANGE)
+            f"run {name} ({value} there, {here.get(name, 'none')} asked)"
+            for name, value in found["runs"].items()
+            if here.get(name) != value
         ]
         if different:
             raise ValueError(
@@ -171,16 +172,12 @@ def read_definition(workdir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
-        _flat(found)
+        found = json.loads(path.read_text(encoding="utf-8"))
+        resuming.flat(found["base"])
+        found["runs"].items()
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); accepted is what a sweep wrote") from error
     return found
-
-
-def _flat(found: dict[str, Any]) -> dict[str, Any]:
-    runs = {f"run {name}": overrides for name, overrides in found["runs"].items()}
-    return rundir.flat(found["base"]) | runs
 
 
 def survey(runs: Sequence[Run], measure: bool, here: bool = True) -> tuple[list[Cost], float]:

@@ -21,11 +21,13 @@ import switchmoe
 from switchmoe import checkpoints, decoding, distributed, flops, optimizers, sharding, training, transformer
 from switchmoe.analysis import report
 from switchmoe.data import batches, sources, vocabulary
+from switchmoe.lock import Lock
 from switchmoe.moe import dispatch_name, group_shape, router_name, without_effect
 from switchmoe.origin import commit, machine
 from switchmoe.reporting import Clock, MetricsWriter, Progress
+from switchmoe.resuming import Differences, flat
 from switchmoe.routing import expert_capacity
-from switchmoe.rundir import check, check_documents, claim, flat, read_run, update_run
+from switchmoe.rundir import check, check_documents, claim, read_run, update_run
 from switchmoe.settings import MoESettings, Settings, to_dict
 from switchmoe.signals import Stop, Stopped, stop_signals
 from switchmoe.skipping import Skips
@@ -52,17 +54,31 @@ def run(settings: Settings, workdir: Path, progress: Progress) -> Path:
     """
     shared = {name: value for name, value in flat(to_dict(settings)).items() if name != "mesh.process"}
     distributed.check_same(shared | _versions() | {"workdir": str(workdir)})
-    with distributed.main_first():
-        check(workdir, settings)
-    with stop_signals() as stop:
-        return _Run(settings, workdir, progress, stop).train()
+    with contextlib.ExitStack() as held:
+        with distributed.main_first():
+            lock = Lock(workdir, progress.note)
+            held.callback(lock.free)
+            if distributed.is_main() and (workdir / "config.json").exists():
+                lock.take()  # before anything of another run's is read or deleted
+            differences = check(workdir, settings)
+        with stop_signals() as stop:
+            return _Run(settings, workdir, progress, stop, lock, differences).train()
 
 
 class _Run:
     """What the steps of `run` share."""
 
-    def __init__(self, settings: Settings, workdir: Path, progress: Progress, stop: Stop):
+    def __init__(
+        self,
+        settings: Settings,
+        workdir: Path,
+        progress: Progress,
+        stop: Stop,
+        lock: Lock,
+        differences: Differences,
+    ):
         self.settings, self.workdir, self.progress, self.stop = settings, workdir, progress, stop
+        self.lock, self.differences = lock, differences
         length = batches.target_length(settings.data)
         lengths = {"encoder": settings.data.input_length, "decoder": length}
         self.mesh = sharding.make_mesh(settings.mesh)
@@ -98,7 +114,7 @@ class _Run:
                     self.settings.embedding_rows,
                     _unigram_batches(self.settings, arguments[2]),
                 )
-        claim(self.workdir, self.settings)
+        claim(self.workdir, self.settings, self.lock)
         _keep_vocabulary(self.vocabulary, self.workdir)
 
     def train(self) -> Path:
@@ -204,6 +220,16 @@ class _Run:
         )
         if start:
             say(f"resuming from the checkpoint of step {start} in {self.workdir}")
+        if start < settings.train.num_steps:  # a run's last act, which is to come
+            (self.workdir / report.REPORT_FILE).unlink(missing_ok=True)
+        if self.differences.missing:
+            names = ", ".join(self.differences.missing)
+            say(f"begun with an earlier version, which had no {names}: as by default")
+        if self.differences.changed:
+            changed = {name: list(values) for name, values in self.differences.changed.items()}
+            known = read_run(self.workdir).get("changed", [])
+            update_run(self.workdir, changed=[*known, {"step": start} | changed])
+            say("other than before: " + ", ".join(f"{n} ({a} -> {b})" for n, (a, b) in changed.items()))
 
     def _steps(self, state: training.TrainState, start: int) -> training.TrainState:
         """Steps start + 1 ... num_steps; a step's metrics are read when the next one is under way."""

@@ -5,25 +5,24 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from switchmoe import resuming
 from switchmoe.checkpoints import write_json
+from switchmoe.lock import Lock
 from switchmoe.reporting import METRICS_FILE, read_metrics
 from switchmoe.settings import Settings, to_dict
 
-# Where a run is computed, and how it meets faults: what it computes does not depend on them.
-MAY_CHANGE = ("mesh.", "checkpoint.on_damage", "checkpoint.on_error", "train.skip_nonfinite")
 
-
-def check(workdir: Path, settings: Settings) -> None:
-    """Refuses a directory that another run lives in, or a damaged one's; what is in MAY_CHANGE may be other.
+def check(workdir: Path, settings: Settings) -> resuming.Differences:
+    """Refuses a directory that another run lives in, or a damaged one's; returns what differs where it may.
 
     Raises:
-      ValueError: names the fields that differ, or the file that is damaged.
+      ValueError: names the fields that may not differ (`resuming.RULES`), or the file that is damaged.
     """
+    same = resuming.Differences([], {})
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir}: a file; accepted is a directory, or a name that is free")
     if (workdir / METRICS_FILE).exists():
         read_metrics(workdir / METRICS_FILE)
-    asked = to_dict(settings)
     path = workdir / "config.json"
     if not path.exists():
         if (workdir / "checkpoints").exists():
@@ -31,22 +30,26 @@ def check(workdir: Path, settings: Settings) -> None:
                 f"--workdir={workdir} holds checkpoints but no config.json that says whose; accepted is a"
                 " directory with both, or with neither"
             )
-        return
+        return same
     try:
-        there = flat(json.loads(path.read_text()))
+        there = json.loads(path.read_text(encoding="utf-8"))
+        resuming.flat(there)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"--workdir={workdir}: its config.json is not a run's ({error})") from error
-    here = flat(asked)
-    different = [
-        f"{name} ({there.get(name, 'none')} there, {here.get(name, 'none')} asked)"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name) and not name.startswith(MAY_CHANGE)
-    ]
-    if different:
+    found = resuming.compare(there, settings, f"--workdir={workdir} holds a run")
+    steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    if max(steps, default=0) > settings.train.num_steps:
         raise ValueError(
-            f"--workdir={workdir} holds a run with other settings: {', '.join(different)};"
-            " accepted is the same settings, or another --workdir"
+            f"train.num_steps={settings.train.num_steps}: the run in {workdir} is at step {max(steps)}; accepted is that"
+            " or more"
         )
+    moved = {"data.source", "data.data_dir"} & found.changed.keys()
+    if moved and "documents_sha256" not in read_run(workdir):
+        raise ValueError(
+            f"--workdir={workdir} does not say what text its run began with (run.json), so {' and '.join(sorted(moved))}"
+            " may not change; accepted is the same there"
+        )
+    return found
 
 
 def check_documents(workdir: Path, source: str, fingerprints: dict[str, str]) -> None:
@@ -64,10 +67,11 @@ def check_documents(workdir: Path, source: str, fingerprints: dict[str, str]) ->
         )
 
 
-def claim(workdir: Path, settings: Settings) -> None:
+def claim(workdir: Path, settings: Settings, lock: Lock) -> None:
     """Makes the directory this run's; called when settings and data are known to be good.
 
     Raises:
+      ValueError: another process was faster.
       OSError: it, or its checkpoints' directory, can't be written; nothing was.
     """
     for directory in (workdir, workdir / "checkpoints"):
@@ -77,6 +81,7 @@ def claim(workdir: Path, settings: Settings) -> None:
                 tempfile.TemporaryFile(dir=directory).close()
         except OSError as error:
             raise OSError(error.errno, f"can't be written: {error.strerror}", str(directory)) from error
+    lock.take()
     write_json(workdir / "config.json", to_dict(settings))
 
 
@@ -104,7 +109,3 @@ def update_run(workdir: Path, add: dict[str, float] | None = None, **values: Any
     for name, value in (add or {}).items():
         known[name] = known.get(name, 0) + value
     write_json(workdir / "run.json", known)
-
-
-def flat(groups: dict) -> dict[str, Any]:
-    return {f"{group}.{name}": value for group, fields in groups.items() for name, value in fields.items()}

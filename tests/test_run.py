@@ -103,7 +103,8 @@ def test_a_killed_and_a_stopped_run_end_like_an_undisturbed_one(tmp_path, enviro
     err = capsys.readouterr().err
     assert code == command.EXIT_BAD_INPUT
     assert (
-        "moe.z_loss_weight (0.0 there, 1.0 asked), train.seed (0 there, 5 asked)" in err
+        "moe.z_loss_weight (0.0 there, 1.0 asked: another loss is minimised); train.seed (0 there, 5 asked"
+        in err
         and err.count("\n") == 1
     )
     assert losses(whole) == before

@@ -209,15 +209,13 @@ def test_a_directory_of_another_sweep_is_refused_and_one_may_grow(config, tmp_pa
     sweep_plan.check_directory(read(*config("[{'moe.num_experts': [1, 2, 4]}]")))
     others = config("[{'moe.num_experts': [1]}]")
     assert sweep.main(["sweep", *others, "--config.data.batch_size=16"]) == exits.EXIT_BAD_INPUT
-    err = capsys.readouterr().err
-    assert (
-        "data.batch_size (8 there, 16 asked), run num_experts=4 ({'moe.num_experts': 4} there, none asked)"
-        in err
-    )
+    assert "data.batch_size (8 there, 16 asked: the saved position" in capsys.readouterr().err
+    assert sweep.main(["sweep", *others]) == exits.EXIT_BAD_INPUT
+    assert "run num_experts=4 ({'moe.num_experts': 4} there, none asked)" in capsys.readouterr().err
     path.unlink()
     fabricate(found.workdir / "num_experts=4", found.runs[0], 24)  # another run's settings under this name
     assert sweep.main(["sweep", *config()]) == exits.EXIT_BAD_INPUT
-    assert "moe.num_experts (1 there, 4 asked)" in capsys.readouterr().err
+    assert "moe.num_experts (1 there, 4 asked: it is another model)" in capsys.readouterr().err
     path.write_text("[")
     assert sweep.main(["sweep", *config()]) == exits.EXIT_BAD_INPUT
     assert "sweep.json is damaged" in capsys.readouterr().err and path.read_text() == "["

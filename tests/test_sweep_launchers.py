@@ -16,6 +16,7 @@ from test_sweep import fabricate, read
 from experiments import launch, launch_node, sweep
 from experiments.exits import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_LOST, EXIT_STOPPED
 from experiments.launch import Order
+from switchmoe.lock import InUse
 
 config, here = test_sweep.config, test_sweep.here  # fixtures
 
@@ -167,7 +168,7 @@ def order(tmp_path, monkeypatch):
 def test_a_run_is_not_started_while_another_start_of_it_lives(order):
     """Also where whoever started it is gone: the lock is the run's own."""
     first = launch.spawn(order, patience=1)
-    with pytest.raises(OSError, match="run: another process has been at work on this run for 0 s"):
+    with pytest.raises(InUse, match="run: a run is under way there .process"):
         launch.spawn(order, patience=0)
     first.kill()
     first.communicate()

@@ -1,0 +1,291 @@
+"""What may differ when a run goes on, directories of earlier versions, and two processes in one directory."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import exits, sweep, sweep_plan
+from experiments import run as command
+from switchmoe import lock, resuming
+from switchmoe.reporting import read_metrics
+from switchmoe.settings import Settings, from_config, to_dict
+
+OLD_RUN = Path(__file__).parent / "data" / "run_0.1.0.tar.xz"
+ROOT = Path(__file__).parents[1]
+
+
+# The table.
+
+
+def test_every_field_has_a_rule_and_every_rule_a_field():
+    assert resuming.RULES.keys() == resuming.flat(to_dict(Settings())).keys()
+    assert {rule.kind for rule in resuming.RULES.values()} == {resuming.BITS, resuming.MAY, resuming.NOT}
+
+
+def test_the_documents_table_is_the_rules():
+    assert resuming.table() in (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8")
+
+
+OTHER = {str: "other", bool: None, int: None, float: None}
+
+
+def other(settings, name):
+    """The settings' groups with another value of one field."""
+    groups = to_dict(settings)
+    group, field = name.split(".")
+    value = groups[group][field]
+    groups[group][field] = (
+        (not value)
+        if isinstance(value, bool)
+        else value + 1
+        if value != "" and not isinstance(value, str)
+        else "x"
+    )
+    return groups
+
+
+@pytest.mark.parametrize("name", resuming.RULES)
+def test_what_may_differ_differs_and_what_may_not_is_refused_by_name(name):
+    there = other(Settings(), name)
+    if resuming.RULES[name].kind == resuming.NOT:
+        with pytest.raises(ValueError) as error:
+            resuming.compare(there, Settings(), "it has a run")
+        assert f"{name} (" in str(error.value) and resuming.RULES[name].why in str(error.value)
+        assert "\n" not in str(error.value)
+    else:
+        assert list(resuming.compare(there, Settings(), "it has a run").changed) == [name]
+
+
+def test_more_steps_where_the_schedule_does_not_end_with_them():
+    for schedule, message in (("constant", ""), ("warmup_cosine", "warmup_cosine ends there")):
+        there = from_config({"optimizer": {"schedule": schedule}, "train": {"num_steps": 10}})
+        asked = dataclasses.replace(there, train=dataclasses.replace(there.train, num_steps=20))
+        if message:
+            with pytest.raises(ValueError, match=message):
+                resuming.compare(to_dict(there), asked, "it")
+        else:
+            assert resuming.compare(to_dict(there), asked, "it").changed == {"train.num_steps": (10, 20)}
+
+
+def test_a_field_that_is_not_there_has_its_default():
+    there = to_dict(Settings())
+    del there["moe"]["balance_choices"], there["train"]["skip_nonfinite"]
+    assert resuming.compare(there, Settings(), "it") == (["moe.balance_choices", "train.skip_nonfinite"], {})
+    other = from_config({"moe": {"balance_choices": "first"}})
+    with pytest.raises(ValueError, match="moe.balance_choices .all there, first asked"):
+        resuming.compare(there, other, "it")
+    there["moe"]["of_a_later_version"] = 3
+    with pytest.raises(
+        ValueError, match="moe.of_a_later_version .3 there, none asked: this version does not"
+    ):
+        resuming.compare(there, Settings(), "it")
+
+
+# Runs.
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """A run of 8 steps that version 0.1.0 wrote (jax 0.10), with the checkpoint of step 4 alone; its metrics are whole."""
+    with tarfile.open(OLD_RUN) as file:
+        file.extractall(tmp_path, filter="data")
+    workdir = tmp_path / "run"
+    return workdir, json.loads((workdir / "config.json").read_text()), read_metrics(workdir / "metrics.jsonl")
+
+
+def arguments(config, **more):
+    """The command line that asks for these settings."""
+    fields = resuming.flat(config) | more
+    return [f"--config.{name}={value}" for name, value in fields.items() if value != ""]
+
+
+def go_on(workdir, config, capsys, **more):
+    code = command.main(["run", f"--workdir={workdir}", *arguments(config, **more)])
+    return code, capsys.readouterr()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_directory_of_an_earlier_version_goes_on(old_run, capsys):
+    workdir, config, wanted = old_run
+    assert "balance_choices" not in config["moe"]
+    code, captured = go_on(workdir, config, capsys)
+    assert code == 0, captured.err
+    assert "resuming from the checkpoint of step 4" in captured.out
+    assert (
+        "begun with an earlier version, which had no " in captured.out
+        and "moe.balance_choices" in captured.out
+    )
+    found = read_metrics(workdir / "metrics.jsonl")
+    assert [(r["step"], r["split"]) for r in found] == [(r["step"], r["split"]) for r in wanted]
+    for here, there in zip(found, wanted, strict=True):
+        for name in ("loss", "cross_entropy", "z_loss", "layer_expert_load"):
+            np.testing.assert_allclose(here[name], there[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert (workdir / "report.html").exists()
+    there = json.loads((workdir / "config.json").read_text())
+    assert there["moe"]["balance_choices"] == "all", "what it lacked is now said"
+
+
+@pytest.mark.usefixtures("one_device")
+def test_what_is_only_told_or_kept_may_change_and_the_bits_stay(old_run, capsys, tmp_path):
+    workdir, config, _ = old_run
+    changed = {
+        "data.prefetch": 2, "train.log_every": 3, "train.eval_every": 2, "checkpoint.every": 3, "checkpoint.keep": 5,
+        "data.data_dir": tmp_path / "moved", "train.skip_nonfinite": 1,
+    }  # fmt: skip
+    code, captured = go_on(workdir, config, capsys, **changed)
+    assert code == 0, captured.err
+    assert "other than before: " in captured.out and "data.prefetch (8 -> 2)" in captured.out
+    noted = json.loads((workdir / "run.json").read_text())["changed"]
+    assert (
+        noted[0]["step"] == 4 and noted[0]["train.log_every"] == [1, 3] and len(noted[0]) == 1 + len(changed)
+    )
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()) == [
+        4,
+        6,
+        8,
+    ]
+    last = {r["split"]: r for r in read_metrics(workdir / "metrics.jsonl") if r["step"] == 8}
+    code, _ = go_on(workdir, config, capsys)  # and back again: nothing is left to do
+    assert code == 0
+    assert {r["split"]: r for r in read_metrics(workdir / "metrics.jsonl") if r["step"] == 8} == last
+
+
+@pytest.mark.usefixtures("one_device")
+def test_refusals_on_the_way_change_nothing(old_run, capsys):
+    workdir, config, _ = old_run
+    before = (workdir / "config.json").read_text()
+    for more, message in (
+        (
+            {"train.num_steps": 10},
+            "train.num_steps (8 there, 10 asked: optimizer.schedule=warmup_cosine ends there",
+        ),
+        ({"data.batch_size": 4}, "data.batch_size (8 there, 4 asked: the saved position"),
+        ({"moe.capacity_factor": 2.0}, "moe.capacity_factor (1.25 there, 2.0 asked: tokens would go"),
+    ):
+        code, captured = go_on(workdir, config, capsys, **more)
+        assert code == exits.EXIT_BAD_INPUT and message in captured.err and captured.err.count("\n") == 1
+        assert (workdir / "config.json").read_text() == before
+    config["optimizer"]["schedule"] = "constant"
+    (workdir / "config.json").write_text(json.dumps(config))
+    code, captured = go_on(workdir, config, capsys, **{"train.num_steps": 3})
+    assert code == exits.EXIT_BAD_INPUT and "is at step 4; accepted is that or more" in captured.err
+    (workdir / "run.json").unlink()
+    code, captured = go_on(workdir, config, capsys, **{"data.data_dir": "/elsewhere"})
+    assert code == exits.EXIT_BAD_INPUT and "does not say what text its run began with" in captured.err
+
+
+def test_a_sweep_of_an_earlier_version_goes_on(tmp_path):
+    study = tmp_path / "study.py"
+    study.write_text(
+        "from configs import quickstart\nget_config = quickstart.get_config\n"
+        "def get_sweep():\n    return [{'moe.num_experts': [1, 2]}]\n"
+    )
+    given = ["sweep", f"--config={study}", f"--workdir={tmp_path / 'out'}"]
+    found = sweep_plan.read(given, "A doc.")
+    definition = sweep_plan.definition(found)
+    for groups in (definition["base"], *(to_dict(run.settings) for run in found.runs)):
+        del groups["moe"]["balance_choices"], groups["checkpoint"]["on_damage"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text(json.dumps(definition))
+    sweep_plan.check_directory(found)
+    sweep_plan.check_directory(sweep_plan.read([*given, "--config.checkpoint.keep=7"], "A doc."))
+    assert sweep.main([*given, "--config.moe.balance_choices=first"]) == exits.EXIT_BAD_INPUT
+
+
+# Two processes in one directory.
+
+
+def test_a_lock_is_held_named_and_let_go_of(tmp_path):
+    first, second = lock.Lock(tmp_path), lock.Lock(tmp_path)
+    first.take()
+    first.take()
+    with pytest.raises(
+        lock.InUse, match=f"process {os.getpid()} on .*; accepted is another directory"
+    ) as error:
+        second.take()
+    assert "\n" not in str(error.value)
+    first.free()
+    second.take()
+    second.free()
+
+
+def test_a_lock_dies_with_its_process(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from switchmoe.lock import Lock\n"
+        "lock = Lock(Path(sys.argv[1])); lock.take(); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(lock.InUse, match=f"process {holder.pid} on "):
+        lock.Lock(tmp_path).take()
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    lock.Lock(tmp_path).take()
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
+    def unable(*_):
+        raise OSError(lock.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unable)
+    told = []
+    lock.Lock(tmp_path, told.append).take()
+    assert len(told) == 1 and "can't be locked (No locks available): start no second run there" in told[0]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_second_run_is_refused_before_it_touches_anything(old_run, capsys):
+    workdir, config, _ = old_run
+    under_way = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
+    under_way.mkdir()
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    holder = lock.Lock(workdir)
+    holder.take()
+    code, captured = go_on(workdir, config, capsys)
+    assert code == exits.EXIT_BAD_INPUT and captured.err.count("\n") == 1
+    assert (
+        f"experiments.run: --workdir={workdir}: a run is under way there (process {os.getpid()} on"
+        in captured.err
+    )
+    holder.free()
+    after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    del after[workdir / lock.LOCK_FILE]
+    assert after == before and under_way.is_dir()
+
+
+@pytest.mark.slow
+def test_two_runs_that_start_at_once(tmp_path, environment):
+    """Of two commands on a new directory one trains to its end, the other is refused, whoever is first."""
+    config = to_dict(
+        from_config(
+            {
+                "model": dict(d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=1, dtype="float32"),
+                "moe": dict(num_experts=2, every=1),
+                "data": dict(batch_size=4, input_length=16, vocab_size=400),
+                "train": dict(num_steps=300, log_every=50, eval_every=150, eval_batches=1),
+                "checkpoint": dict(every=20),
+            }
+        )
+    )
+    line = [sys.executable, "-m", "experiments.run", f"--workdir={tmp_path / 'run'}", *arguments(config)]
+    both = [
+        subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ends = sorted((process.wait(300), process.communicate()[1]) for process in both)
+    assert [code for code, _ in ends] == [0, exits.EXIT_BAD_INPUT], ends
+    assert "a run is under way there (process" in ends[1][1]
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 300
+    again = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
