@@ -10,6 +10,7 @@ import importlib.metadata
 import math
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import switchmoe
 from switchmoe import checkpoints, decoding, distributed, flops, optimizers, sharding, training, transformer
 from switchmoe.analysis import report
 from switchmoe.data import batches, sources, vocabulary
+from switchmoe.data.progress import told
 from switchmoe.lock import Lock
 from switchmoe.moe import dispatch_name, group_shape, router_name, without_effect
 from switchmoe.origin import commit, machine
@@ -34,6 +36,7 @@ from switchmoe.skipping import Skips
 
 NUM_EXAMPLES = 5
 UNIGRAM_BATCHES = 200
+UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.01, 0.5  # shares of the held-out pieces
 VOCABULARY_FILE = "vocabulary.model"
 VERSIONS_OF = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -78,6 +81,7 @@ class _Run:
         differences: Differences,
     ):
         self.settings, self.workdir, self.progress, self.stop = settings, workdir, progress, stop
+        self.main = distributed.is_main()
         self.lock, self.differences = lock, differences
         length = batches.target_length(settings.data)
         lengths = {"encoder": settings.data.input_length, "decoder": length}
@@ -86,7 +90,7 @@ class _Run:
         self.target_length = length
         with distributed.main_first():
             documents = {split: sources.load(settings.data, split) for split in ("train", "validation")}
-            self.vocabulary = _vocabulary(settings, workdir, documents["train"])
+            self.vocabulary = _vocabulary(settings, workdir, documents["train"], self._note)
             self.fingerprints = {split: found.fingerprint for split, found in documents.items()}
             check_documents(workdir, settings.data.source, self.fingerprints)
         self.document_counts = {split: len(found) for split, found in documents.items()}
@@ -94,8 +98,8 @@ class _Run:
         self.evaluation = batches.eval_batches(
             settings.data, self.vocabulary, documents["validation"], settings.train.eval_batches
         )
+        self.rare = _rare_shares(settings, self.evaluation, self.vocabulary)
         arguments = (settings.data, self.vocabulary, documents["train"], settings.train.seed)
-        self.main = distributed.is_main()
         with distributed.main_first():
             if self.main:
                 self._claim(arguments)
@@ -107,7 +111,8 @@ class _Run:
         """Makes the directory this run's; what is known before the first step goes into it."""
         self.unigram = read_run(self.workdir).get("unigram_cross_entropy")
         if self.unigram is None:
-            with contextlib.closing(batches.train_batches(*arguments)) as fresh:
+            counting = told(self._note, "counting the unigram baseline")
+            with counting, contextlib.closing(batches.train_batches(*arguments)) as fresh:
                 self.unigram = batches.unigram_cross_entropy(
                     fresh,
                     self.evaluation,
@@ -179,6 +184,8 @@ class _Run:
             parameters=total,
             parameters_active=active,
             unigram_cross_entropy=self.unigram,
+            unknown_pieces=self.rare["unknown"],
+            byte_pieces=self.rare["bytes"],
             matmul_peak_flops=self.peak,
             platform=device.platform,
             device=f"{jax.device_count()} x {device.device_kind}",
@@ -218,6 +225,14 @@ class _Run:
         say(
             f"unigram baseline: {self.unigram:.3f} nats a target token; compiled in {self.compile_seconds:.0f} s"
         )
+        say(
+            f"vocabulary: {self.rare['unknown']:.2%} unknown, {self.rare['bytes']:.2%} single bytes of the held-out pieces"
+        )
+        if self.rare["unknown"] > UNKNOWN_WARNED:
+            say(
+                f"warning: the vocabulary does not fit the text: {self.rare['unknown']:.1%} of its pieces are unknown, and"
+                " easily predicted; losses say little (data.vocab, or '' to train one)"
+            )
         if start:
             say(f"resuming from the checkpoint of step {start} in {self.workdir}")
         if start < settings.train.num_steps:  # a run's last act, which is to come
@@ -408,7 +423,21 @@ def _group(tokens: int, moe: MoESettings, factor: float) -> str:
     return f"groups of {tokens} tokens" + ("" if moe.dropless else f", {slots} slots an expert")
 
 
-def _vocabulary(settings: Settings, workdir: Path, documents: Any) -> vocabulary.Vocabulary:
+def _rare_shares(
+    settings: Settings, evaluation: list[batches.Batch], found: vocabulary.Vocabulary
+) -> dict[str, float]:
+    shares = batches.rare_shares(evaluation, found)
+    if shares["unknown"] > UNKNOWN_REFUSED:
+        raise ValueError(
+            f"data.vocab={settings.data.vocab}: {shares['unknown']:.0%} of the pieces of {settings.data.source} are unknown"
+            f" to it; accepted is a vocabulary of that language (at most {UNKNOWN_REFUSED:.0%}), or '' to train one"
+        )
+    return shares
+
+
+def _vocabulary(
+    settings: Settings, workdir: Path, documents: Any, note: Callable[[str], None]
+) -> vocabulary.Vocabulary:
     """The run's own copy, so that a run never changes its vocabulary; else the corpus's."""
     path = workdir / VOCABULARY_FILE
     if path.exists():
@@ -417,7 +446,7 @@ def _vocabulary(settings: Settings, workdir: Path, documents: Any) -> vocabulary
         if found.sha256 != known:
             raise ValueError(f"{path}: accepted is the vocabulary that this run began with (SHA-256 {known})")
         return found
-    return vocabulary.load_vocabulary(settings.data, documents)
+    return vocabulary.load_vocabulary(settings.data, documents, note)
 
 
 def _keep_vocabulary(found: vocabulary.Vocabulary, workdir: Path) -> None:

@@ -77,7 +77,7 @@ RULES: dict[str, Rule] = (
             f"data.{name}"
             for name in (
                 "text_field", "documents", "validation_share", "batch_size", "input_length", "target_length", "vocab_size",
-                "noise_density", "mean_span_length", "streams",
+                "normalization", "noise_density", "mean_span_length", "streams",
             )
         ),
         _POSITION,

@@ -165,6 +165,8 @@ class DataSettings:
     target_length: int = 0  # decoder tokens; 0: just what span corruption writes
     vocab: str = ""  # a SentencePiece model file such as T5's spiece.model; "": train one
     vocab_size: int = 32000  # SentencePiece pieces; 100 sentinels join them at the top
+    # nmt_nfkc (T5's): blanks and line breaks are joined, letters unified. identity: every character comes back
+    normalization: str = "nmt_nfkc"
     noise_density: float = 0.15
     mean_span_length: float = 3.0
     streams: int = 0  # documents go round so many streams, each of which fills rows of its own; 0: one a row
@@ -178,6 +180,7 @@ class DataSettings:
         _at_least("data", self, "vocab_size", 300)
         _at_least("data", self, "prefetch", 1)
         _one_of("data", self, "documents", ("line", "block"))
+        _one_of("data", self, "normalization", ("nmt_nfkc", "identity"))
         if not self.source:
             raise _bad("data.source", "''", "wiki_vital_en, a tfds name, or a glob of text files")
         for field in ("noise_density", "validation_share"):

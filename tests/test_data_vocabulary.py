@@ -1,8 +1,10 @@
 """The vocabulary: T5's ids, the same model each time, one per corpus, clear refusals."""
 
 import io
+import json
 import os
 import random
+import re
 import sys
 
 import numpy as np
@@ -11,6 +13,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
+from switchmoe.data import local_files, progress
 from switchmoe.data import vocabulary as library
 from switchmoe.data.errors import DataError
 from switchmoe.data.vocabulary import Vocabulary, load_vocabulary
@@ -107,11 +110,100 @@ def test_long_documents_are_trained_on_and_large_corpora_sampled_evenly(monkeypa
     long = " ".join(["zyzzyva"] * 8000)
     model = Vocabulary.from_bytes(library.train([*texts(0), long], SIZE))
     assert len(model.encode("zyzzyva")) == 1
-    assert sorted(library._sample([str(n) for n in range(1000)])) == sorted(str(n) for n in range(1000))
+    sample = list(library._sample([str(n) for n in range(1000)], library._Seen()))
+    assert sorted(sample) == sorted(str(n) for n in range(1000))
     monkeypatch.setattr(library, "TRAINING_BYTES", 300)
-    taken = [int(text) for text in library._sample([f"{n:03}" for n in range(1000)])]
+    taken = [int(text) for text in library._sample([f"{n:03}" for n in range(1000)], library._Seen())]
     assert len(taken) == 101
     assert np.histogram(taken, bins=10, range=(0, 1000))[0].min() >= 7
+
+
+def test_lines_with_the_trainers_own_sign_are_trained_on(corpus):
+    """It skips every line with U+2585, without a word; with it in all of them it fails inside."""
+    signed = [f"{text} \u2585 zyzzyva zyzzyva" for text in corpus]
+    model = Vocabulary.from_bytes(library.train(signed, SIZE))
+    assert len(model.encode("zyzzyva")) == 1
+    assert model.decode(model.encode("a\u2585b")) == "a\u2585b", "as bytes"
+
+
+def test_text_of_any_shape_is_trained_on(corpus):
+    """Long words make the trainer's sums overflow."""
+    unbroken = "".join("".join(corpus).split())[:60_000]
+    assert Vocabulary.from_bytes(library.train([unbroken], SIZE)).pieces == SIZE
+    parts = list(library._digestible(unbroken))
+    assert "".join(parts).replace(" ", "") == unbroken
+    assert max(map(len, " ".join(parts).split())) <= library.LONGEST_WORD
+
+
+def test_a_document_of_any_length_is_handed_over_in_parts(monkeypatch, corpus):
+    monkeypatch.setattr(library, "LONGEST", 1000)
+    text = " ".join(corpus)
+    parts = list(library._digestible(text))
+    assert "".join(parts) == text and max(map(len, parts)) <= 1000 and len(parts) > 10
+    assert list(library._digestible("x" * 2500)) == ["x" * 1000, "x" * 1000, "x" * 500]
+
+
+@pytest.mark.parametrize("documents", [["\u2585", " \u2585 "], ["  ", "\n"]])
+def test_a_corpus_without_a_character_gets_one_line(documents):
+    assert "have no character to train on" in refusal(library.train, documents, SIZE)
+
+
+def test_progress_is_told_of_what_takes_long(corpus, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    lines = []
+    library.train(corpus * 20, SIZE, note=lines.append)
+    assert lines and re.fullmatch(
+        r"training a vocabulary of 400 pieces: \d+ MB of text, \d+ s so far", lines[0]
+    )
+
+
+# Text that comes back as it was.
+
+
+@pytest.fixture(scope="module")
+def exact(corpus) -> Vocabulary:
+    code = ["def f(x):\n    if x:\n        return x\n\n\treturn 'a  b'\r\n"] * 30
+    return Vocabulary.from_bytes(library.train([*corpus, *code], SIZE, library.TRAINER | library.IDENTITY))
+
+
+@given(st.text() | st.text("\u2581\u2585\u2047 \n\t\r\x00a<0xE>_"))
+def test_identity_gives_every_character_back(exact, text):
+    ids = exact.encode(text)
+    assert exact.decode(ids) == text and ids.dtype == np.int32
+    assert not {exact.pad_id, exact.eos_id, exact.unk_id} & set(ids.tolist())
+
+
+@pytest.mark.parametrize(
+    "text", ["def f(x):\n    return x", "  two  blanks ", "ｆｕｌｌ　ｗｉｄｔｈ", "a\u2581b", "a\u2047b", "<extra_id_0>", "e\u0301 \r\n"]
+)  # fmt: skip
+def test_what_t5s_normalization_changes(exact, vocabulary, text):
+    assert exact.decode(exact.encode(text)) == text
+    assert vocabulary.decode(vocabulary.encode(text)) != text or text == "<extra_id_0>"
+
+
+def test_an_indentation_is_one_piece_and_sentinels_stay_at_the_top(exact):
+    assert len(exact.encode("    ")) == 1
+    assert exact.decode([exact.sentinel(3), *exact.encode(" x\n")]) == "<extra_id_3> x\n"
+    assert exact.sentinel(0) == SIZE + 99 and exact.exact
+
+
+def test_each_normalization_has_its_own_vocabulary(tmp_path, corpus, vocabulary):
+    plain = load_vocabulary(settings(tmp_path), corpus)
+    other = load_vocabulary(settings(tmp_path, normalization="identity"), corpus)
+    assert other.exact and not plain.exact and plain == vocabulary
+    path = tmp_path / "spiece.model"
+    path.write_bytes(plain.model_bytes)
+    given = settings(tmp_path, vocab=str(path), normalization="identity")
+    assert "data.normalization=identity: " in refusal(load_vocabulary, given, [])
+
+
+def test_identity_keeps_the_indentation_of_documents(tmp_path):
+    path = tmp_path / "code.jsonl"
+    path.write_text("".join(json.dumps({"text": f"  x = {n}\n    y\n"}) + "\n" for n in range(40)))
+    given = DataSettings(source=str(path), normalization="identity", validation_share=0.3)
+    assert local_files.read(given, "train")[0][0] == "  x = 0\n    y\n"
+    stripped = DataSettings(source=str(path), validation_share=0.3)
+    assert local_files.read(stripped, "train")[0][0].startswith("x = ")
 
 
 def test_a_vocabulary_is_trained_once_per_corpus_and_size(tmp_path, corpus, monkeypatch):

@@ -168,6 +168,30 @@ def test_priority_seats_the_largest_gates():
     assert first.slot_SK[:, 0].tolist() == [3, 0, 2, 1]
 
 
+def test_priority_goes_by_the_gates_of_the_noisy_router_too():
+    """Token 1 is surer (gates 0.9975 and 0.0025), though token 0 has the larger logits (0.525 and 0.475)."""
+    h_SE = np.array([[5, 4.9, -9, -9], [1, -5, -9, -9]])
+    routing = route("noisy_top_k", np.concatenate([h_SE, 0 * h_SE], axis=1), capacity=1, priority=True)
+    assert routing.kept_SK.tolist() == [[False, False], [True, True]]
+    close(routing.gate_SK[1], [0.997527, 0.002473])
+
+
+def test_padding_may_hold_anything():
+    for name in ROUTERS:
+        given, mask_S = scores(name), np.arange(16) != 5
+        room = {"capacity": 1 if name == "soft" else 5}
+        wanted = route(name, given, mask_S, **room)
+        if name != "hash":
+            given[5] = np.nan
+        found = route(name, given, mask_S, **room)
+        for field in ("expert_SK", "slot_SK", "gate_SK"):
+            np.testing.assert_array_equal(
+                getattr(found, field)[mask_S], getattr(wanted, field)[mask_S], err_msg=name
+            )
+        assert not found.kept_SK[5].any() and not found.gate_SK[5].any(), name
+        jax.tree.map(np.testing.assert_array_equal, found.losses, wanted.losses)
+
+
 def test_rerouting_by_hand():
     """Three tokens want expert 0, which has one slot: the others try their next best, in order."""
     probs_SE = [[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.7, 0.2, 0.1]]

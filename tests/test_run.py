@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from experiments import run as command
@@ -177,6 +178,45 @@ def test_another_vocabulary_is_refused(tmp_path, capsys):
     (workdir / "vocabulary.model").write_bytes(found.model_bytes)
     code, captured = run_here(tmp_path, capsys)
     assert code == command.EXIT_BAD_INPUT and "vocabulary.model: accepted is the vocabulary" in captured.err
+
+
+@pytest.mark.parametrize(
+    "foreign, code, message",
+    [
+        (1.0, 2, "% of the pieces of "),
+        (0.1, 0, "warning: the vocabulary does not fit the text: "),
+        (0.0, 0, "vocabulary: 0.00% unknown, 0.00% single bytes of the held-out pieces"),
+    ],
+)
+@pytest.mark.usefixtures("one_device")
+def test_a_vocabulary_that_does_not_fit(tmp_path, capsys, foreign, code, message):
+    """An English model without bytes to fall back to, on text of which so much is Russian."""
+    rng = np.random.default_rng(0)
+
+    def words(letters):
+        return ["".join(rng.choice(list(letters), rng.integers(2, 9))) for _ in range(400)]
+
+    english, russian = words("abcdefghijklmnoprstuw"), words("абвгдежзиклмнопрстуя")
+
+    def text(share):
+        chosen = [russian if rng.random() < share else english for _ in range(600)]
+        return [" ".join(rng.choice(language, 12)) for language in chosen]
+
+    (tmp_path / "text.txt").write_text("\n".join(text(foreign)), encoding="utf-8")
+    trainer = vocabulary.TRAINER | {"byte_fallback": False}
+    (tmp_path / "spiece.model").write_bytes(vocabulary.train(text(0.0), 300, trainer))
+    found, captured = run_here(
+        tmp_path, capsys, f"--config.data.source={tmp_path / 'text.txt'}", "--config.data.vocab_size=300",
+        f"--config.data.vocab={tmp_path / 'spiece.model'}", "--config.data.batch_size=4",
+        "--config.data.input_length=32", "--config.train.num_steps=1", "--config.train.eval_batches=4",
+    )  # fmt: skip
+    assert found == code, captured.err
+    assert message in captured.out + captured.err
+    if code:
+        assert captured.err.count("\n") == 1 and not (tmp_path / "run" / "config.json").exists()
+    else:
+        run = json.loads((tmp_path / "run" / "run.json").read_text())
+        assert (run["unknown_pieces"] > 0.01) == (foreign > 0) and run["byte_pieces"] == 0
 
 
 @pytest.mark.usefixtures("one_device")

@@ -137,6 +137,7 @@ def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, A
             "Against the baseline",
             _show(difference, lambda x: f"{abs(x):.3f} nats {'below' if x >= 0 else 'above'}"),
         ),
+        ("Unknown pieces, held out", _show(run.get("unknown_pieces"), lambda x: f"{x:.2%}")),
         ("Parameters", _show(run.get("parameters"), count)),
         ("Parameters a token uses", _show(run.get("parameters_active"), count)),
         ("Steps", f"{steps:,}" + (f" of {asked:,}" if asked else "")),

@@ -174,6 +174,23 @@ def unigram_cross_entropy(
     return float(-(seen_V @ np.log(counts_V / counts_V.sum())) / seen_V.sum())
 
 
+def rare_shares(evaluation: Iterable[Batch], vocabulary: Vocabulary) -> dict[str, float]:
+    """Shares of a text's pieces that say nothing of it: ``unknown``, and ``bytes`` of characters without a piece.
+
+    Counted over the batches, without padding, sentinels, EOS and bare blanks: in a language that a vocabulary does not
+    know, a text is blanks and unknown pieces by turns.
+    """
+    counts_V = np.zeros(vocabulary.size, np.int64)
+    for batch in evaluation:
+        for tokens in batch.values():
+            counts_V += np.bincount(tokens.ravel(), minlength=vocabulary.size)
+    counts_V[[vocabulary.pad_id, vocabulary.eos_id, *vocabulary.blank_ids]] = 0
+    counts_V = counts_V[: vocabulary.pieces]
+    total = max(1, counts_V.sum())
+    rare = {"unknown": counts_V[vocabulary.unk_id], "bytes": counts_V[vocabulary.byte_ids].sum()}
+    return {name: float(count / total) for name, count in rare.items()}
+
+
 def _target_counts(batch: Batch, vocab_size: int) -> np.ndarray:
     targets = batch["targets"]
     return np.bincount(targets[targets != Vocabulary.pad_id], minlength=vocab_size)

@@ -62,6 +62,8 @@ def _documents(path: str, settings: DataSettings) -> Iterator[str]:
         texts = _blocks(lines)
     else:
         texts = (line for _, line in lines)
+    if settings.normalization == "identity":  # indentation is text
+        return (text for text in texts if text.strip())
     return (text.strip() for text in texts if text.strip())
 
 

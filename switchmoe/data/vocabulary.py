@@ -10,16 +10,22 @@ import re
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
 from etils import epath
+from sentencepiece import sentencepiece_model_pb2
 
-from switchmoe.data import local_files, sources
+from switchmoe.data import local_files, progress, sources
 from switchmoe.data.errors import DataError
+from switchmoe.data.progress import Note
 from switchmoe.settings import NUM_SENTINELS, DataSettings
 
 TRAINING_BYTES = 50_000_000  # of text; more changes little and takes minutes
+LONGEST = 8_000_000  # characters of a document that the trainer gets in one
+LONGEST_WORD = 8_000  # without a blank: beyond 16,000 the trainer's sums overflow
+RESERVED = "\u2585"  # the trainer's own sign, of which it skips every line
 TRAINER = {
     "model_type": "unigram",
     "byte_fallback": True,
@@ -31,6 +37,14 @@ TRAINER = {
     "max_sentence_length": 2**30,  # the default drops documents above 4,192 bytes
     "minloglevel": 2,
 }
+IDENTITY = {  # data.normalization=identity: every character comes back
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "allow_whitespace_only_pieces": True,  # an indentation is one piece
+}
+_BLANK = "\u2581"  # SentencePiece's sign for a blank
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +113,30 @@ class Vocabulary:
             raise ValueError(f"sentinel {index}: accepted is 0 to {NUM_SENTINELS - 1}")
         return self.size - 1 - index
 
+    @functools.cached_property
+    def exact(self) -> bool:
+        """Whether the model leaves text as it is (`IDENTITY`): then what is decoded is what was encoded."""
+        spec = sentencepiece_model_pb2.ModelProto.FromString(self.model_bytes).normalizer_spec
+        return spec.name == "identity" and not (spec.add_dummy_prefix or spec.remove_extra_whitespaces)
+
+    @functools.cached_property
+    def byte_ids(self) -> np.ndarray:
+        """The ids of the 256 bytes that unknown characters fall back to; empty where the model has none."""
+        found = [i for i in range(self.pieces) if self._processor.is_byte(i)]
+        return np.array(found, np.int32)
+
+    @functools.cached_property
+    def blank_ids(self) -> list[int]:
+        """The ids of pieces that are nothing but blanks."""
+        return [i for i in range(self.pieces) if not self._processor.id_to_piece(i).strip(_BLANK)]
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 [L], without EOS."""
-        return np.array(self._processor.encode(text), np.int32)
+        if not self.exact or _BLANK not in text or not self.byte_ids.size:
+            return np.array(self._processor.encode(text), np.int32)
+        sign = self.byte_ids[list(_BLANK.encode())]  # as bytes, for it would come back as a blank
+        first, *others = (np.array(self._processor.encode(part), np.int32) for part in text.split(_BLANK))
+        return np.concatenate([first, *(part for other in others for part in (sign, other))])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text up to the first EOS, without pads; sentinels are shown as `<extra_id_0>`.
@@ -116,10 +151,21 @@ class Vocabulary:
                 shown.append(f"<extra_id_{self.size - 1 - token}>")
             elif token != self.pad_id:
                 shown.append(self._processor.id_to_piece(token if token < self.pieces else self.unk_id))
-        return self._processor.decode_pieces(shown)
+        return _joined(shown) if self.exact else self._processor.decode_pieces(shown)
 
 
-def load_vocabulary(settings: DataSettings, documents: Sequence[str]) -> Vocabulary:
+def _joined(pieces: Sequence[str]) -> str:
+    """The text of an exact model's pieces."""
+    parts = []
+    for piece in pieces:
+        byte = _BYTE.fullmatch(piece)
+        parts.append(bytes.fromhex(byte[1]) if byte else piece.replace(_BLANK, " ").encode())
+    return b"".join(parts).decode("utf-8", "replace")
+
+
+def load_vocabulary(
+    settings: DataSettings, documents: Sequence[str], note: Note = lambda _: None
+) -> Vocabulary:
     """The model file that `data.vocab` names, or one trained on ``documents``, once per corpus.
 
     A trained model is kept beside the corpus: in `vocabularies/` of `data.data_dir` (or of the default
@@ -127,7 +173,7 @@ def load_vocabulary(settings: DataSettings, documents: Sequence[str]) -> Vocabul
     size and a fingerprint of the train documents, so that a changed corpus never meets a stale model.
 
     Args:
-      settings: vocab, vocab_size, source and data_dir are read.
+      settings: vocab, vocab_size, normalization, source and data_dir are read.
       documents: the train split, as ``sources.load`` gives it.
 
     Raises:
@@ -136,7 +182,8 @@ def load_vocabulary(settings: DataSettings, documents: Sequence[str]) -> Vocabul
     """
     if settings.vocab:
         return _checked(epath.Path(settings.vocab).expanduser(), settings)
-    name = f"vocabulary-{settings.vocab_size}-{_fingerprint(documents)}.model"
+    trainer = TRAINER | (IDENTITY if settings.normalization == "identity" else {})
+    name = f"vocabulary-{settings.vocab_size}-{_fingerprint(documents, trainer)}.model"
     folders = [epath.Path(sources.cache_directory(settings)).expanduser() / "vocabularies"]
     if settings.source.endswith(local_files.SUFFIXES) and not settings.data_dir:
         folders.insert(0, epath.Path(getattr(documents, "directory", "") or folders[0]))
@@ -149,24 +196,34 @@ def load_vocabulary(settings: DataSettings, documents: Sequence[str]) -> Vocabul
         ) from error
     if cached:
         return _checked(cached[0], settings)
-    vocabulary = Vocabulary.from_bytes(train(documents, settings.vocab_size), name)
+    vocabulary = Vocabulary.from_bytes(train(documents, settings.vocab_size, trainer, note), name)
     _keep(vocabulary.model_bytes, [folder / name for folder in folders])
     return vocabulary
 
 
-def train(documents: Sequence[str], vocab_size: int) -> bytes:
+def train(
+    documents: Sequence[str],
+    vocab_size: int,
+    trainer: dict[str, Any] = TRAINER,
+    note: Note = lambda _: None,
+) -> bytes:
     """Trains a unigram SentencePiece model of ``vocab_size`` pieces, the same bytes each time.
 
-    A corpus above ``TRAINING_BYTES`` of UTF-8 is represented by documents spread evenly over it.
+    A corpus above ``TRAINING_BYTES`` of UTF-8 is represented by documents spread evenly over it. What the trainer
+    would skip or fail at in silence is cut for it: `_digestible`.
 
     Raises:
-      DataError: ``vocab_size`` is larger or smaller than what the text allows.
+      DataError: ``vocab_size`` is larger or smaller than what the text allows, or there is no text.
     """
-    model = io.BytesIO()
+    model, seen = io.BytesIO(), _Seen()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sample(documents), model_writer=model, vocab_size=vocab_size, **TRAINER
-        )
+        with progress.told(note, f"training a vocabulary of {vocab_size:,} pieces", seen.state):
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_sample(documents, seen),
+                model_writer=model,
+                vocab_size=vocab_size,
+                **trainer,
+            )
     except RuntimeError as error:
         too_large = re.search(r"value <= (\d+)", str(error))
         too_small = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
@@ -174,31 +231,59 @@ def train(documents: Sequence[str], vocab_size: int) -> bytes:
             accepted = f"at most {too_large[1]} for this corpus, or more text"
         elif too_small:
             accepted = f"at least {too_small[1]}, what the characters of this corpus take"
+        elif not seen.characters:
+            raise DataError(
+                f"data.vocab_size={vocab_size}: the {len(documents)} documents have no character to train on; accepted"
+                " is more text, or data.vocab"
+            ) from error
         else:
             accepted = f"what SentencePiece can train ({error})"
         raise DataError(f"data.vocab_size={vocab_size}: accepted is {accepted}") from error
     return model.getvalue()
 
 
-def _sample(documents: Sequence[str]) -> Iterator[str]:
+@dataclasses.dataclass
+class _Seen:
+    """What the trainer was given so far."""
+
+    size: int = 0  # bytes
+    characters: int = 0  # that are no blanks
+
+    def state(self) -> str:
+        return f"{self.size / 1e6:.0f} MB of text"
+
+
+def _sample(documents: Sequence[str], seen: _Seen) -> Iterator[str]:
     """Each document once, in even strides over the corpus, until there is text enough."""
     count = len(documents)
     stride = max(1, int(count * 0.618))
     while math.gcd(stride, count) > 1:
         stride -= 1
-    taken = 0
     for position in range(count):
-        if taken > TRAINING_BYTES:
-            return
-        text = documents[position * stride % count]
-        taken += len(text.encode())
-        yield text
+        for text in _digestible(documents[position * stride % count]):
+            if seen.size > TRAINING_BYTES:
+                return
+            seen.size += len(text.encode())
+            seen.characters += bool(text.strip())
+            yield text
 
 
-def _fingerprint(documents: Sequence[str]) -> str:
+def _digestible(text: str) -> Iterator[str]:
+    """The text in parts that the trainer takes: without its reserved sign, no word or part too long."""
+    text = text.replace(RESERVED, " ")
+    if len(text) > LONGEST_WORD and re.search(rf"\S{{{LONGEST_WORD + 1}}}", text):
+        text = re.sub(rf"(\S{{{LONGEST_WORD}}})(?=\S)", r"\1 ", text)
+    while len(text) > LONGEST:
+        cut = text.rfind(" ", 1, LONGEST) + 1 or LONGEST
+        yield text[:cut]
+        text = text[cut:]
+    yield text
+
+
+def _fingerprint(documents: Sequence[str], trainer: dict[str, Any]) -> str:
     known = getattr(documents, "fingerprint", None) or sources.fingerprint(documents)
     return hashlib.sha256(
-        f"{known} {TRAINER} {TRAINING_BYTES} {sentencepiece.__version__}".encode()
+        f"{known} {trainer} {TRAINING_BYTES} {sentencepiece.__version__}".encode()
     ).hexdigest()[:16]
 
 
@@ -216,6 +301,11 @@ def _checked(path: epath.Path, settings: DataSettings) -> Vocabulary:
         raise DataError(
             f"data.vocab_size={settings.vocab_size}: {path} has {vocabulary.pieces} pieces; accepted is "
             f"data.vocab_size={vocabulary.pieces}"
+        )
+    if settings.normalization == "identity" and not vocabulary.exact:
+        raise DataError(
+            f"data.normalization=identity: {path} changes the text (it was trained with another normalization);"
+            " accepted is nmt_nfkc, or data.vocab='' to train one"
         )
     return vocabulary
 

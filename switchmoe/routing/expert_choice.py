@@ -57,6 +57,7 @@ def soft(logits_SP: jax.Array, mask_S: jax.Array, key: jax.Array | None, setting
     tokens, slots = logits_SP.shape
     real_S1 = mask_S[:, None]
     mix_SP = jax.nn.softmax(jnp.where(real_S1, logits_SP, -1e30), axis=0) * real_S1
+    logits_SP = jnp.where(real_S1, logits_SP, 0.0)
     gate_SP = jax.nn.softmax(logits_SP, axis=-1) * real_S1
     slot_P = jnp.arange(slots, dtype=jnp.int32)
     num_experts = slots // settings.capacity

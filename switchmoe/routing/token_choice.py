@@ -94,7 +94,8 @@ def noisy_top_k(
     noise_SE = jax.nn.softplus(n_SE)
     rank_SE = h_SE if key is None else h_SE + jax.random.normal(key, h_SE.shape) * noise_SE
     chosen_SE = chosen(rank_SE, k)
-    gate_SE = jax.nn.softmax(jnp.where(chosen_SE > 0, rank_SE, -jnp.inf), axis=-1)
+    open_SE = jnp.where(chosen_SE > 0, rank_SE, -jnp.inf)
+    gate_SE = jax.nn.softmax(open_SE, axis=-1)
     load_SE = chosen_SE
     if key is not None and k < num_experts:
         best_SK = jax.lax.top_k(rank_SE, k + 1)[0]
@@ -106,7 +107,7 @@ def noisy_top_k(
         mask_S,
         settings,
         gate_SE=gate_SE,
-        log_gate_SE=rank_SE,
+        log_gate_SE=rank_SE - jax.nn.logsumexp(open_SE, axis=-1, keepdims=True),
         prob_SE=jax.nn.softmax(h_SE, axis=-1),
         importance=losses.squared_cv(gate_SE, mask_S, settings.balance_axis),
         load=losses.squared_cv(load_SE, mask_S, settings.balance_axis),
@@ -138,7 +139,7 @@ def hierarchical(
     log_SE = log_SNE.reshape(second_SE.shape)
     open_SE = (open_SN[..., None] * open_SNE).reshape(second_SE.shape)
     z = losses.router_z(first_SN, mask_S) + losses.router_z(second_SNE, mask_S)
-    below_S1 = 1.0 + log_SE.max(axis=-1, keepdims=True) - log_SE.min(axis=-1, keepdims=True)
+    below_S1 = 1.0 + 2.0 * (log_SE.max(axis=-1, keepdims=True) - log_SE.min(axis=-1, keepdims=True))
     rank_SE = jnp.where(open_SE > 0, log_SE, log_SE - below_S1)  # those of closed branches come last
     return token_choice(
         rank_SE,
@@ -225,7 +226,8 @@ def loss_free(
 
     s = sigmoid(logits) or softmax(logits); experts = K best of s + b, gates s[experts], with ``renormalize``
     divided by their sum. ``bias`` is 0 in value and load_i - 1 / E in gradient with respect to b_i: the
-    optimizer takes its sign, b_i += u sign(1 / E - load_i). ``z``.
+    optimizer takes its sign, b_i += u sign(1 / E - load_i). Sigmoid scores that underflow or saturate are told
+    apart by their logits while every b is 0, and by b alone afterwards. ``z``.
 
     Args:
       logits_S2E: logits_SE, then b_E for each token.
