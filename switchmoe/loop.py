@@ -89,7 +89,7 @@ class _Run:
         self.group_tokens = sharding.check(settings, lengths, self.mesh.shape)
         self.target_length = length
         with distributed.main_first():
-            documents = {split: sources.load(settings.data, split) for split in ("train", "validation")}
+            documents = sources.load_splits(settings.data, self._note)
             self.vocabulary = _vocabulary(settings, workdir, documents["train"], self._note)
             self.fingerprints = {split: found.fingerprint for split, found in documents.items()}
             check_documents(workdir, settings.data.source, self.fingerprints)
@@ -200,6 +200,9 @@ class _Run:
             commit=commit(),
         )
         say = self.progress.note
+        repeats = batches.repeated_rows(settings.data, self.document_counts["train"])
+        if repeats:
+            say(repeats)
         experts = (
             f"{settings.moe.num_experts} experts in each of {len(self.layers)} layers"
             if self.layers

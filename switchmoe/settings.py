@@ -153,13 +153,17 @@ class MoESettings:
 class DataSettings:
     """Text, its vocabulary, and span corruption (T5, 3.1.4)."""
 
-    # `wiki_vital_en` (embedded), a tfds name such as `c4/en`, or a glob of .txt / .jsonl files
-    # (also .gz / .xz)
+    # `wiki_vital_en` (embedded), a tfds name such as `c4/en`, or a glob of files: .txt, a JSON record a line in .jsonl, .json
+    # or .ndjson (all of these also .gz, .xz, .bz2, .zst), .parquet
     source: str = "wiki_vital_en"
     data_dir: str = ""  # prepared tfds data and trained vocabularies; "": ~/.cache/switchmoe
-    text_field: str = "text"  # the field of a tfds or .jsonl record that holds the text
+    text_field: str = "text"  # the field of a record that holds the text
     documents: str = "line"  # in .txt files: `line`, or `block` (blank line between documents)
-    validation_share: float = 0.05  # of local files' documents, by a hash of the document
+    validation_share: float = (
+        0.05  # held out by a hash of the document: of files, and of tfds sets with train alone
+    )
+    train_split: str = ""  # of a tfds set, such as train[:90%]; "": train
+    validation_split: str = ""  # likewise; "": validation, or test, or else a share of train
     batch_size: int = 128  # sequences a step, over all devices
     input_length: int = 512  # encoder tokens, all of them used
     target_length: int = 0  # decoder tokens; 0: just what span corruption writes

@@ -277,3 +277,29 @@ def test_unigram_cross_entropy_reads_no_more_than_it_is_told(start, documents, w
     assert 0 < value < np.log(words.size)
     take(reference, 5)
     assert same(take(iterator, 3), take(reference, 3))
+
+
+def test_few_documents_for_many_rows_are_told_of():
+    """With a stream a row, 5 documents are read by 32 rows at once; with 4 streams of 8 rows all rows differ."""
+    few = dataclasses.replace(SETTINGS, batch_size=32, streams=0)
+    warning = batches.repeated_rows(few, 5)
+    assert (
+        "5 documents for the 32 rows of a batch" in warning
+        and "data.streams=4 gives rows that differ" in warning
+    )
+    assert (
+        batches.repeated_rows(few, 32) == ""
+        and batches.repeated_rows(dataclasses.replace(few, streams=4), 5) == ""
+    )
+    assert "data.streams=1 " in batches.repeated_rows(few, 1)
+    rng = np.random.default_rng(0)
+    long = [" ".join(f"{n}" for n in rng.integers(0, 10**6, 4000)) for _ in range(5)]
+
+    found_vocabulary = vocabulary.Vocabulary.from_bytes(vocabulary.train(long, few.vocab_size))
+
+    def different(settings):
+        found = next(batches.train_batches(settings, found_vocabulary, long, seed=0))["inputs"]
+        return len(np.unique(found, axis=0))
+
+    assert different(few) <= 5
+    assert different(dataclasses.replace(few, streams=4)) == 32

@@ -1,6 +1,8 @@
 """Corpora: the embedded one, tfds datasets, local files, and a clear line for each that cannot be read."""
 
+import bz2
 import collections
+import dataclasses
 import gzip
 import json
 import lzma
@@ -9,10 +11,13 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
+import zstandard
 
-from switchmoe.data import sources
+from switchmoe.data import local_files, sources
 from switchmoe.data.errors import DataError
 from switchmoe.data.wiki_vital_en import builder as wiki
 from switchmoe.settings import DataSettings
@@ -205,8 +210,62 @@ def test_fields_and_splits_that_a_dataset_lacks_are_named(prepared):
     assert "data.text_field=text" in message and "review, stars" in message
     message = refusal(DataSettings(source="reviews", data_dir=prepared, text_field="stars"))
     assert "data.text_field=stars" in message and "not text" in message
-    message = refusal(DataSettings(source="only_train", data_dir=prepared, text_field="review"), "validation")
-    assert "has the splits train" in message and "validation or test" in message
+
+
+def names(documents) -> set[str]:
+    return set(texts(documents))
+
+
+def test_a_dataset_with_train_alone_holds_out_by_hash(prepared):
+    """Disjoint, all of it, the same again, and a document's side does not depend on the share of the others."""
+    given = DataSettings(source="only_train", data_dir=prepared, text_field="review", validation_share=0.4)
+    both = sources.load_splits(given)
+    train, held_out = names(both["train"]), names(both["validation"])
+    assert not train & held_out and train | held_out == {f"train review {n}" for n in range(10)}
+    wanted = {text for text in train | held_out if local_files.fraction(text) < 0.4}
+    assert held_out == wanted and 0 < len(held_out) < 10
+    again = sources.load_splits(given)
+    assert {k: texts(v) for k, v in again.items()} == {k: texts(v) for k, v in both.items()}
+    assert {k: v.fingerprint for k, v in again.items()} == {k: v.fingerprint for k, v in both.items()}
+    assert both["train"].fingerprint != both["validation"].fingerprint
+    larger = sources.load_splits(dataclasses.replace(given, validation_share=0.7))
+    assert held_out <= names(larger["validation"])
+    message = refusal(dataclasses.replace(given, validation_share=1e-9), "validation")
+    assert "data.validation_share=1e-09: leaves no validation document" in message
+
+
+def test_parts_of_splits(prepared):
+    def load(**splits):
+        given = DataSettings(source="reviews", data_dir=prepared, text_field="review", **splits)
+        return {name: texts(documents) for name, documents in sources.load_splits(given).items()}
+
+    whole = load()
+    parts = load(train_split="train[:80%]", validation_split="train[80%:]")
+    assert parts["train"] + parts["validation"] == whole["train"] and len(parts["validation"]) == 2
+    assert load(train_split="train[2:5]") == {"train": whole["train"][2:5], "validation": whole["validation"]}
+    assert (
+        load(train_split="train+test[:2]", validation_split="test[2:]")["train"][10:]
+        == whole["validation"][:2]
+    )
+    given = DataSettings(
+        source="only_train",
+        data_dir=prepared,
+        text_field="review",
+        train_split="train[:60%]",
+        validation_share=0.4,
+    )
+    held_out = sources.load_splits(given)
+    assert len(held_out["train"]) + len(held_out["validation"]) == 6
+    for splits, message in (
+        (dict(train_split="train[:90%]", validation_split="train[80%:]"), "shares documents with data.train_split=train[:90%]"),
+        (dict(validation_split="train"), "data.validation_split=train: shares documents"),
+        (dict(train_split="trian"), "data.train_split=trian: Unknown split 'trian'"),
+        (dict(validation_split="test[:5"), "data.validation_split=test[:5: "),
+    ):  # fmt: skip
+        given = DataSettings(source="reviews", data_dir=prepared, text_field="review", **splits)
+        with pytest.raises(DataError) as error:
+            sources.load_splits(given)
+        assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_another_file_format_says_how_to_convert_it(tmp_path):
@@ -332,4 +391,73 @@ def test_unusable_content_is_named(tmp_path, name, content, words):
 
 def test_a_glob_that_matches_nothing_is_named(tmp_path):
     message = refusal(DataSettings(source=str(tmp_path / "*.txt")))
-    assert "no file matches" in message and ".jsonl.xz" in message
+    assert "no file matches" in message and ".jsonl" in message
+
+
+def packed(text: str, packing: str) -> bytes:
+    data = text.encode()
+    return {
+        "": lambda: data,
+        ".gz": lambda: gzip.compress(data[:99]) + gzip.compress(data[99:]),
+        ".xz": lambda: lzma.compress(data),
+        ".bz2": lambda: bz2.compress(data),
+        ".zst": lambda: zstandard.compress(data[:99]) + zstandard.compress(data[99:]),  # several frames
+    }[packing]()
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".xz", ".bz2", ".zst"])
+@pytest.mark.parametrize("kind", [".txt", ".json", ".jsonl", ".ndjson", ".JSON"])
+def test_every_kind_and_packing(tmp_path, kind, packing):
+    lines = LINES if kind == ".txt" else [json.dumps({"text": text}) for text in LINES]
+    path = tmp_path / f"c4-train.00000-of-01024{kind}{packing}"
+    path.write_bytes(packed("\n".join(lines), packing))
+    assert sorted(both(DataSettings(source=str(path)))) == sorted(LINES)
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "part-0.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": LINES, "id": range(400)}), path, row_group_size=50)
+    assert sorted(both(DataSettings(source=str(path)))) == sorted(LINES)
+    assert "data.text_field=body: not a text field of" in refusal(
+        DataSettings(source=str(path), text_field="body")
+    )
+    assert "row 1; accepted" in refusal(DataSettings(source=str(path), text_field="id"))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert f"{path} cannot be read after row 0" in refusal(DataSettings(source=str(path)))
+
+
+@pytest.mark.parametrize("packing", [".bz2", ".zst"])
+def test_a_truncated_file_is_named(tmp_path, packing):
+    path = tmp_path / f"a.txt{packing}"
+    data = packed("\n".join(os.urandom(40).hex() for _ in range(500)), packing)
+    path.write_bytes(data[: len(data) - 500])
+    assert f"{path} cannot be read after line" in refusal(DataSettings(source=str(path)))
+
+
+@pytest.mark.parametrize(
+    "package, name, extra", [("zstandard", "a.jsonl.zst", "zstd"), ("pyarrow", "a.parquet", "parquet")]
+)
+def test_a_package_that_a_file_needs_is_named(tmp_path, monkeypatch, package, name, extra):
+    (tmp_path / name).write_bytes(b"whatever")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"pip install 'switchmoe[{extra}]'" in refusal(DataSettings(source=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    "content", ['[{"text": "a"},\n {"text": "b"}]', '{\n  "text": "a"\n}', '[{"text": "a"}]']
+)
+def test_json_that_is_no_record_a_line_says_what_to_do(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    assert "jq -c '.[]'" in refusal(DataSettings(source=str(tmp_path / "a.json")))
+
+
+def test_what_is_no_file_of_text_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(LINES))
+    assert "a directory; accepted is a glob" in refusal(DataSettings(source=str(tmp_path)))
+    assert len(both(DataSettings(source=str(tmp_path / "*")))) == 400
+    (tmp_path / "b.pdf").write_text("x")
+    assert "b.pdf is of an unknown kind" in refusal(DataSettings(source=str(tmp_path / "*")))
+    assert "no file matches" in refusal(DataSettings(source=str(tmp_path / "c.jsonl.lz4")))
+    given = DataSettings(source=str(tmp_path / "a.txt"), train_split="train[:90%]")
+    assert "data.train_split=train[:90%]: accepted with local files is ''" in refusal(given)

@@ -13,7 +13,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchmoe.data import local_files, progress
+from switchmoe.data import progress, sources
 from switchmoe.data import vocabulary as library
 from switchmoe.data.errors import DataError
 from switchmoe.data.vocabulary import Vocabulary, load_vocabulary
@@ -201,9 +201,9 @@ def test_identity_keeps_the_indentation_of_documents(tmp_path):
     path = tmp_path / "code.jsonl"
     path.write_text("".join(json.dumps({"text": f"  x = {n}\n    y\n"}) + "\n" for n in range(40)))
     given = DataSettings(source=str(path), normalization="identity", validation_share=0.3)
-    assert local_files.read(given, "train")[0][0] == "  x = 0\n    y\n"
+    assert sources.load(given, "train")[0] == "  x = 0\n    y\n"
     stripped = DataSettings(source=str(path), validation_share=0.3)
-    assert local_files.read(stripped, "train")[0][0].startswith("x = ")
+    assert sources.load(stripped, "train")[0].startswith("x = ")
 
 
 def test_a_vocabulary_is_trained_once_per_corpus_and_size(tmp_path, corpus, monkeypatch):

@@ -67,6 +67,18 @@ def stream_rows(settings: DataSettings) -> np.ndarray:
     return np.arange(settings.batch_size).reshape(settings.streams or settings.batch_size, -1)
 
 
+def repeated_rows(settings: DataSettings, documents: int) -> str:
+    """A warning where rows of a batch read the same document at once, else ""."""
+    streams = settings.streams or settings.batch_size
+    if documents >= streams:
+        return ""
+    fewer = max(n for n in range(1, documents + 1) if settings.batch_size % n == 0)
+    return (
+        f"warning: {documents} documents for the {settings.batch_size} rows of a batch: with data.streams={settings.streams}"
+        f" several rows hold the same text; data.streams={fewer} gives rows that differ (or cut the documents into smaller ones)"
+    )
+
+
 def train_batches(
     settings: DataSettings,
     vocabulary: Vocabulary,

@@ -1,5 +1,8 @@
-"""Documents from local .txt and .jsonl files, plain or packed with gzip or xz."""
+"""Documents from local files: .txt, JSON records a line, and .parquet, plain or packed."""
 
+import bz2
+import contextlib
+import dataclasses
 import glob
 import gzip
 import hashlib
@@ -7,83 +10,200 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
 
 from switchmoe.data.errors import DataError
 from switchmoe.settings import DataSettings
 
-SUFFIXES = tuple(kind + packing for kind in (".txt", ".jsonl") for packing in ("", ".gz", ".xz"))
+RECORDS = (".jsonl", ".json", ".ndjson")  # a JSON object a line
+PACKINGS = ("", ".gz", ".xz", ".bz2", ".zst")
+SUFFIXES = (*(kind + packing for kind in (".txt", *RECORDS) for packing in PACKINGS), ".parquet")
+ACCEPTED = ".txt, .jsonl, .json or .ndjson (also .gz, .xz, .bz2, .zst), .parquet"
 
 
-def read(settings: DataSettings, split: str) -> tuple[list[str], str]:
-    """The non-empty documents of one split, in memory, and the directory of the first file.
+def is_local(source: str) -> bool:
+    """Whether a `data.source` means files here rather than a tfds dataset."""
+    return (
+        source.lower().endswith(SUFFIXES)
+        or glob.has_magic(source)
+        or source.startswith(("/", "./", "../", "~"))
+        or os.path.isfile(source)
+    )
 
-    A document is in `validation` if the hash of its text, as a fraction, is below
-    ``validation_share``: neither other documents nor their order matter, and copies of a document
-    stay on one side. Validation documents come in the order of that fraction, so that the first few
-    are a fair sample of all files; train documents come in the order of the files.
+
+def paths(settings: DataSettings) -> list[str]:
+    """The files that `data.source` names, in order.
 
     Raises:
-      DataError: no file matches, a file cannot be read, or the split is empty.
+      DataError: there is none, or one is not of a kind that can be read.
     """
-    paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(settings.source), recursive=True)))
-    if not paths:
+    pattern = os.path.expanduser(settings.source)
+    if os.path.isdir(pattern):
+        raise DataError(
+            f"data.source={settings.source}: a directory; accepted is a glob of its files, such as {settings.source.rstrip('/')}/*.txt"
+        )
+    found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    if not found:
         raise DataError(
             f"data.source={settings.source}: no file matches; accepted is a path or glob of local files "
-            f"ending in {', '.join(SUFFIXES)}"
+            f"ending in {ACCEPTED}"
         )
-    parts = [(_fraction(text), text) for path in paths for text in _documents(path, settings)]
-    if not parts:
-        raise DataError(f"data.source={settings.source}: no text in {len(paths)} file(s)")
-    share = settings.validation_share
-    if split == "validation":
-        texts = [text for fraction, text in sorted(parts) if fraction < share]
-    else:
-        texts = [text for fraction, text in parts if fraction >= share]
-    if not texts:
-        raise DataError(
-            f"data.validation_share={share}: leaves no {split} document of the {len(parts)} in "
-            f"{settings.source}; accepted is a share that leaves some on both sides, or more documents "
-            "(data.documents says what a document is)"
-        )
-    return texts, os.path.dirname(os.path.abspath(paths[0]))
+    for path in found:
+        if not path.lower().endswith(SUFFIXES):
+            raise DataError(
+                f"data.source={settings.source}: {path} is of an unknown kind; accepted are files ending in {ACCEPTED}"
+            )
+    return found
 
 
-def _fraction(text: str) -> float:
+@dataclasses.dataclass
+class Reading:
+    """How far the files have been read, in bytes as they lie on the disk; a file can be left out from the start."""
+
+    paths: list[str]
+    before: int = 0
+    file: IO[bytes] | None = None
+
+    @property
+    def total(self) -> int:
+        return sum(map(os.path.getsize, self.paths))
+
+    def done(self) -> int:
+        return self.before + (self.file.tell() if self.file and not self.file.closed else 0)
+
+    def documents(self, settings: DataSettings, first: int = 0) -> Iterator[tuple[int, str]]:
+        """(number of the file, document): the non-empty ones, of the files from ``first`` on.
+
+        Raises:
+          DataError: names the file and the line that can't be read.
+        """
+        for number, path in enumerate(self.paths):
+            if number >= first:
+                with open(path, "rb") as self.file:
+                    for text in _documents(path, self.file, settings):
+                        yield number, text
+            self.before += os.path.getsize(path)
+
+
+def fraction(text: str) -> float:
+    """A document's place between 0 and 1, by the hash of its text: below `data.validation_share` it is held out.
+
+    Neither other documents nor their order matter, and copies of a document stay on one side.
+    """
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def _documents(path: str, settings: DataSettings) -> Iterator[str]:
-    lines = _lines(path, settings.source)
-    if path.removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
-        texts: Iterable[str] = _records(path, lines, settings)
+def _documents(path: str, file: IO[bytes], settings: DataSettings) -> Iterator[str]:
+    name = path.lower()
+    kind = os.path.splitext(os.path.splitext(name)[0] if name.endswith(PACKINGS[1:]) else name)[1]
+    if kind == ".parquet":
+        texts: Iterable[str] = _columns(path, file, settings)
+    elif kind in RECORDS:
+        texts = _records(path, _lines(path, file, settings.source), settings)
     elif settings.documents == "block":
-        texts = _blocks(lines)
+        texts = _blocks(_lines(path, file, settings.source))
     else:
-        texts = (line for _, line in lines)
+        texts = (line for _, line in _lines(path, file, settings.source))
     if settings.normalization == "identity":  # indentation is text
         return (text for text in texts if text.strip())
     return (text.strip() for text in texts if text.strip())
 
 
-def _lines(path: str, source: str) -> Iterator[tuple[int, str]]:
+def _unpacked(path: str, file: IO[bytes], source: str) -> Any:
+    """The file's own bytes, line by line."""
+    packing = os.path.splitext(path.lower())[1]
+    if packing == ".zst":
+        with _needed("zstandard", "zstd", source, path):
+            import zstandard
+
+        return _zst_lines(zstandard.ZstdDecompressor(), file)
+    openers = {
+        ".gz": lambda: gzip.GzipFile(fileobj=file),
+        ".xz": lambda: lzma.LZMAFile(file),
+        ".bz2": lambda: bz2.BZ2File(file),
+    }
+    return openers.get(packing, lambda: file)()
+
+
+def _zst_lines(decompressor: Any, file: IO[bytes]) -> Iterator[bytes]:
+    """Of all frames; the library's own reader ends without a word where a file does within one."""
+    frame, open_frame, rest = decompressor.decompressobj(), False, b""
+    while block := file.read(2**20):
+        while block:
+            *lines, rest = (rest + frame.decompress(block)).split(b"\n")
+            yield from (line + b"\n" for line in lines)
+            block, open_frame = frame.unused_data, not frame.eof
+            if frame.eof:
+                frame = decompressor.decompressobj()
+    if open_frame:
+        raise EOFError("ended before the end of a frame")
+    if rest:
+        yield rest
+
+
+@contextlib.contextmanager
+def _needed(package: str, extra: str, source: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise DataError(
+            f"data.source={source}: {path} needs the package {package}; accepted is after pip install 'switchmoe[{extra}]'"
+        ) from error
+
+
+def _lines(path: str, file: IO[bytes], source: str) -> Iterator[tuple[int, str]]:
     """Numbered lines (from 1), decoded; whatever is wrong with the file names it and the line."""
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
     number = 0
     try:
-        with openers.get(os.path.splitext(path)[1], open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        for number, line in enumerate(_unpacked(path, file, source), 1):
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise DataError(
             f"data.source={source}: {path}, line {number}: not UTF-8 text ({error.reason})"
         ) from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except DataError:
+        raise
+    except Exception as error:  # each packing has errors of its own
+        if (
+            not isinstance(error, (OSError, EOFError, lzma.LZMAError, zlib.error))
+            and "zst" not in type(error).__module__
+        ):
+            raise
         raise DataError(
             f"data.source={source}: {path} cannot be read after line {number} ({error}); accepted is a "
             "complete file of the kind that its name says"
         ) from error
+
+
+def _columns(path: str, file: IO[bytes], settings: DataSettings) -> Iterator[str]:
+    """The text column of a .parquet file, a few rows at a time."""
+    with _needed("pyarrow", "parquet", settings.source, path):
+        import pyarrow
+        import pyarrow.parquet
+    row = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        if settings.text_field not in table.schema_arrow.names:
+            raise _no_text_field(settings, path, table.schema_arrow.names)
+        for batch in table.iter_batches(1024, columns=[settings.text_field]):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                if not isinstance(value, str):
+                    raise _no_text_field(settings, f"{path}, row {row}", [])
+                yield value
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"data.source={settings.source}: {path} cannot be read after row {row} ({str(error).splitlines()[0]}); accepted"
+            " is a complete .parquet file"
+        ) from error
+
+
+def _no_text_field(settings: DataSettings, where: str, texts: Iterable[str]) -> DataError:
+    return DataError(
+        f"data.text_field={settings.text_field}: not a text field of {where}; accepted is "
+        f"{'one of ' + ', '.join(texts) if texts else 'a record with a text field'}"
+    )
 
 
 def _blocks(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
@@ -108,16 +228,16 @@ def _records(path: str, lines: Iterable[tuple[int, str]], settings: DataSettings
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
             raise DataError(
-                f"data.source={settings.source}: {where}: not a JSON record ({reason})"
+                f"data.source={settings.source}: {where}: not a JSON record ({reason}); accepted is a JSON object a line"
+                " (of an array over many lines: jq -c '.[]')"
             ) from error
         if not isinstance(record, dict):
-            raise DataError(f"data.source={settings.source}: {where}: accepted is a JSON object, one a line")
+            raise DataError(
+                f"data.source={settings.source}: {where}: accepted is a JSON object, one a line (of an array: jq -c '.[]')"
+            )
         if not isinstance(record.get(settings.text_field), str):
             texts = [name for name, value in record.items() if isinstance(value, str)]
-            raise DataError(
-                f"data.text_field={settings.text_field}: not a text field of {where}; accepted is "
-                f"{'one of ' + ', '.join(texts) if texts else 'a record with a text field'}"
-            )
+            raise _no_text_field(settings, where, texts)
         text = record[settings.text_field]
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise DataError(

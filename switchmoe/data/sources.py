@@ -1,23 +1,28 @@
 """Corpora behind one config field: the embedded one, any prepared tfds dataset, local files.
 
-``load`` gives a random-access sequence of documents, which grain shuffles and slices. What cannot be
+``load_splits`` gives random-access sequences of documents, which grain shuffles and slices. What cannot be
 read is a ``DataError`` of one line that names the config field, its value and what would be accepted.
 """
 
+import array
 import contextlib
 import dataclasses
-import hashlib
 import importlib
 import io
 import os
 import pathlib
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
-from switchmoe.data import local_files
+import numpy as np
+
+from switchmoe.data import local_files, prepared
 from switchmoe.data.errors import DataError
+from switchmoe.data.prepared import fingerprint
+from switchmoe.data.progress import Note, told
 from switchmoe.settings import DataSettings
 
 EMBEDDED = "wiki_vital_en"
@@ -60,27 +65,55 @@ class Documents:
             ) from error
 
 
-def load(settings: DataSettings, split: str) -> Documents:
-    """The documents of one split of ``settings.source``.
+def load(settings: DataSettings, split: str, note: Note = lambda _: None) -> Documents:
+    """The documents of one split, `train` or `validation`: see `load_splits`."""
+    if split not in prepared.SPLITS:
+        raise DataError(f"split={split}: accepted is one of {', '.join(prepared.SPLITS)}")
+    if local_files.is_local(settings.source):
+        return _checked(_local(settings, note), settings)[split]
+    return _load_tfds(settings, split, note)
 
-    ``wiki_vital_en`` is the embedded corpus, prepared in ``data_dir`` on first use. A value ending in
-    .txt or .jsonl (also .gz, .xz) is a glob of local files, split by a hash of the document. Anything
-    else is a tfds dataset, prepared as array_record in ``data_dir``, whose held-out split is
-    `validation`, or `test` where it has none.
+
+def load_splits(settings: DataSettings, note: Note = lambda _: None) -> dict[str, Documents]:
+    """The documents of both splits of ``settings.source``, which is read once.
+
+    ``wiki_vital_en`` is the embedded corpus, prepared in ``data_dir`` on first use. A glob is of local files (see
+    `local_files.ACCEPTED`), split by a hash of the document. Anything else is a tfds dataset, prepared as array_record
+    in ``data_dir``: `data.train_split` and `data.validation_split` of it, or `train` and `validation` or `test`, or where it
+    has only `train`, documents of that by their hash.
 
     Args:
-      settings: source, data_dir, text_field, documents and validation_share are read.
-      split: `train` or `validation`.
+      note: told of what takes long.
 
     Raises:
       DataError: the corpus cannot be found, read or split, or is empty.
     """
-    if split not in ("train", "validation"):
-        raise DataError(f"split={split}: accepted is one of train, validation")
-    if settings.source.endswith(local_files.SUFFIXES):
-        texts, directory = local_files.read(settings, split)
-        return Documents(texts, fingerprint(texts), directory)
-    return _load_tfds(settings, split)
+    if local_files.is_local(settings.source):
+        return _checked(_local(settings, note), settings)
+    return {split: _load_tfds(settings, split, note) for split in prepared.SPLITS}
+
+
+def _local(settings: DataSettings, note: Note) -> dict[str, Documents]:
+    for field in ("train_split", "validation_split"):
+        if getattr(settings, field):
+            raise DataError(
+                f"data.{field}={getattr(settings, field)}: accepted with local files is '' (data.validation_share splits them)"
+            )
+    cache = _local_cache(settings)
+    directory = os.path.dirname(os.path.abspath(local_files.paths(settings)[0]))
+    found = prepared.splits(settings, cache, note)
+    return {name: Documents(split.records, split.fingerprint, directory) for name, split in found.items()}
+
+
+def _checked(found: dict[str, Documents], settings: DataSettings) -> dict[str, Documents]:
+    empty = [name for name, documents in found.items() if not len(documents)]
+    if empty:
+        raise DataError(
+            f"data.validation_share={settings.validation_share}: leaves no {empty[0]} document of the"
+            f" {sum(map(len, found.values()))} in {settings.source}; accepted is a share that leaves some on both sides, or more"
+            " documents (data.documents says what a document is)"
+        )
+    return found
 
 
 def cache_directory(settings: DataSettings) -> str:
@@ -135,17 +168,22 @@ def _default_cache() -> str:
     return os.path.join(home, "switchmoe")
 
 
-def _load_tfds(settings: DataSettings, split: str) -> Documents:
+def _local_cache(settings: DataSettings) -> str:
+    """Where what is prepared lies: `data.data_dir`, or the default cache where that is a bucket."""
+    directory = os.path.expanduser(cache_directory(settings))
+    return _default_cache() if "://" in directory else directory
+
+
+def _load_tfds(settings: DataSettings, split: str, note: Note) -> Documents:
     from google.protobuf import json_format
 
     name, data_dir = settings.source, os.path.expanduser(cache_directory(settings))
     try:
         if name == EMBEDDED:
-            if "://" in data_dir:  # too small to be worth a bucket
-                data_dir = _default_cache()
+            data_dir = _local_cache(settings)  # too small to be worth a bucket
             prepare_embedded(data_dir)
         builder = _builder(name, data_dir)
-        source, split_name = _open(builder, settings, split)
+        source, split_name, held_out = _open(builder, settings, split)
     except ImportError as error:
         raise DataError(
             f"data.source={name}: a package is missing ({_first_line(error)}); accepted is an "
@@ -165,11 +203,42 @@ def _load_tfds(settings: DataSettings, split: str) -> Documents:
             f"accepted is one of {', '.join(features)}"
         )
     identity = f"{builder.info.full_name} {split_name} {len(source)} {builder.info.dataset_size}"
+    directory = str(builder.data_path)
     documents = Documents(
-        source, fingerprint([identity, settings.text_field]), str(builder.data_path), settings.text_field
+        source, fingerprint([identity, settings.text_field]), directory, settings.text_field
     )
     documents[0]  # a damaged file shows here, not in the middle of something else
+    if held_out:
+        parts = [identity, settings.text_field, str(settings.validation_share)]
+        orders = _by_hash(documents, settings, note)
+        chosen = prepared.Reordered(source, orders[split])
+        documents = Documents(chosen, fingerprint([*parts, split]), directory, settings.text_field)
+        _checked({split: documents}, settings)
     return documents
+
+
+def _by_hash(documents: Documents, settings: DataSettings, note: Note) -> dict[str, np.ndarray]:
+    """The numbers of the documents of each split, for a dataset that has one alone; every text is read once, ever."""
+    key = fingerprint([documents.fingerprint, str(settings.validation_share)])[:16]
+    path = pathlib.Path(_local_cache(settings)) / "prepared" / f"split-{key}.npz"
+    try:
+        with np.load(path) as found:
+            return dict(found)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass
+    places = array.array("d")
+    with told(
+        note, f"splitting {settings.source}", lambda: f"{len(places):,} of {len(documents):,} documents"
+    ):
+        for index in range(len(documents)):
+            places.append(local_files.fraction(documents[index]))
+    orders = prepared.order(np.array(places), settings.validation_share)
+    with contextlib.suppress(OSError):  # then it is done again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{os.getpid()}-{path.name}")
+        np.savez(temporary, **orders)
+        temporary.replace(path)
+    return orders
 
 
 def _builder(name: str, data_dir: str) -> Any:
@@ -197,22 +266,25 @@ def _builder(name: str, data_dir: str) -> Any:
         raise DataError(
             f"data.source={name}: {reason}; accepted is {EMBEDDED}, a tfds name such as c4/en that is "
             f"known to tfds or prepared in data.data_dir={data_dir}, or a glob ending in "
-            f"{', '.join(local_files.SUFFIXES)}"
+            f"{local_files.ACCEPTED}"
         ) from error
 
 
-def _open(builder: Any, settings: DataSettings, split: str) -> tuple[Any, str]:
-    """Returns the data source of the split, and the name that the split has in the dataset."""
+def _open(builder: Any, settings: DataSettings, split: str) -> tuple[Any, str, bool]:
+    """Returns (data source, name of its split in the dataset, whether it is to be split by hash)."""
     names = list(builder.info.splits) or [split]  # none: not prepared, or tfds's mock data
-    candidates = ("validation", "test") if split == "validation" else (split,)
-    name = next((candidate for candidate in candidates if candidate in names), None)
-    if name is None:
+    train, held_out = settings.train_split or "train", settings.validation_split
+    has = next((name for name in ("validation", "test") if name in names), "")
+    by_hash = not (held_out or has) and builder.info.splits
+    name = train if split == "train" or by_hash else held_out or has or split
+    if name == "train" not in names:
         raise DataError(
             f"data.source={settings.source}: has the splits {', '.join(names)}; accepted is a dataset "
-            f"with a split {' or '.join(candidates)}"
+            "with a split train, or data.train_split"
         )
+    _check_apart(builder, settings, train, held_out or has)
     try:
-        return builder.as_data_source(name, file_format="array_record"), name
+        return builder.as_data_source(name, file_format="array_record"), name, bool(by_hash)
     except (KeyError, ValueError, OSError, RuntimeError) as error:
         if not builder.info.splits:
             problem = (
@@ -232,13 +304,34 @@ def _open(builder: Any, settings: DataSettings, split: str) -> tuple[Any, str]:
         raise DataError(f"data.source={settings.source}: {problem}") from error
 
 
+def _check_apart(builder: Any, settings: DataSettings, train: str, held_out: str) -> None:
+    """Refuses splits that tfds can't read, or that share documents."""
+    import tensorflow_datasets as tfds
+
+    parts = {}
+    for field, name in (("train_split", train), ("validation_split", held_out)):
+        if not name or not builder.info.splits:
+            continue
+        try:
+            found = tfds.core.ReadInstruction.from_spec(name).to_absolute(builder.info.splits)
+        except (ValueError, AssertionError, KeyError) as error:
+            raise DataError(
+                f"data.{field}={name}: {_first_line(error)}; accepted is one of {', '.join(builder.info.splits)}, or a part"
+                " as train[:90%]"
+            ) from error
+        sizes = {one.splitname: builder.info.splits[one.splitname].num_examples for one in found}
+        parts[field] = [
+            (one.splitname, one.from_ or 0, sizes[one.splitname] if one.to is None else one.to)
+            for one in found
+        ]
+    for name, first, last in parts.get("train_split", ()):
+        for other, other_first, other_last in parts.get("validation_split", ()):
+            if name == other and max(first, other_first) < min(last, other_last):
+                raise DataError(
+                    f"data.validation_split={held_out}: shares documents with data.train_split={train}; accepted are parts"
+                    " without common documents, as train[:90%] and train[90%:]"
+                )
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def fingerprint(texts: Sequence[str]) -> str:
-    """A SHA-256 that changes when any text, their number or their order does."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode()).digest())
-    return digest.hexdigest()

@@ -17,7 +17,7 @@ import sentencepiece
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
-from switchmoe.data import local_files, progress, sources
+from switchmoe.data import local_files, prepared, progress, sources
 from switchmoe.data.errors import DataError
 from switchmoe.data.progress import Note
 from switchmoe.settings import NUM_SENTINELS, DataSettings
@@ -185,7 +185,7 @@ def load_vocabulary(
     trainer = TRAINER | (IDENTITY if settings.normalization == "identity" else {})
     name = f"vocabulary-{settings.vocab_size}-{_fingerprint(documents, trainer)}.model"
     folders = [epath.Path(sources.cache_directory(settings)).expanduser() / "vocabularies"]
-    if settings.source.endswith(local_files.SUFFIXES) and not settings.data_dir:
+    if local_files.is_local(settings.source) and not settings.data_dir:
         folders.insert(0, epath.Path(getattr(documents, "directory", "") or folders[0]))
     try:
         cached = [folder / name for folder in folders if (folder / name).exists()]
@@ -281,7 +281,7 @@ def _digestible(text: str) -> Iterator[str]:
 
 
 def _fingerprint(documents: Sequence[str], trainer: dict[str, Any]) -> str:
-    known = getattr(documents, "fingerprint", None) or sources.fingerprint(documents)
+    known = getattr(documents, "fingerprint", None) or prepared.fingerprint(documents)
     return hashlib.sha256(
         f"{known} {trainer} {TRAINING_BYTES} {sentencepiece.__version__}".encode()
     ).hexdigest()[:16]
