@@ -14,13 +14,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 
-from experiments import process
+from experiments import exits, process
 from switchmoe import flops
 from switchmoe.analysis import timing
 
@@ -110,7 +109,7 @@ def machine() -> dict[str, Any]:
 
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
@@ -154,7 +153,7 @@ def main(argv: list[str]) -> int:
     found["rows"] = rows
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.what}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     picture = bench.plot(found)
     picture.savefig(path.with_suffix(".png"), dpi=160)
     print(f"{path}, {path.with_suffix('.png')}")
@@ -163,4 +162,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     process.use_huge_pages()
-    sys.exit(main(sys.argv[1:]))
+    exits.leave(lambda argv: main(argv[1:]))

@@ -1,7 +1,13 @@
 """The command line that all experiments share: a config file, overrides of its fields, a directory."""
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import io
+import shutil
+import textwrap
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import configs
+from switchmoe import settings
 from switchmoe.settings import Settings, from_config
 
 GROUPS = {
@@ -131,11 +138,33 @@ def _meant(name: str, known: Any) -> str:
 
 
 def _help(doc: str) -> str:
-    fields = [
-        f"  --config.{group}.{field.name}={field.default!r}"
-        for group in GROUPS
-        for field in GROUPS[group].values()
-    ]
+    width, lines = max(60, shutil.get_terminal_size().columns), []
+    for name, meaning in meanings().items():
+        group, field = name.split(".")
+        lines.append(f"  --config.{name}={GROUPS[group][field].default!r}")
+        lines += textwrap.wrap(meaning, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(
-        [doc.strip(), "", "Fields and their library defaults (a config file may set others):", *fields]
+        [doc.strip(), "", "Fields and their library defaults (a config file may set others):", *lines]
     )
+
+
+def meanings() -> dict[str, str]:
+    """What each field means, by ``group.field``: the comments beside and above its declaration in `switchmoe.settings`."""
+    source = inspect.getsource(settings)
+    comments = {
+        token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    groups = {group.type.__name__: group.name for group in dataclasses.fields(Settings)}
+    found = {}
+    for node in ast.parse(source).body:
+        for field in node.body if isinstance(node, ast.ClassDef) and node.name in groups else ():
+            if not isinstance(field, ast.AnnAssign):
+                continue
+            first = field.lineno
+            while comments.get(first - 1, ("", False))[1]:
+                first -= 1
+            parts = [comments[line][0] for line in range(first, field.end_lineno + 1) if line in comments]
+            found[f"{groups[node.name]}.{field.target.id}"] = " ".join(parts)
+    return found

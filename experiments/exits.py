@@ -1,7 +1,10 @@
 """How a command ends: its exit codes, and the one line that says why it did not do what was asked."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_IO, EXIT_LOST = 1, 2, 3, 4, 5
 EXIT_STOPPED, EXIT_INTERRUPTED = 75, 130  # by SIGTERM, by Ctrl-C
@@ -19,7 +22,26 @@ def guarded(command: str, action: Callable[[], int]) -> int:
         return action()
     except ValueError as error:
         return fail(command, error, EXIT_BAD_INPUT)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return fail(command, error, EXIT_IO)
     except KeyboardInterrupt:
         return fail(command, "interrupted", EXIT_INTERRUPTED)
+
+
+def leave(main: Callable[[list[str]], int]) -> NoReturn:
+    """Ends the process with what ``main(sys.argv)`` returns.
+
+    Quietly where whoever reads the output has seen enough (``| head``): the code is then that of SIGPIPE.
+    """
+    try:
+        try:
+            code = main(sys.argv)
+        except SystemExit as done:
+            code = done.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)

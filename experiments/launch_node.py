@@ -25,12 +25,12 @@ def prepare(order: Order) -> None:
     """The sweep's side, before a start: nothing is asked of it yet, and it has not begun."""
     order.directory.mkdir(exist_ok=True)
     (order.directory / NODE_FILE).unlink(missing_ok=True)
-    (order.directory / STOP_FILE).write_text("")
+    (order.directory / STOP_FILE).write_text("", encoding="utf-8")
 
 
 def ask(order: Order, number: int) -> None:
     """The sweep's side: has the run get the signal."""
-    with (order.directory / STOP_FILE).open("a") as file:
+    with (order.directory / STOP_FILE).open("a", encoding="utf-8") as file:
         file.write(f"{number}\n")
 
 
@@ -41,7 +41,7 @@ def began(order: Order) -> bool:
 
 def note(order: Order, text: str) -> None:
     """The sweep's side: what became of a start, in the run's log, whose last line tells of a failure."""
-    with (order.directory / LOG_FILE).open("a") as log:
+    with (order.directory / LOG_FILE).open("a", encoding="utf-8") as log:
         log.write(f"\nexperiments.sweep: {text}\n")
 
 
@@ -94,4 +94,4 @@ class Work:
 
 
 def _asked(directory: Path) -> list[int]:
-    return [int(line) for line in (directory / STOP_FILE).read_text().split()]
+    return [int(line) for line in (directory / STOP_FILE).read_text(encoding="utf-8").split()]

@@ -54,7 +54,9 @@ class Slurm:
         """Submits a job, or finds the one that a sweep which was killed submitted."""
         path = order.directory / JOB_FILE
         if self._cluster == "slurm" and path.exists():
-            job = submitit.SlurmJob(self._executor.folder, json.loads(path.read_text())["job"])
+            job = submitit.SlurmJob(
+                self._executor.folder, json.loads(path.read_text(encoding="utf-8"))["job"]
+            )
             if not job.done(force_check=True):
                 return _Job(order, job)
         prepare(order)

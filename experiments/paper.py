@@ -12,7 +12,6 @@ Exit codes: those of `experiments.sweep` (a verdict is none of them); of report 
 written or read.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -113,4 +112,4 @@ def _report(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    exits.leave(main)

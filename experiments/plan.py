@@ -21,7 +21,6 @@ and --config=, --config.GROUP.FIELD= as `experiments.run` takes them. Exit codes
 
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -251,4 +250,4 @@ def _draw(directory: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    exits.leave(main)

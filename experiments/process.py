@@ -22,7 +22,7 @@ def use_huge_pages() -> None:
     ``GLIBC_TUNABLES``. To be called before anything else.
     """
     try:
-        offered = "[madvise]" in _HUGE_PAGES.read_text()
+        offered = "[madvise]" in _HUGE_PAGES.read_text(encoding="utf-8")
     except OSError:
         return
     if offered and _TUNABLES not in os.environ:

@@ -101,4 +101,4 @@ def _leave_at_once(code: int, wait: bool) -> None:
 
 if __name__ == "__main__":
     process.use_huge_pages()
-    sys.exit(main(sys.argv))
+    exits.leave(main)

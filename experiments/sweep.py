@@ -100,7 +100,7 @@ def _lock(workdir: Path) -> Iterator[None]:
       ValueError: another sweep has it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK_FILE).open("a") as file:
+    with (workdir / LOCK_FILE).open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -239,9 +239,9 @@ def _results(
 
 
 def _last_line(directory: Path) -> str:
-    lines = (directory / LOG_FILE).read_text(errors="replace").split("\n")
+    lines = (directory / LOG_FILE).read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    exits.leave(main)

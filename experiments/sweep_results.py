@@ -74,7 +74,7 @@ def write(sweep: Sweep, results: Sequence[dict[str, Any]]) -> None:
     writer.writerows(results)
     path = sweep.workdir / RESULTS_FILE
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text.getvalue())
+    temporary.write_text(text.getvalue(), encoding="utf-8")
     temporary.replace(path)
 
 

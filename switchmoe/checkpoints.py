@@ -308,7 +308,7 @@ def _check_space(directory: Path, state: Any) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a file that is there whole or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 

@@ -24,7 +24,7 @@ def write_manifest(step_directory: Path) -> None:
         entries = dict(
             zip((str(p.relative_to(step_directory)) for p in files), pool.map(_entry, files), strict=True)
         )
-    (step_directory / MANIFEST).write_text(json.dumps(entries, indent=1))
+    (step_directory / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
 def damage(step_directory: Path, under: str = "") -> str | None:

@@ -22,7 +22,9 @@ def machine() -> str:
     """The processor and how many of its cores this process may use, such as `2 x AMD EPYC`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
+        )
     except OSError:
         found = None
     return f"{cores} x {found[1].strip() if found else platform.processor() or platform.machine()}"

@@ -95,7 +95,7 @@ def read_run(workdir: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); accepted is JSON") from error
     if not isinstance(values, dict):

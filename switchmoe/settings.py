@@ -53,18 +53,18 @@ def _one_of(group: str, settings: Any, field: str, accepted: tuple[str, ...]) ->
 class ModelSettings:
     """A T5 encoder-decoder (Raffel et al. 2020), version 1.1 feed-forwards with `geglu`."""
 
-    d_model: int = 768
+    d_model: int = 768  # width of embeddings and residuals
     d_ff: int = 2048  # width of a feed-forward and of each expert
     d_kv: int = 64  # width of one attention head
     num_heads: int = 12  # num_heads x d_kv need not be d_model (T5 1.1 small: 6 x 64 of 512)
     num_layers: int = 12  # per stack
     activation: str = "geglu"  # relu | geglu
     dtype: str = "bfloat16"  # activations; parameters, router, softmax, losses are float32
-    dropout_rate: float = 0.0
+    dropout_rate: float = 0.0  # of embeddings, attention and feed-forwards, in training
     tie_embeddings: bool = True  # share input and output embeddings, logits scaled by d_model**-0.5
     init_scale: float = 0.1  # s of the truncated normal with variance s / fan_in (Switch, 2.4)
-    relative_buckets: int = 32
-    relative_max_distance: int = 128
+    relative_buckets: int = 32  # of relative positions, each with a learned bias
+    relative_max_distance: int = 128  # tokens from which on all distances share a bucket
     scan: bool = True  # False: a loop, parameters for each repeat; compiles longer, copies less on a CPU
     scan_unroll: int = 1  # repeats of the scan over layers unrolled; on CPU 2 or more saves 15-20 %
     remat: bool = False  # recompute each block's activations in the backward pass
@@ -94,8 +94,8 @@ class MoESettings:
     attention: bool = False  # experts in the sparse blocks' self-attention, too (Switch, app. A)
     dispatch: str = "auto"  # auto | einsum | gather | ragged
     dropless: bool = False  # no capacity at all; with ragged (or auto)
-    capacity_factor: float = 1.25
-    eval_capacity_factor: float = 2.0
+    capacity_factor: float = 1.25  # slots over choices in training; what finds no slot is dropped
+    eval_capacity_factor: float = 2.0  # the same at evaluation
     group_size: int = 4096  # at most so many tokens compete for capacity: whole sequences, or parts
     eval_group_size: int = 0  # the same at evaluation; 0: a sequence, so neighbours never matter
     balance_loss_weight: float = 1e-2  # alpha, for each sparse layer; the layers are summed
@@ -116,7 +116,7 @@ class MoESettings:
     branches: int = 2  # hierarchical: branches of the first level
     slots: int = 1  # soft: slots per expert
     expert_dropout_rate: float = 0.0  # dropout inside the experts, instead of model.dropout_rate
-    router_init_stddev: float = 0.02
+    router_init_stddev: float = 0.02  # of the router's first kernel
     router_dtype: str = (
         "float32"  # bfloat16: without selective precision (Switch, 2.4), to see what it is for
     )
@@ -171,8 +171,8 @@ class DataSettings:
     vocab_size: int = 32000  # SentencePiece pieces; 100 sentinels join them at the top
     # nmt_nfkc (T5's): blanks and line breaks are joined, letters unified. identity: every character comes back
     normalization: str = "nmt_nfkc"
-    noise_density: float = 0.15
-    mean_span_length: float = 3.0
+    noise_density: float = 0.15  # share of the tokens that span corruption takes out
+    mean_span_length: float = 3.0  # tokens of a span, on average
     streams: int = 0  # documents go round so many streams, each of which fills rows of its own; 0: one a row
     prefetch: int = 8  # batches made ahead
 
@@ -201,13 +201,13 @@ class OptimizerSettings:
     name: str = "adafactor"  # adafactor | adamw
     learning_rate: float = 1.0  # the schedule's factor; for rsqrt the rate is factor / sqrt(step)
     schedule: str = "rsqrt"  # rsqrt | warmup_rsqrt | warmup_cosine | constant
-    warmup_steps: int = 10000
+    warmup_steps: int = 10000  # up to which the rate is flat (rsqrt) or rises
     clip_norm: float = 0.0  # global gradient norm; 0: off
     decay_rate: float = 0.8  # Adafactor: second-moment decay 1 - step**-decay_rate
     momentum: float = 0.0  # Adafactor's beta1: its updates averaged, at the price of a copy; T5 has none
     beta1: float = 0.9  # AdamW
     beta2: float = 0.98  # AdamW
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of kernels, not of norms and biases
 
     def __post_init__(self) -> None:
         _one_of("optimizer", self, "name", ("adafactor", "adamw"))
@@ -228,15 +228,15 @@ class OptimizerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    num_steps: int = 524288
-    log_every: int = 100
-    eval_every: int = 1000
+    num_steps: int = 524288  # updates of the whole run
+    log_every: int = 100  # steps between lines of metrics.jsonl
+    eval_every: int = 1000  # steps between evaluations on held-out text
     eval_batches: int = 16  # the same ones each time
     accumulate: int = 1  # microbatches a step; gradients are those of the whole batch
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of the target spread over the vocabulary
     output_z_loss_weight: float = 1e-4  # on the vocabulary logits; 0 leaves it out
     skip_nonfinite: int = 0  # updates in a row left out as loss or gradient is not finite; one more: a stop
-    seed: int = 0
+    seed: int = 0  # of parameters, batches, dropout and routers
 
     def __post_init__(self) -> None:
         for field in ("num_steps", "log_every", "eval_every", "eval_batches", "accumulate"):
@@ -260,16 +260,16 @@ class MeshSettings:
 
     layout: str = "data"  # data | model | data_model | data_expert | data_expert_model: sharding.LAYOUTS
     fsdp: bool = False  # parameters and optimizer state are sharded over the axes of the tokens as well
-    data: int = 0
-    expert: int = 0
-    model: int = 0
-    dcn_data: int = 0
-    dcn_expert: int = 0
-    dcn_model: int = 0
+    data: int = 0  # devices over which tokens lie
+    expert: int = 0  # devices over which experts lie, and tokens as well
+    model: int = 0  # devices over which widths lie
+    dcn_data: int = 0  # slices along data
+    dcn_expert: int = 0  # slices along expert
+    dcn_model: int = 0  # slices along model
     # Where process 0 listens, HOST:PORT; auto: as the environment says (`distributed.job`); none: one process
     coordinator: str = "auto"
-    processes: int = 0  # of the job, and which of them this is: with HOST:PORT
-    process: int = -1
+    processes: int = 0  # of the job, with HOST:PORT
+    process: int = -1  # this one's number, with HOST:PORT
 
     def __post_init__(self) -> None:
         for field in ("data", "expert", "model", "dcn_data", "dcn_expert", "dcn_model", "process"):

@@ -1,5 +1,6 @@
 """The command line: what users of ml_collections expect, and one line for each mistake."""
 
+import subprocess
 import sys
 
 import pytest
@@ -85,6 +86,52 @@ def test_help_lists_every_field(capsys):
     assert done.value.code == 0
     out = capsys.readouterr().out
     assert "--config.moe.num_experts=8" in out and "--config.data.vocab_size=32000" in out
+
+
+def test_help_says_what_each_field_means(capsys):
+    assert [name for name, meaning in command_line.meanings().items() if not meaning] == []
+    assert command_line.meanings().keys() == {
+        f"{g}.{f}" for g, fields in command_line.GROUPS.items() for f in fields
+    }
+    with pytest.raises(SystemExit):
+        parse("--help")
+    out = capsys.readouterr().out
+    assert "--config.moe.every=2\n        the last of each `every` blocks is sparse\n" in out
+    assert "identity: every" in out and max(map(len, out.split("library defaults")[1].splitlines())) <= 120
+
+
+def experiments(*line, environment, **more):
+    return subprocess.run(
+        [sys.executable, "-m", *line], env=environment, capture_output=True, text=True, timeout=120, **more
+    )
+
+
+def test_the_commands_are_listed(environment):
+    done = experiments("experiments", environment=environment)
+    assert done.returncode == 0
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()[2:]]
+    assert {"run", "sweep", "paper", "plan", "bench", "analyze"} <= {name for name, _ in lines}
+    assert ["run", "Trains a model"] in lines and all(len(what) > 8 for _, what in lines)
+    wrong = experiments("experiments", "rnu", environment=environment)
+    assert wrong.returncode == exits.EXIT_BAD_INPUT and wrong.stderr.count("\n") == 1
+    assert (
+        "rnu: no such command; accepted are python -m experiments.NAME with NAME of analyze, bench"
+        in wrong.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "command", ["run --help", "sweep --help", "paper --list", "paper --help", "plan --help", "analyze --help"]
+)
+def test_output_may_be_cut_short(command, environment):
+    """As by ``| head -1``: no traceback."""
+    name, option = command.split()
+    line = f"{sys.executable} -m experiments.{name} {option}; echo $? >&2"
+    done = subprocess.run(
+        ["sh", "-c", f"({line}) | head -1"], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.count("\n") == 1
+    assert done.stderr.split() in (["0"], ["141"]), done.stderr
 
 
 def test_packaged_configs_are_found_from_anywhere(tmp_path, monkeypatch):

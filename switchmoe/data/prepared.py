@@ -144,9 +144,12 @@ class _Preparation:
     @contextlib.contextmanager
     def _alone(self, directory: pathlib.Path) -> Iterator[None]:
         """One process prepares, others wait for it; the system lets go of the lock however it ends."""
-        with (directory / "lock").open("w") as file, told(self.note, "waiting for the text to be prepared"):
-            with contextlib.suppress(OSError):  # a file system without locks: each prepares for itself
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with (directory / "lock").open("w", encoding="utf-8") as file:
+            with (
+                told(self.note, "waiting for another process to prepare the text"),
+                contextlib.suppress(OSError),
+            ):
+                fcntl.flock(file, fcntl.LOCK_EX)  # a file system without locks: each prepares for itself
             yield
 
     def _key(self) -> str:
