@@ -35,4 +35,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    exits.leave(main)
+    exits.leave("experiments", main)

@@ -70,4 +70,4 @@ def _arguments(arguments: Sequence[str]) -> tuple[Path, Path]:
 
 
 if __name__ == "__main__":
-    exits.leave(main)
+    exits.leave("experiments.analyze", main)

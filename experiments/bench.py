@@ -132,6 +132,10 @@ def torch_cases(make, *arguments: Any) -> dict[str, timing.Case]:
 def main(argv: list[str]) -> int:
     options = _parse(argv)
     process.keep_memory()
+    try:
+        process.check_devices()
+    except ValueError as error:
+        return exits.fail("experiments.bench", error, exits.EXIT_BAD_INPUT)
     from experiments import bench_layer, bench_step
 
     bench = bench_layer if options.what == "layer" else bench_step
@@ -162,4 +166,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     process.use_huge_pages()
-    exits.leave(lambda argv: main(argv[1:]))
+    exits.leave("experiments.bench", lambda argv: main(argv[1:]))

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from experiments import process
+
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_IO, EXIT_LOST = 1, 2, 3, 4, 5
 EXIT_STOPPED, EXIT_INTERRUPTED = 75, 130  # by SIGTERM, by Ctrl-C
 
@@ -30,11 +32,12 @@ def guarded(command: str, action: Callable[[], int]) -> int:
         return fail(command, "interrupted", EXIT_INTERRUPTED)
 
 
-def leave(main: Callable[[list[str]], int]) -> NoReturn:
-    """Ends the process with what ``main(sys.argv)`` returns.
+def leave(command: str, main: Callable[[list[str]], int]) -> NoReturn:
+    """Runs a command in the environment that `process.settle` leaves, and ends with what ``main(sys.argv)`` returns.
 
     Quietly where whoever reads the output has seen enough (``| head``): the code is then that of SIGPIPE.
     """
+    process.settle(command)
     try:
         try:
             code = main(sys.argv)

@@ -112,4 +112,4 @@ def _report(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    exits.leave(main)
+    exits.leave("experiments.paper", main)

@@ -261,6 +261,7 @@ def _page(results: Results, judged: dict[str, Verdict], pictures: dict[str, list
     return report.document(f"Claims at scale {results.scale}", sections)
 
 
+@plots.own_style
 def _pictures(results: Results, directory: Path) -> dict[str, list[Path]]:
     """For each claim with runs: held-out loss against steps and against time."""
     saved: dict[str, list[Path]] = {}

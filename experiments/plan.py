@@ -250,4 +250,4 @@ def _draw(directory: Path) -> int:
 
 
 if __name__ == "__main__":
-    exits.leave(main)
+    exits.leave("experiments.plan", main)

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,54 @@ from absl import logging
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _TUNABLES = "GLIBC_TUNABLES"  # read by glibc (2.35 or newer) as a process starts
+
+
+LEFT_OUT = {  # variables of the environment that would change a run's results, or end it, and what they do
+    "JAX_ENABLE_X64": "sums would be of another precision",
+    "JAX_DEFAULT_DTYPE_BITS": "sums would be of another precision",
+    "JAX_DEFAULT_PRNG_IMPL": "every draw would be another",
+    "JAX_RANDOM_SEED_OFFSET": "every draw would be another",
+    "JAX_THREEFRY_PARTITIONABLE": "every draw would be another",
+    "JAX_NUMPY_DTYPE_PROMOTION": "JAX's own libraries fail",
+    "JAX_NUMPY_RANK_PROMOTION": "JAX's own libraries may fail",
+    "JAX_DISABLE_JIT": "steps are compiled ahead of time",
+    "JAX_TRANSFER_GUARD": "batches could not reach the device",
+    "JAX_TRANSFER_GUARD_HOST_TO_DEVICE": "batches could not reach the device",
+    "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": "metrics could not be read",
+    "JAX_TRANSFER_GUARD_DEVICE_TO_DEVICE": "arrays could not be moved",
+    "PYTHONWARNINGS": "libraries that warn would end the run",
+}
+
+
+def settle(command: str) -> None:
+    """Makes a command independent of what its user has set for other work. To be called before JAX is imported.
+
+    Left out are the variables of `LEFT_OUT`, with a line each. Pictures are files whatever ``MPLBACKEND`` says, and what the
+    output's encoding can't show is escaped.
+    """
+    for name, effect in LEFT_OUT.items():
+        value = os.environ.pop(name, "")
+        if value:
+            print(f"{command}: {name}={value} is left out ({effect})", file=sys.stderr)
+            if name == "PYTHONWARNINGS":
+                warnings.resetwarnings()
+                warnings.simplefilter("ignore", DeprecationWarning)
+    os.environ["MPLBACKEND"] = "agg"
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def check_devices() -> None:
+    """Raises ValueError, one line, where JAX finds none of the platform that ``JAX_PLATFORMS`` names."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        named = os.environ.get("JAX_PLATFORMS", "")
+        reason = (str(error).strip() or "no such device here").splitlines()[0]
+        raise ValueError(
+            f"JAX_PLATFORMS={named}: {reason}; accepted is cpu, or the variable unset"
+        ) from error
 
 
 def use_huge_pages() -> None:

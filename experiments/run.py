@@ -64,10 +64,11 @@ def _train(settings: Settings, workdir: Path) -> int:
     try:
         with contextlib.closing(progress):
             distributed.initialize(settings.mesh)
+            process.check_devices()
             path = loop.run(settings, workdir, progress)
     except ValueError as error:
         return _fail(error, EXIT_BAD_INPUT)
-    except loop.NonFiniteLoss as error:
+    except (loop.NonFiniteLoss, FloatingPointError) as error:  # the latter with JAX_DEBUG_NANS
         return _fail(error, EXIT_NON_FINITE)
     except checkpoints.CheckpointError as error:
         return _fail(error, EXIT_IO)
@@ -101,4 +102,4 @@ def _leave_at_once(code: int, wait: bool) -> None:
 
 if __name__ == "__main__":
     process.use_huge_pages()
-    exits.leave(main)
+    exits.leave("experiments.run", main)

@@ -244,4 +244,4 @@ def _last_line(directory: Path) -> str:
 
 
 if __name__ == "__main__":
-    exits.leave(main)
+    exits.leave("experiments.sweep", main)

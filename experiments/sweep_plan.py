@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import command_line
+from experiments import command_line, process
 from switchmoe import resuming, rundir
 from switchmoe.reporting import duration
 from switchmoe.settings import Settings, from_config, to_dict
@@ -196,6 +196,7 @@ def survey(runs: Sequence[Run], measure: bool, here: bool = True) -> tuple[list[
 
     if not here:
         jax.config.update("jax_platforms", "cpu")
+    process.check_devices()
     costs = []
     for run in runs:
         data = run.settings.data

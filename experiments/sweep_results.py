@@ -34,7 +34,9 @@ def result(directory: Path, run: Run, cost: Cost) -> dict[str, Any]:
     ended = bool(held_out) and held_out[-1]["step"] == steps and (directory / REPORT_FILE).exists()
     losses = [r["cross_entropy"] for r in held_out if r["cross_entropy"] is not None]
     last = held_out[-1] if held_out else {}
-    loads = [[share * len(layer) for share in layer] for layer in last.get("layer_expert_load", [])]
+    layers = last.get("layer_expert_load", [])
+    loads = [[share * len(layer) for share in layer if share is not None] for layer in layers]
+    loads = [layer for layer in loads if layer]
     seconds = known.get("train_seconds")
     step = max((r["step"] for r in records), default=0)
     return {
@@ -59,7 +61,7 @@ def result(directory: Path, run: Run, cost: Cost) -> dict[str, Any]:
 
 
 def _mean(record: dict[str, Any]) -> float | None:
-    layers = record.get("layer_fraction_dropped")
+    layers = [share for share in record.get("layer_fraction_dropped") or () if share is not None]
     return sum(layers) / len(layers) if layers else None
 
 
@@ -96,8 +98,8 @@ def status(directory: Path, run: Run, state: str, live: bool = True) -> str:
     held_out = [r for r in records if r["split"] == "validation"]
     if held_out:
         fields.append(f"held out {reporting.figure(held_out[-1]['cross_entropy'], '.3f')}")
-    fields.append(f"{last['tokens_per_second']:,.0f} tokens/s")
-    if state == "running":
+    fields.append(f"{reporting.figure(last['tokens_per_second'], ',.0f')} tokens/s")
+    if state == "running" and last["step_seconds"] is not None:
         fields.append(f"ETA {reporting.duration((steps - last['step']) * last['step_seconds'])}")
     return "  ".join(fields)
 

@@ -7,6 +7,7 @@ executes no code from a checkpoint: arrays and JSON only.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -107,7 +108,8 @@ class Checkpoints:
         Args:
           iterator: a grain iterator of `batches.train_batches`, of which the position is saved.
           config: the settings, for whoever finds the checkpoint alone.
-          validation: held-out cross-entropy, by which the best are kept; None if not known.
+          validation: held-out cross-entropy, by which the best are kept (of equal ones the newer); None, or not
+            finite: this one is none of them.
 
         Raises:
           CheckpointError: with ``on_error="stop"``, this save or the one before it failed (a full disk,
@@ -121,7 +123,8 @@ class Checkpoints:
             "data": ocp.args.JsonSave(joined_states(distributed.gathered(iterator.get_state()))),
             "config": ocp.args.JsonSave(config),
         }
-        metrics = None if validation is None else {"cross_entropy": validation}
+        known = validation is not None and math.isfinite(validation)
+        metrics = {"cross_entropy": validation} if known else None
 
         def start() -> None:
             _check_space(self.directory, state)

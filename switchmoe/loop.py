@@ -25,7 +25,7 @@ from switchmoe.data import batches, sources, vocabulary
 from switchmoe.data.progress import told
 from switchmoe.lock import Lock
 from switchmoe.moe import dispatch_name, group_shape, router_name, without_effect
-from switchmoe.origin import commit, machine
+from switchmoe.origin import CHANGES_SUMS, commit, environment, machine
 from switchmoe.reporting import Clock, MetricsWriter, Progress
 from switchmoe.resuming import Differences, flat
 from switchmoe.routing import expert_capacity
@@ -198,6 +198,7 @@ class _Run:
             versions=_versions(),
             machine=machine(),
             commit=commit(),
+            environment=environment(),
         )
         say = self.progress.note
         repeats = batches.repeated_rows(settings.data, self.document_counts["train"])
@@ -236,6 +237,8 @@ class _Run:
                 f"warning: the vocabulary does not fit the text: {self.rare['unknown']:.1%} of its pieces are unknown, and"
                 " easily predicted; losses say little (data.vocab, or '' to train one)"
             )
+        for name in sorted(environment().keys() & CHANGES_SUMS):
+            say(f"environment: {name}={environment()[name]} (the last digits of results may depend on it)")
         if start:
             say(f"resuming from the checkpoint of step {start} in {self.workdir}")
         if start < settings.train.num_steps:  # a run's last act, which is to come

@@ -31,7 +31,9 @@ def cross_entropy(
 def output_cross_entropy(
     x_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, label_smoothing: float = 0.0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`cross_entropy` of the logits ``x @ table.T``, and whether no other logit is above the target's.
+    """`cross_entropy` of the logits ``x @ table.T``, and whether the target's logit is above all others.
+
+    A tie is no hit: a model that says the same of every token would else be right everywhere.
 
     Its own gradient takes the probabilities from the logits and their log-partition in one pass, and
     hands them to the products in the type of ``x``.
@@ -50,8 +52,10 @@ def logits(x_BLD: jax.Array, table_VD: jax.Array) -> jax.Array:
 def _output_forward(x_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, label_smoothing: float):
     logits_BLV = logits(x_BLD, table_VD)
     # Not by argmax: on a CPU it takes half as long as all else in here.
-    target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    correct_BL = target_BL >= logits_BLV.max(axis=-1)
+    target_BL1 = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)
+    own_BLV = jax.nn.one_hot(targets_BL, len(table_VD), dtype=bool)
+    others_BLV = jnp.where(own_BLV, -jnp.inf, logits_BLV)
+    correct_BL = target_BL1[..., 0] > others_BLV.max(axis=-1)
     outputs = *cross_entropy(logits_BLV, targets_BL, label_smoothing), correct_BL
     return outputs, (x_BLD, table_VD, targets_BL, jax.nn.logsumexp(logits_BLV, axis=-1))
 

@@ -18,6 +18,20 @@ def commit() -> str:
         return ""
 
 
+CHANGES_SUMS = {
+    "XLA_FLAGS",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+    "LIBTPU_INIT_ARGS",
+}  # variables of the environment
+
+
+def environment() -> dict[str, str]:
+    """The variables that JAX and XLA read."""
+    return {
+        name: os.environ[name] for name in sorted(os.environ) if name.startswith(("JAX_", "XLA_", "LIBTPU_"))
+    }
+
+
 def machine() -> str:
     """The processor and how many of its cores this process may use, such as `2 x AMD EPYC`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

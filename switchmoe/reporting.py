@@ -169,7 +169,9 @@ def fit(fields: list[str], width: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two leading units: `45s`, `3m20s`, `2h05m`, `3d04h`."""
+    """Two leading units: `45s`, `3m20s`, `2h05m`, `3d04h`; `?` for what is not finite."""
+    if not math.isfinite(seconds):
+        return "?"
     minutes, seconds = divmod(max(round(seconds), 0), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -239,7 +241,9 @@ def _read_lines(path: Path) -> list[tuple[bytes, Record]]:
 
 def _parse(line: bytes) -> Record | None:
     try:
-        record = json.loads(line)
+        record = json.loads(
+            line, parse_constant=lambda _: None
+        )  # NaN and infinities, which other tools write
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
@@ -299,6 +303,7 @@ class Clock:
     def lap(self) -> tuple[float, float, float]:
         """(seconds, seconds waited, tokens) a step since the last lap."""
         seconds, steps, waited = time.monotonic() - self._start, max(self._steps, 1), self._waited
+        seconds = max(seconds, 1e-9)  # of a clock that did not move
         tokens = self._tokens
         self._total["steps_timed"] += self._steps
         self._total["train_seconds"] += seconds

@@ -212,6 +212,24 @@ def test_values_that_are_not_finite_make_a_report(tmp_path):
     assert len(pictures_in(html_of(directory_of(tmp_path, records)))) == 4
 
 
+@pytest.mark.parametrize("count", [1, 2, 30])
+@pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf])
+def test_equal_values_a_single_one_and_none_at_all_make_a_report(tmp_path, count, value):
+    records = records_of(["encoder/1"], 4, count)
+    for record in records:
+        record |= {"cross_entropy": value, "tokens_per_second": value, "input_wait_share": value}
+        record |= {"layer_fraction_dropped": [value], "layer_router_entropy": [value]}
+        record["layer_expert_load"] = [[value if not math.isfinite(value) else 0.25] * 4]
+    assert len(pictures_in(html_of(directory_of(tmp_path, records)))) == 4
+
+
+def test_pictures_do_not_follow_a_users_matplotlibrc(tmp_path, monkeypatch):
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)  # needs LaTeX, which may not be there
+    assert len(pictures_in(html_of(directory_of(tmp_path, records_of([], 1, 3))))) == 2
+
+
 def test_many_experts_and_layers_make_a_report(tmp_path):
     layers = [f"{stack}/{block}" for stack in ("encoder", "decoder") for block in range(1, 24, 2)]
     html = html_of(directory_of(tmp_path, records_of(layers, 512, 3)))

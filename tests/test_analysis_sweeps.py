@@ -359,3 +359,18 @@ def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, capsys, arguments,
     error = capsys.readouterr().err
     assert error.startswith("experiments.analyze: ") and error.count("\n") == 1 and message in error
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("quick_memory")
+@pytest.mark.parametrize("losses", [[4.0] * 4, [4.0], [math.nan, math.nan, 4.0], [1e30, 4.0]])
+def test_equal_losses_decide_nothing_and_make_a_report(tmp_path, losses):
+    """Runs that end alike, with curves of one point, of gaps, or from far away."""
+    for experts in (1, 2, 4):
+        chosen = settings_of(experts)
+        steps = 100 * len(losses)
+        chosen = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, num_steps=steps))
+        write_run(tmp_path / f"E{experts}", chosen, losses)
+    found = sweeps.read_sweep(tmp_path)
+    (one,) = sweeps.group(found.runs)
+    assert dict(sweep_report.headline(found, [one], {}))["Lowest held-out loss"] == "4.000 at E=1, 2, 4"
+    assert sweep_report.write(found, tmp_path / "out", title="equal").exists()

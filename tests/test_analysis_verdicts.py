@@ -1,5 +1,6 @@
 """The rule of verdicts on hand-made tables: each kind of check holds, does not hold, and can't be decided."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -225,3 +226,10 @@ def test_only_seeds_that_all_arms_have_are_compared():
     (finding,) = verdicts.verdict([verdicts.lower("a", "b")], arms).findings
     assert finding.outcome == HELD and finding.interval == (1.0, 1.0, 1.0, 3)
     assert verdicts.written(finding.interval, "nats") == "+1.0000 nats (+1.0000 to +1.0000)"
+
+
+@pytest.mark.parametrize("seconds", [0.0, math.nan, math.inf])
+def test_a_speed_that_is_no_number_decides_nothing(seconds):
+    """Of steps whose time was not measured on either side, or without end."""
+    strange = [dataclasses.replace(run(4.0), step_seconds=seconds) for _ in range(3)]
+    assert outcome(verdicts.faster("a", "b"), a=strange, b=strange) == UNDECIDED

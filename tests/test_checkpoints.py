@@ -62,6 +62,19 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert checkpoints.steps() == [3]
 
 
+def test_what_is_not_finite_is_never_the_best_and_of_equal_ones_the_newer_is(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    for name, losses, kept in (
+        ("nan", [nan, 2.0, nan, 3.0, 4.0], [2, 5]),
+        ("infinite", [2.0, -inf, inf, 3.0, 4.0], [1, 5]),
+        ("none is", [nan, inf, nan, nan, nan], [5]),
+        ("equal", [2.0, 2.0, 2.0, 3.0, 4.0], [3, 5]),
+        ("one", [2.0], [1]),
+    ):
+        steps = list(range(1, len(losses) + 1))
+        assert saved(tmp_path / name, steps, losses, keep=1, keep_best=1).steps() == kept, name
+
+
 def test_another_shape_is_refused_by_name(tmp_path):
     checkpoints = saved(tmp_path, [1])
     with pytest.raises(CheckpointError, match=r"params\.w has shape \(2, 4\) there, \(2, 9\) here"):

@@ -102,3 +102,19 @@ def test_losses_of_bf16_logits_are_float32():
     nll_BL, z_BL = losses.cross_entropy(logits, jnp.zeros((2, 3), jnp.int32))
     assert nll_BL.dtype == z_BL.dtype == jnp.float32
     assert losses.router_z(logits[0], jnp.ones(3, bool)).dtype == jnp.float32
+
+
+def test_a_tie_is_no_hit():
+    """A model whose logits are all the same, or no numbers, is right nowhere; with one alone it is."""
+    x_BLD, targets_BL = jnp.ones((1, 4, 2)), jnp.array([[0, 1, 2, 0]])
+
+    def hits(table_VD):
+        return losses.output_cross_entropy(x_BLD, jnp.asarray(table_VD, jnp.float32), targets_BL)[2][
+            0
+        ].tolist()
+
+    assert hits([[0, 0]] * 3) == [False] * 4
+    assert hits([[1, 1], [1, 1], [0, 0]]) == [False] * 4
+    assert hits([[1, 1], [0, 0], [0, 0]]) == [True, False, False, True]
+    assert hits([[jnp.nan, 0], [0, 0], [0, 0]]) == [False] * 4
+    assert hits([[jnp.inf, 0], [0, 0], [0, 0]]) == [True, False, False, True]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from switchmoe import reporting
 from switchmoe.reporting import MetricsWriter, Progress, duration, fit, read_metrics, scalars
 
 
@@ -276,3 +277,22 @@ def test_fit_keeps_first_and_last_fields_longest():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_numbers_that_are_none_are_read_as_none_and_shown(tmp_path):
+    """Other tools write NaN and Infinity into JSON."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "split": "validation", "cross_entropy": NaN, "layer_x": [Infinity, -Infinity, 1.0]}\n'
+    )
+    (record,) = read_metrics(path)
+    assert record["cross_entropy"] is None and record["layer_x"] == [None, None, 1.0]
+    assert [duration(value) for value in (math.nan, math.inf, -math.inf, -1.0)] == ["?", "?", "?", "0s"]
+
+
+def test_a_clock_that_did_not_move(monkeypatch):
+    monkeypatch.setattr(reporting.time, "monotonic", lambda: 5.0)
+    clock = reporting.Clock()
+    clock.step(100)
+    seconds, waited, tokens = clock.lap()
+    assert seconds > 0 and math.isfinite(tokens / seconds) and waited / seconds == 0

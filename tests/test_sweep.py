@@ -190,6 +190,19 @@ def test_a_prediction_goes_by_the_done_run_nearest_in_size(config):
     assert "at the 40%, 10% of done runs" in text
 
 
+def test_a_run_whose_figures_are_no_numbers_has_its_line(config):
+    found = read(*config("[{'moe.num_experts': [4]}]"))
+    run = found.runs[0]
+    fabricate(found.workdir / run.name, run, 16, load=(None, 0.5, 0.5, None))
+    path = found.workdir / run.name / "metrics.jsonl"
+    path.write_text(path.read_text().replace("0.25", "NaN").replace("9.0", "Infinity").replace("5.0", "NaN"))
+    one = sweep_results.result(found.workdir / run.name, run, Cost(100, 50, 3.0, 10, 10))
+    assert (one["load_min"], one["load_max"], one["dropped"]) == (2.0, 2.0, None)
+    assert "loss nan  held out 4.500  nan tokens/s" in sweep_results.status(
+        found.workdir / run.name, run, "running"
+    )
+
+
 @pytest.mark.usefixtures("here")
 def test_padding_is_counted_apart(config):
     """24 steps of 8 sequences: 32 input tokens, 8 that span corruption writes, 120 of padding."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -31,6 +32,10 @@ NAMED_EXPERTS = 16  # up to so many experts keep their numbers; more are sorted 
 LEGEND_DEPTHS = 7  # up to so many depths are named in a legend; more get a colour bar
 
 
+own_style = matplotlib.style.context("default")  # whatever a user's matplotlibrc says
+
+
+@own_style
 def save_all(records: Sequence[Record], run: dict[str, Any], out_dir: str | os.PathLike) -> list[Path]:
     """Writes the pictures that the records allow to `out_dir` as PNGs; returns their paths.
 

@@ -38,6 +38,7 @@ MAX_VALUES = 12  # up to so many points have their values beside them
 SHOWN_FROM = 0.15  # curves are shown from the loss that the dense model has after this share of its steps
 
 
+@plots.own_style
 def save_all(
     groups: Sequence[Group], fits: Sequence[Fit | None], out_dir: str | os.PathLike
 ) -> list[tuple[Path, str]]:

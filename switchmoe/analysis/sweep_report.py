@@ -169,11 +169,12 @@ def headline(sweep: Sweep, groups: Sequence[Group], fits: dict[str, Fit]) -> lis
         return [*found, ("Groups", str(len(groups)))]
     one = groups[0]
     losses = {experts: sweeps.spread([run.loss for run in runs]).mean for experts, runs in one.cells.items()}
-    best = min(losses, key=losses.get)
+    lowest = min(losses.values())
+    best = ", ".join(str(experts) for experts, loss in losses.items() if loss == lowest)
     found.append(("Size of the dense model, without embeddings", report.count(one.size)))
     if one.dense:
         found.append(("Dense model's held-out loss", f"{losses[1]:.3f} nats / token"))
-    found.append(("Lowest held-out loss", f"{losses[best]:.3f} at E={best}"))
+    found.append(("Lowest held-out loss", f"{lowest:.3f} at E={best}"))
     ups = [up for up in sweeps.speed_ups(one) if up.step and up.reached == up.runs]
     if ups:
         up = max(ups, key=lambda up: up.step.mean)

@@ -114,7 +114,7 @@ def faster(fast: str, slow: str, paper: str = "") -> Check:
     """A step of ``fast`` takes less time."""
 
     def speed_up(fast: Run | None, slow: Run | None) -> float:
-        return math.nan if fast is None or slow is None else math.log(slow.step_seconds / fast.step_seconds)
+        return math.nan if fast is None or slow is None else _log_ratio(slow.step_seconds, fast.step_seconds)
 
     return _paired(
         f"steps of {fast} faster than {slow}", fast, slow, speed_up, (0.0, math.inf), "ratio", paper
@@ -304,7 +304,7 @@ def _reached(run: Run | None, goal: Run | None, against: str) -> float:
 
 
 def _log_ratio(top: float, bottom: float) -> float:
-    if top == bottom and not 0 < top < math.inf:
+    if math.isnan(top) or math.isnan(bottom) or (top == bottom and not 0 < top < math.inf):
         return math.nan
     return (
         math.inf

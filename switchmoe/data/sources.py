@@ -164,7 +164,9 @@ def prepare_embedded(data_dir: str) -> None:
 
 
 def _default_cache() -> str:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(home):  # as its specification has it
+        home = os.path.expanduser("~/.cache")
     return os.path.join(home, "switchmoe")
 
 
