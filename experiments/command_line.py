@@ -25,8 +25,8 @@ GROUPS = {
 }
 
 
-def parse(argv: Sequence[str], default_config: str, doc: str) -> tuple[Settings, str]:
-    """Settings and ``--workdir`` (default: runs/NAME for configs/NAME.py).
+def parse(argv: Sequence[str], default_config: str, doc: str, buckets: bool = False) -> tuple[Settings, str]:
+    """Settings and ``--workdir`` (default: runs/NAME for configs/NAME.py), which may be in a bucket if so said.
 
     Raises:
       ValueError: one line that names the argument, its value and what would be accepted.
@@ -53,8 +53,13 @@ def parse(argv: Sequence[str], default_config: str, doc: str) -> tuple[Settings,
         raise ValueError(f"argument {rest[0]}: accepted are --config=, --workdir= and --config.GROUP.FIELD=")
     if not isinstance(found, ConfigDict):
         raise ValueError(f"--config: get_config() returned {found!r}; accepted is a ConfigDict")
-    if "://" in values.workdir:
-        raise ValueError(f"--workdir={values.workdir}: accepted is a directory of a mounted file system")
+    if "://" in values.workdir and not (buckets and values.workdir.startswith(("gs://", "s3://"))):
+        where = (
+            "a directory, gs://BUCKET/PLACE or s3://BUCKET/PLACE"
+            if buckets
+            else "a directory of a mounted file system"
+        )
+        raise ValueError(f"--workdir={values.workdir}: accepted is {where}")
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
     return from_config(found), values.workdir or f"runs/{name}"
 

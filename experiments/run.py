@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 from experiments import command_line, exits, process, supervisor
 from experiments.exits import (
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> int:
     if supervisor.FOLLOWS in os.environ:
         supervisor.leave_with_parent()
     try:
-        settings, workdir = command_line.parse(argv, DEFAULT_CONFIG, __doc__)
+        settings, workdir = command_line.parse(argv, DEFAULT_CONFIG, __doc__, buckets=True)
         # Imported once the settings are known to be good: an error in them shows at once.
         from switchmoe import distributed
 
@@ -48,13 +47,13 @@ def main(argv: list[str]) -> int:
     process.keep_quiet()
     if several:
         supervisor.leave_with_parent()
-    code = _train(settings, Path(workdir))
+    code = _train(settings, workdir)
     if several and code not in (0, EXIT_STOPPED):
         _leave_at_once(code, wait=distributed.is_main())
     return code
 
 
-def _train(settings: Settings, workdir: Path) -> int:
+def _train(settings: Settings, workdir: str) -> int:
     import jax
 
     from switchmoe import checkpoints, distributed, loop, signals

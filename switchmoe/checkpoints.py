@@ -1,7 +1,7 @@
 """Checkpoints: train state, data iterator and settings, saved and restored as one.
 
-Orbax writes in the background and renames when complete: a killed save leaves the steps before it as
-they were. Each step has a manifest, by which it is verified before it is read (`integrity`). Loading
+Orbax writes in the background and renames when complete, or in a bucket writes a marker last: a killed save
+leaves the steps before it as they were. Each step has a manifest, by which it is verified before it is read (`integrity`). Loading
 executes no code from a checkpoint: arrays and JSON only.
 """
 
@@ -17,8 +17,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from switchmoe import distributed, integrity
+from switchmoe import buckets, distributed, integrity
 from switchmoe.data.batches import joined_states
 from switchmoe.settings import CheckpointSettings
 from switchmoe.sharding import path_keys
@@ -48,9 +49,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: Path, settings: CheckpointSettings, note: Callable[[str], None] = lambda _: None
+        self,
+        directory: Path | epath.Path,
+        settings: CheckpointSettings,
+        note: Callable[[str], None] = lambda _: None,
     ):
-        self.directory, self._settings, self._note = Path(directory).absolute(), settings, note
+        self._settings, self._note = settings, note
+        self.directory = directory if buckets.is_bucket(directory) else Path(directory).absolute()
         self._started: int | None = None  # the step of the last save
         self._failed: CheckpointError | None = None  # what became of it
         self._alone = False  # whether that is something the other processes don't know
@@ -65,6 +70,8 @@ class Checkpoints:
                 get_metric_fn=_quality, n=self._settings.keep_best, keep_checkpoints_without_metrics=False
             )
             policies.append(best)
+        # In a bucket Orbax's own way to delete has no second name for a step: it removes its objects.
+        removed = {} if buckets.is_bucket(self.directory) else {"todelete_subdir": REMOVED}
         try:
             return ocp.CheckpointManager(
                 self.directory,
@@ -79,7 +86,7 @@ class Checkpoints:
                     async_options=ocp.AsyncOptions(
                         post_finalization_callback=self._write_manifest, barrier_sync_fn=_barrier()
                     ),
-                    todelete_subdir=REMOVED,
+                    **removed,
                 ),
             )
         except Exception as error:
@@ -90,9 +97,20 @@ class Checkpoints:
 
         Orbax would delete a step where it lies, so that a kill could leave one half there.
         """
-        if distributed.is_main():
+        if not distributed.is_main():
+            return
+        if not buckets.is_bucket(self.directory):
             for left in (*self.directory.glob("*.orbax-checkpoint-tmp*"), self.directory / REMOVED):
                 shutil.rmtree(left, ignore_errors=True)
+        elif self.directory.exists():
+            complete = buckets.complete_steps(self.directory)
+            for left in self.directory.iterdir():
+                if (
+                    left.name.isdigit()
+                    and int(left.name) not in complete
+                    or "orbax-checkpoint-tmp" in left.name
+                ):
+                    left.rmtree(missing_ok=True)
 
     def latest(self) -> int | None:
         """The newest complete step, None if there is none."""
@@ -235,9 +253,14 @@ class Checkpoints:
         )
 
     def _write_manifest(self) -> None:
-        """Orbax calls this in the background when all files of a save are written, before it renames them."""
+        """Orbax calls this in the background when all files of a save are written, before it makes the step complete.
+
+        To that end it renames a directory, or in a bucket writes its marker.
+        """
         if distributed.is_main():
-            (written,) = self.directory.glob(f"{self._started}.*tmp*")
+            written = self.directory / str(self._started)
+            if not buckets.is_bucket(self.directory):
+                (written,) = self.directory.glob(f"{self._started}.*tmp*")
             integrity.write_manifest(written)
 
     def _set_damaged_aside(self) -> None:
@@ -290,8 +313,8 @@ def _screen(directory: Path) -> tuple[int | None, list[tuple[str, str]]]:
     return good, damaged
 
 
-def _steps(directory: Path) -> list[int]:
-    return [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+def _steps(directory: Path | epath.Path) -> list[int]:
+    return list(buckets.complete_steps(directory))
 
 
 def _check_space(directory: Path, state: Any) -> None:
@@ -300,6 +323,8 @@ def _check_space(directory: Path, state: Any) -> None:
     Raises:
       NoSpace: on all processes, or on none.
     """
+    if buckets.is_bucket(directory):
+        return
     needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(directory).free
     free = distributed.gathered(free)[0]
     if needed > free:

@@ -6,25 +6,39 @@ of the step itself, so that it is committed, kept and removed with it.
 """
 
 import json
+import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from etils import epath
+
+from switchmoe import buckets
 
 MANIFEST = "files.json"
 ITEMS = ("state", "data")  # what a step without a manifest must have
 
 
-def write_manifest(step_directory: Path) -> None:
+def write_manifest(step_directory: Path | epath.Path) -> None:
     """Called before the step is renamed to its final name: that makes the manifest whole, or absent.
 
     What lies beside the items (Orbax's own notes of the commit) is written later, and is nothing that is needed.
+    In a bucket only sizes are noted: it keeps checksums of its own, and the files would all have to be read back.
     """
-    files = [path for path in sorted(step_directory.glob("*/**/*")) if path.is_file()]
+    files = [path for item in sorted(step_directory.iterdir()) if item.is_dir() for path in _files(item)]
+    entry = _size_only if buckets.is_bucket(step_directory) else _entry
     with ThreadPoolExecutor() as pool:
         entries = dict(
-            zip((str(p.relative_to(step_directory)) for p in files), pool.map(_entry, files), strict=True)
+            zip((str(p.relative_to(step_directory)) for p in files), pool.map(entry, files), strict=True)
         )
-    (step_directory / MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    (step_directory / MANIFEST).write_text(json.dumps(entries, indent=1))
+
+
+def _files(directory: Path | epath.Path) -> list[Path | epath.Path]:
+    found = []
+    for path in sorted(directory.iterdir()):
+        found += _files(path) if path.is_dir() else [path]
+    return found
 
 
 def damage(step_directory: Path, under: str = "") -> str | None:
@@ -37,7 +51,9 @@ def damage(step_directory: Path, under: str = "") -> str | None:
     """
     try:
         entries = json.loads((step_directory / MANIFEST).read_bytes())
-        expected = {name: (int(size), int(crc)) for name, (size, crc) in entries.items()}
+        expected = {
+            name: (int(size), None if crc is None else int(crc)) for name, (size, crc) in entries.items()
+        }
     except FileNotFoundError:
         return next((f"{item}/ is missing" for item in ITEMS if not (step_directory / item).is_dir()), None)
     except OSError as error:
@@ -61,16 +77,23 @@ def set_aside(step_directory: Path) -> Path:
     return step_directory.rename(kept)
 
 
-def _problem(path: Path, size: int, crc: int) -> str | None:
+def _problem(path: Path, size: int, crc: int | None) -> str | None:
     try:
-        found = path.stat().st_size
+        found = _size_only(path)[0]
         if found != size:
             return f"has {found:,} bytes instead of {size:,}"
-        return None if _entry(path)[1] == crc else "has other content than was written (CRC-32)"
+        return (
+            None if crc is None or _entry(path)[1] == crc else "has other content than was written (CRC-32)"
+        )
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         return f"can't be read ({error.strerror})"
+
+
+def _size_only(path: Path | epath.Path) -> tuple[int, None]:
+    status = path.stat()
+    return (status.st_size if isinstance(status, os.stat_result) else status.length), None
 
 
 def _entry(path: Path) -> tuple[int, int]:

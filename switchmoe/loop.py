@@ -10,7 +10,7 @@ import importlib.metadata
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,17 @@ import numpy as np
 import optax
 
 import switchmoe
-from switchmoe import checkpoints, decoding, distributed, flops, optimizers, sharding, training, transformer
+from switchmoe import (
+    buckets,
+    checkpoints,
+    decoding,
+    distributed,
+    flops,
+    optimizers,
+    sharding,
+    training,
+    transformer,
+)
 from switchmoe.analysis import report
 from switchmoe.data import batches, sources, vocabulary
 from switchmoe.data.progress import told
@@ -45,11 +55,11 @@ class NonFiniteLoss(RuntimeError):
     """Training stopped at a loss or gradient that is not a number; one line."""
 
 
-def run(settings: Settings, workdir: Path, progress: Progress) -> Path:
-    """Trains to ``train.num_steps`` in ``workdir`` and writes its report.
+def run(settings: Settings, workdir: str | Path, progress: Progress) -> str:
+    """Trains to ``train.num_steps`` in ``workdir``, a directory or a place in a bucket, and writes its report.
 
     Returns:
-      the path of report.html.
+      where report.html is.
 
     Raises:
       ValueError: settings or data that can't work; nothing was written to the directory's run.
@@ -57,15 +67,21 @@ def run(settings: Settings, workdir: Path, progress: Progress) -> Path:
     """
     shared = {name: value for name, value in flat(to_dict(settings)).items() if name != "mesh.process"}
     distributed.check_same(shared | _versions() | {"workdir": str(workdir)})
-    with contextlib.ExitStack() as held:
+    place = buckets.Place(workdir)
+    with contextlib.ExitStack() as held, place.named():
         with distributed.main_first():
+            held.callback(place.close)
+            place.open(jax.process_count())
+            workdir = place.local
             lock = Lock(workdir, progress.note)
             held.callback(lock.free)
             if distributed.is_main() and (workdir / "config.json").exists():
                 lock.take()  # before anything of another run's is read or deleted
-            differences = check(workdir, settings)
+                place.take()
+            differences = check(workdir, settings, place.checkpoints)
         with stop_signals() as stop:
-            return _Run(settings, workdir, progress, stop, lock, differences).train()
+            _Run(settings, place, progress, stop, lock, differences).train()
+    return f"{place.name}/{report.REPORT_FILE}"
 
 
 class _Run:
@@ -74,13 +90,14 @@ class _Run:
     def __init__(
         self,
         settings: Settings,
-        workdir: Path,
+        place: buckets.Place,
         progress: Progress,
         stop: Stop,
         lock: Lock,
         differences: Differences,
     ):
-        self.settings, self.workdir, self.progress, self.stop = settings, workdir, progress, stop
+        self.settings, self.place, self.progress, self.stop = settings, place, progress, stop
+        self.workdir = workdir = place.local
         self.main = distributed.is_main()
         self.lock, self.differences = lock, differences
         length = batches.target_length(settings.data)
@@ -120,15 +137,17 @@ class _Run:
                     _unigram_batches(self.settings, arguments[2]),
                 )
         claim(self.workdir, self.settings, self.lock)
+        self.place.take()
         _keep_vocabulary(self.vocabulary, self.workdir)
 
-    def train(self) -> Path:
+    def train(self) -> None:
         with (
+            self._told_in_the_end(),
             jax.set_mesh(self.mesh),
             sharding.rules(self.settings),
             contextlib.closing(self.iterator),
             contextlib.closing(
-                checkpoints.Checkpoints(self.workdir / "checkpoints", self.settings.checkpoint, self._note)
+                checkpoints.Checkpoints(self.place.checkpoints, self.settings.checkpoint, self._note)
             ) as self.saved,
         ):
             state = self._compile()
@@ -148,7 +167,22 @@ class _Run:
                 update_run(self.workdir, examples=examples)
                 report.write_report(self.workdir)
             self.saved.wait()  # last, as it may say that the state could not be saved
-        return self.workdir / report.REPORT_FILE
+
+    @contextlib.contextmanager
+    def _told_in_the_end(self) -> Iterator[None]:
+        """What is known when the run ends, in whatever way, is in the bucket."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(buckets.Unreachable):  # the first error is the one to tell
+                self._push()
+            raise
+        self._push()
+
+    def _push(self, at_least_every: float = 0.0) -> None:
+        if self.main:
+            on_error = self.settings.checkpoint.on_error
+            buckets.guarded(lambda: self.place.push(at_least_every), on_error, self._note)
 
     def _compile(self) -> training.TrainState:
         """Compiles both steps ahead of time; returns the first state, or the last saved one."""
@@ -240,7 +274,7 @@ class _Run:
         for name in sorted(environment().keys() & CHANGES_SUMS):
             say(f"environment: {name}={environment()[name]} (the last digits of results may depend on it)")
         if start:
-            say(f"resuming from the checkpoint of step {start} in {self.workdir}")
+            say(f"resuming from the checkpoint of step {start} in {self.place.name}")
         if start < settings.train.num_steps:  # a run's last act, which is to come
             (self.workdir / report.REPORT_FILE).unlink(missing_ok=True)
         if self.differences.missing:
@@ -344,6 +378,7 @@ class _Run:
         if self.main:
             self.write(record)
             self.progress.update(record)
+            self._push(buckets.OFTEN)
 
     def _note(self, text: str) -> None:
         if self.main:
@@ -357,7 +392,11 @@ class _Run:
 
     def _save(self, step: int, state: training.TrainState, quality: float | None = None) -> None:
         """``quality``: cross-entropy of this very state, where it was evaluated; an older one would mislead."""
+        self._push()  # what was told up to this step is there before the step is
         self.saved.save(step, state, self.iterator, to_dict(self.settings), quality)
+        if self.place.stages:
+            self.saved.wait()
+            buckets.guarded(self.place.push_steps, self.settings.checkpoint.on_error, self._note)
 
     def _leave(self, state: training.TrainState) -> None:
         step = int(state.step)
@@ -365,7 +404,7 @@ class _Run:
             self._check(step, parameter_norm=float(self.norm(state.params)))
             self._save(step, state)
             self.saved.wait()
-        kept = f"saved in {self.workdir}" if step else "with nothing to save yet"
+        kept = f"saved in {self.place.name}" if step else "with nothing to save yet"
         raise Stopped(
             f"stopped by {self.stop.name} after step {step}, {kept}; the same command goes on from there",
             self.stop.number,

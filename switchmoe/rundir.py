@@ -5,27 +5,35 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from switchmoe import resuming
+from etils import epath
+
+from switchmoe import buckets, resuming
 from switchmoe.checkpoints import write_json
 from switchmoe.lock import Lock
 from switchmoe.reporting import METRICS_FILE, read_metrics
 from switchmoe.settings import Settings, to_dict
 
 
-def check(workdir: Path, settings: Settings) -> resuming.Differences:
+def check(
+    workdir: Path, settings: Settings, checkpoints: Path | epath.Path | None = None
+) -> resuming.Differences:
     """Refuses a directory that another run lives in, or a damaged one's; returns what differs where it may.
+
+    Args:
+      checkpoints: where they are, if not in the directory.
 
     Raises:
       ValueError: names the fields that may not differ (`resuming.RULES`), or the file that is damaged.
     """
     same = resuming.Differences([], {})
+    checkpoints = workdir / buckets.CHECKPOINTS if checkpoints is None else checkpoints
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir}: a file; accepted is a directory, or a name that is free")
     if (workdir / METRICS_FILE).exists():
         read_metrics(workdir / METRICS_FILE)
     path = workdir / "config.json"
     if not path.exists():
-        if (workdir / "checkpoints").exists():
+        if checkpoints.exists():
             raise ValueError(
                 f"--workdir={workdir} holds checkpoints but no config.json that says whose; accepted is a"
                 " directory with both, or with neither"
@@ -37,7 +45,7 @@ def check(workdir: Path, settings: Settings) -> resuming.Differences:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"--workdir={workdir}: its config.json is not a run's ({error})") from error
     found = resuming.compare(there, settings, f"--workdir={workdir} holds a run")
-    steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    steps = buckets.complete_steps(checkpoints)
     if max(steps, default=0) > settings.train.num_steps:
         raise ValueError(
             f"train.num_steps={settings.train.num_steps}: the run in {workdir} is at step {max(steps)}; accepted is that"

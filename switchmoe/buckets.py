@@ -1,0 +1,271 @@
+"""Where a run lives: a directory, or a place in a bucket with a directory here that mirrors its small files.
+
+In a bucket (``gs://`` or ``s3://``) nothing is appended to or renamed. So metrics, notes and reports are written here and
+copied as whole objects, at the latest before a checkpoint is; and a step of a checkpoint is complete when its last object
+is there: `COMMIT` (``gs://``, where Orbax writes arrays to the bucket itself, of several processes as well) or `UPLOADED`
+(``s3://``, which Orbax can't write to: it writes here, and the step is copied). A step without it is none.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+SCHEMES = {"gs://": ("gcsfs", "gcs"), "s3://": ("s3fs", "s3")}  # the package that reads it, and its extra
+COMMIT, UPLOADED = "commit_success.txt", "uploaded.txt"
+CHECKPOINTS = "checkpoints"
+LEASE_FILE, LEASE, RENEWED = "run.lock", 60.0, 15.0  # seconds that a lease counts, and between renewals
+OFTEN = 30.0  # seconds between copies of metrics
+
+
+class Unreachable(OSError):
+    """A bucket that can't be read or written; one line."""
+
+
+def is_bucket(workdir: str | os.PathLike) -> bool:
+    return os.fspath(workdir).startswith(tuple(SCHEMES))
+
+
+class Place:
+    """A run's directory on this machine; of a bucket, its mirror, which `push` copies there."""
+
+    def __init__(self, workdir: str | os.PathLike):
+        self.name = os.fspath(workdir)
+        self.remote: epath.Path | None = None
+        self.local = Path(workdir)
+        self._pushed: dict[str, tuple[int, int]] = {}
+        self._last = 0.0
+        self._lease: _Lease | None = None
+
+    @property
+    def stages(self) -> bool:
+        """Whether checkpoints are written here and copied, step by step."""
+        return self.remote is not None and self.name.startswith("s3://")
+
+    @property
+    def checkpoints(self) -> Path | epath.Path:
+        return (self.local if self.remote is None or self.stages else self.remote) / CHECKPOINTS
+
+    def open(self, processes: int) -> None:
+        """Of a bucket: makes the mirror and fetches what is there.
+
+        Raises:
+          ValueError: a package is missing, the bucket is not there, or can't hold the job's checkpoints.
+        """
+        if not is_bucket(self.name):
+            return
+        scheme = self.name[:5]
+        package, extra = SCHEMES[scheme]
+        if scheme == "s3://" and processes > 1:
+            raise ValueError(
+                f"--workdir={self.name}: accepted with several processes is gs:// or a directory that all share (Orbax writes"
+                " no s3://)"
+            )
+        try:
+            self.remote = epath.Path(self.name)
+            self._probe()
+        except ImportError as error:
+            raise ValueError(
+                f"--workdir={self.name}: {package} is not installed; accepted is after pip install 'switchmoe[{extra}]'"
+            ) from error
+        except Exception as error:
+            raise ValueError(
+                f"--workdir={self.name}: can't be read ({_line(error)}); accepted is a place in a bucket that is there, with"
+                " the credentials for it"
+            ) from error
+        self.local = Path(tempfile.mkdtemp(prefix="switchmoe-")) / self.remote.name
+        self.local.mkdir()
+        with self._named():
+            self._fetch(self.remote, self.local, skip={CHECKPOINTS, LEASE_FILE})
+            if self.stages:
+                step = max(complete_steps(self.remote / CHECKPOINTS), default=None)
+                if step is not None:
+                    self._fetch(
+                        self.remote / CHECKPOINTS / str(step),
+                        self.local / CHECKPOINTS / str(step),
+                        {UPLOADED},
+                    )
+        self._pushed = self._signs()
+
+    def _probe(self) -> None:
+        """Reads the bucket itself: of one that is not there, a place in it only looks empty."""
+        bucket = epath.Path("/".join(self.name.split("/")[:3]))
+        list(bucket.iterdir())
+
+    def take(self) -> None:
+        """Of a bucket: has it for this process, as far as that is possible without locks (docs/faults.md).
+
+        Raises:
+          ValueError: another process has renewed its lease on it within the last `LEASE` seconds.
+        """
+        if self.remote is not None and self._lease is None:
+            with self._named():
+                self._lease = _Lease(self.remote / LEASE_FILE, self.name)
+
+    def push(self, at_least_every: float = 0.0) -> None:
+        """Copies what has changed here since the last time, if that is so many seconds ago.
+
+        Raises:
+          Unreachable: it can't be written.
+        """
+        if self.remote is None or time.monotonic() - self._last < at_least_every:
+            return
+        signs = self._signs()
+        with self._named():
+            for name, sign in signs.items():
+                if self._pushed.get(name) != sign:
+                    _copy(self.local / name, self.remote / name)
+                    self._pushed[name] = sign
+            for name in self._pushed.keys() - signs.keys():
+                (self.remote / name).unlink(missing_ok=True)
+                del self._pushed[name]
+        self._last = time.monotonic()
+
+    def push_steps(self) -> None:
+        """Where checkpoints are staged: copies the new steps, each with `UPLOADED` last, and removes those that are gone.
+
+        Raises:
+          Unreachable: it can't be written; what is there of a step does not count.
+        """
+        here, there = self.local / CHECKPOINTS, self.remote / CHECKPOINTS
+        with self._named():
+            complete = complete_steps(there)
+            kept = {int(path.name) for path in here.iterdir() if path.name.isdigit()}
+            for step in sorted(kept - complete):
+                for path in sorted(path for path in (here / str(step)).rglob("*") if path.is_file()):
+                    _copy(path, there / str(path.relative_to(here)))
+                (there / str(step) / UPLOADED).write_text(time.strftime("%Y-%m-%d %H:%M:%S"))
+            for step in complete - kept:
+                if step < max(kept):  # the marker first: what is left is no step
+                    (there / str(step) / UPLOADED).unlink(missing_ok=True)
+                    (there / str(step)).rmtree(missing_ok=True)
+
+    def close(self) -> None:
+        """Gives the bucket back, and removes the mirror."""
+        if self._lease:
+            self._lease.free()
+        if self.remote is not None:
+            shutil.rmtree(self.local.parent, ignore_errors=True)
+
+    def _signs(self) -> dict[str, tuple[int, int]]:
+        found = {}
+        for path in self.local.rglob("*"):
+            name = str(path.relative_to(self.local))
+            if path.is_file() and not name.startswith((CHECKPOINTS, LEASE_FILE)) and ".tmp" not in name:
+                status = path.stat()
+                found[name] = (status.st_size, status.st_mtime_ns)
+        return found
+
+    def _fetch(self, there: epath.Path, here: Path, skip: set[str] = frozenset()) -> None:
+        if not there.exists():
+            return
+        here.mkdir(parents=True, exist_ok=True)
+        for path in there.iterdir():
+            if path.name in skip or not path.name:
+                continue
+            if path.is_dir():
+                self._fetch(path, here / path.name)
+            else:
+                (here / path.name).write_bytes(path.read_bytes())
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Mistakes that name the mirror name the place instead."""
+        try:
+            yield
+        except ValueError as error:
+            if self.remote is None or str(self.local) not in str(error):
+                raise
+            raise ValueError(str(error).replace(str(self.local), self.name)) from error
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """What each library raises in its own way, as one kind."""
+        try:
+            yield
+        except ValueError:
+            raise
+        except Exception as error:
+            raise Unreachable(f"{self.name}: can't be read or written ({_line(error)})") from error
+
+
+def complete_steps(checkpoints: Any) -> set[int]:
+    """The steps in a bucket, or a directory, whose last object is there."""
+    if not checkpoints.exists():
+        return set()
+    steps = [path for path in checkpoints.iterdir() if path.name.isdigit()]
+    if not is_bucket(checkpoints):
+        return {int(path.name) for path in steps}
+    marker = UPLOADED if os.fspath(checkpoints).startswith("s3://") else COMMIT
+    return {int(path.name) for path in steps if (path / marker).exists()}
+
+
+class _Lease:
+    """An object that says who is at work, written again and again by a thread for as long as that is so."""
+
+    def __init__(self, path: epath.Path, name: str):
+        self._path, self._over = path, threading.Event()
+        self._me = f"process {os.getpid()} on {socket.gethostname()}"
+        holder, age = self._found()
+        if age < LEASE and holder != self._me:
+            raise InUse(
+                f"--workdir={name}: a run is under way there ({holder}, {max(age, 0):.0f} s ago); accepted is another place, or"
+                f" the same one {LEASE:.0f} s after that run has ended"
+            )
+        self._write()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread.start()
+
+    def _found(self) -> tuple[str, float]:
+        """Who renewed a lease, and how many seconds ago; nobody, if there is none that can be read."""
+        try:
+            found = json.loads(self._path.read_text())
+            return str(found["holder"]), time.time() - float(found["renewed"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return "", LEASE
+
+    def _write(self) -> None:
+        self._path.write_text(json.dumps({"holder": self._me, "renewed": time.time()}))
+
+    def _renew(self) -> None:
+        while not self._over.wait(RENEWED):
+            with contextlib.suppress(Exception):  # the bucket is away: it is for the run to say so
+                self._write()
+
+    def free(self) -> None:
+        self._over.set()
+        self._thread.join()
+        with contextlib.suppress(Exception):
+            self._path.unlink(missing_ok=True)
+
+
+class InUse(ValueError):
+    """Another process has the place; one line that names it."""
+
+
+def guarded(action: Callable[[], Any], on_error: str, note: Callable[[str], None]) -> None:
+    """Copies to a bucket; with ``on_error="continue"`` a failure is a warning, and is made good by the next copy."""
+    try:
+        action()
+    except Unreachable as error:
+        if on_error == "stop":
+            raise
+        note(f"warning: {error}; going on (checkpoint.on_error=continue)")
+
+
+def _copy(here: Path, there: epath.Path) -> None:
+    there.write_bytes(here.read_bytes())
+
+
+def _line(error: BaseException) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) < 200 else f"{text[:200]} ..."
