@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on the TPU host it is started on, from the checkout it lies in; the same command goes on after a stop:
 #
-#   scripts/tpu_vm.sh --config=configs/switch_base.py:relu --workdir=/runs/base --config.data.vocab=/runs/spiece.model
+#   scripts/tpu_vm.sh --config=configs/switch_base.py:relu --workdir=gs://bucket/base --config.data.vocab=gs://bucket/spiece.model
 #
 # The arguments are those of `python -m experiments.run`. On one host that is all; tpu_pod.sh starts this file
 # on every host of a slice, where JAX finds the others by itself.
@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 if [[ ! -e .venv/installed ]]; then # jax needs Python 3.11, the TPU images come with 3.10
   python3 -m pip install -q --user uv && python3 -m uv venv -q --clear --python=3.13 .venv &&
-    python3 -m uv pip install -q --python=.venv '.[tpu]' && touch .venv/installed || exit
+    python3 -m uv pip install -q --python=.venv '.[tpu,gcs]' && touch .venv/installed || exit
 fi
 
 for start in {1..20}; do

@@ -14,6 +14,7 @@ import socket
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from etils import epath
 SCHEMES = {"gs://": ("gcsfs", "gcs"), "s3://": ("s3fs", "s3")}  # the package that reads it, and its extra
 COMMIT, UPLOADED = "commit_success.txt", "uploaded.txt"
 CHECKPOINTS = "checkpoints"
-LEASE_FILE, LEASE, RENEWED = "run.lock", 60.0, 15.0  # seconds that a lease counts, and between renewals
+LEASE_FILE = "run.lock"
+RENEWED, WATCHED = 5.0, 12.0  # seconds between renewals of a lease, and that one found is watched for one
 OFTEN = 30.0  # seconds between copies of metrics
 
 
@@ -105,7 +107,7 @@ class Place:
         """Of a bucket: has it for this process, as far as that is possible without locks (docs/faults.md).
 
         Raises:
-          ValueError: another process has renewed its lease on it within the last `LEASE` seconds.
+          ValueError: another process renews its lease on it.
         """
         if self.remote is not None and self._lease is None:
             with self._named():
@@ -210,31 +212,42 @@ def complete_steps(checkpoints: Any) -> set[int]:
 
 
 class _Lease:
-    """An object that says who is at work, written again and again by a thread for as long as that is so."""
+    """An object that says who is at work, written again and again by a thread for as long as that is so.
+
+    One that is found is watched: where it is renewed, its holder is alive. No clocks are compared.
+
+    Raises:
+      InUse: another process is at work there.
+    """
 
     def __init__(self, path: epath.Path, name: str):
         self._path, self._over = path, threading.Event()
-        self._me = f"process {os.getpid()} on {socket.gethostname()}"
-        holder, age = self._found()
-        if age < LEASE and holder != self._me:
-            raise InUse(
-                f"--workdir={name}: a run is under way there ({holder}, {max(age, 0):.0f} s ago); accepted is another place, or"
-                f" the same one {LEASE:.0f} s after that run has ended"
-            )
+        self._me = {"holder": f"process {os.getpid()} on {socket.gethostname()}", "id": uuid.uuid4().hex}
+        first, until = self._found(), time.monotonic() + WATCHED
+        while first and time.monotonic() < until:
+            time.sleep(min(1.0, WATCHED / 10))
+            found = self._found()
+            if not found:
+                break
+            if found != first:
+                raise InUse(
+                    f"--workdir={name}: a run is under way there ({found.get('holder', 'unknown')}); accepted is another place, or"
+                    " the same one when that run has ended"
+                )
         self._write()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
 
-    def _found(self) -> tuple[str, float]:
-        """Who renewed a lease, and how many seconds ago; nobody, if there is none that can be read."""
+    def _found(self) -> dict[str, Any]:
+        """The lease that is there, {} if there is none."""
         try:
             found = json.loads(self._path.read_text())
-            return str(found["holder"]), time.time() - float(found["renewed"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return "", LEASE
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def _write(self) -> None:
-        self._path.write_text(json.dumps({"holder": self._me, "renewed": time.time()}))
+        self._path.write_text(json.dumps(self._me | {"renewed": time.time()}))
 
     def _renew(self) -> None:
         while not self._over.wait(RENEWED):

@@ -154,7 +154,6 @@ def test_a_run_killed_and_stopped_goes_on_elsewhere_with_the_same_bits(place, tm
     wait_for(f"{place}/checkpoints/5/{marker}", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    (epath.Path(place) / buckets.LEASE_FILE).unlink(missing_ok=True)  # which would count for a minute
     out, _ = finish(start(place, environment, tmp_path / "two"))
     assert "resuming from the checkpoint of step" in out and f"done: {place}/report.html" in out
     assert losses(fetched(place, tmp_path / "fetched")) == losses(whole)
@@ -167,18 +166,22 @@ def test_a_run_killed_and_stopped_goes_on_elsewhere_with_the_same_bits(place, tm
     assert json.loads((tmp_path / "copy" / "run.json").read_text())["parameters"] > 0
 
 
-@pytest.mark.usefixtures("one_device")
+@pytest.fixture
+def quick_leases(monkeypatch):
+    monkeypatch.setattr(buckets, "RENEWED", 0.05)
+    monkeypatch.setattr(buckets, "WATCHED", 1.0)
+
+
+@pytest.mark.usefixtures("one_device", "quick_leases")
 def test_a_second_run_there_is_refused(place, capsys):
-    there = epath.Path(place)
-    (there / buckets.LEASE_FILE).write_text(
-        json.dumps({"holder": "process 7 on host", "renewed": time.time()})
-    )
-    (there / "config.json").write_text("{}")
+    first = opened(place)
+    first.take()
+    (epath.Path(place) / "config.json").write_text("{}")
     assert command.main(["run", f"--workdir={place}", *TINY]) == exits.EXIT_BAD_INPUT
     err = capsys.readouterr().err
-    assert f"--workdir={place}: a run is under way there (process 7 on host, " in err and err.count("\n") == 1
-    assert (there / "config.json").read_text() == "{}"
-    (there / buckets.LEASE_FILE).unlink()
+    assert f"--workdir={place}: a run is under way there (process " in err and err.count("\n") == 1
+    assert (epath.Path(place) / "config.json").read_text() == "{}"
+    first.close()
     assert command.main(["run", f"--workdir={place}", *TINY]) == exits.EXIT_BAD_INPUT
     assert f"--workdir={place} holds a run with other settings: " in capsys.readouterr().err
 
@@ -237,19 +240,22 @@ def test_files_are_copied_when_they_change_and_removed_where_they_are_gone(place
         assert not one.local.exists()
 
 
-def test_a_lease_is_renewed_and_one_that_is_old_does_not_count(place, monkeypatch):
-    monkeypatch.setattr(buckets, "RENEWED", 0.05)
+@pytest.mark.usefixtures("quick_leases")
+def test_a_lease_is_renewed_and_one_that_is_not_does_not_count(place):
     path = epath.Path(place) / buckets.LEASE_FILE
-    old = {"holder": "process 7 on host", "renewed": time.time() - buckets.LEASE - 1}
-    path.write_text(json.dumps(old))
-    first = opened(place)
+    path.write_text(
+        json.dumps({"holder": "process 7 on host", "renewed": time.time() + 1e6})
+    )  # whatever its clock
+    first, second = opened(place), opened(place)
     first.take()
     began = json.loads(path.read_text())["renewed"]
-    time.sleep(0.5)
-    found = json.loads(path.read_text())
-    assert found["renewed"] > began and found["holder"].startswith("process ")
+    with pytest.raises(buckets.InUse, match="a run is under way there"):
+        second.take()
+    assert json.loads(path.read_text())["renewed"] > began
     first.close()
     assert not path.exists()
+    second.take()
+    second.close()
 
 
 def test_a_store_that_fails_stops_the_copy_or_is_warned_of(place, monkeypatch):
@@ -362,7 +368,6 @@ def test_a_job_of_two_processes_in_a_bucket(gs_place, tmp_path, whole_job, user_
     wait_for(f"{gs_place}/checkpoints/4/{buckets.COMMIT}", job.processes[0])
     job.processes[1].kill()
     job.finish(exits.EXIT_LOST, -signal.SIGKILL)
-    (epath.Path(gs_place) / buckets.LEASE_FILE).unlink(missing_ok=True)
     Job(tmp_path / "run", environment, 2, EXPERTS, f"--workdir={gs_place}").finish(0, 0)
     assert_same_losses(fetched(gs_place, tmp_path / "fetched"), whole_job)
     assert read_metrics(tmp_path / "fetched" / "metrics.jsonl")[-1]["step"] == 14

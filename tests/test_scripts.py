@@ -87,7 +87,7 @@ JOBSET = closed(
 
 
 def parse(arguments):
-    return command_line.parse(["run", *arguments], "configs/quickstart.py", "")
+    return command_line.parse(["run", *arguments], "configs/quickstart.py", "", buckets=True)
 
 
 def runs(text):
@@ -197,7 +197,7 @@ def test_tpu_host_installs_once(stubs):
         ["-m", "uv", "pip"],
     ]
     # Started as a module, uv takes the Python it runs in for the one to install into, unless told otherwise.
-    assert stubs.calls("python3")[-1][-2:] == ["--python=.venv", ".[tpu]"]
+    assert stubs.calls("python3")[-1][-2:] == ["--python=.venv", ".[tpu,gcs]"]
     assert len(stubs.calls("python")) == 2
 
 
@@ -272,6 +272,15 @@ def test_tpu_pod_queues_waits_and_starts_every_host(stubs, arguments):
     assert ["mount", "-t", "nfs", "10.0.0.2:/runs", "/runs"] in stubs.calls("sudo")
 
 
+def test_tpu_pod_mounts_nothing_for_a_bucket(stubs):
+    done = pod(stubs, ["none", "none", "ACTIVE"], "--workdir=gs://bucket/base", NFS="")
+    assert done.returncode == 0, done.stderr
+    deadline = time.monotonic() + 10
+    while not stubs.calls("tpu_vm.sh") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert stubs.calls("tpu_vm.sh") == [["--workdir=gs://bucket/base"]] and stubs.calls("sudo") == []
+
+
 def test_tpu_pod_queues_anew_for_a_slice_that_was_lost(stubs):
     done = pod(stubs, ["SUSPENDED", "none", "ACTIVE"])
     assert done.returncode == 0, done.stderr
@@ -285,7 +294,7 @@ def test_tpu_pod_gives_up_on_a_failed_request(stubs):
     assert "tpu-vm ssh" not in gcloud_commands(stubs)
 
 
-@pytest.mark.parametrize("name", [name for name in POD if name != "POLL_SECONDS"])
+@pytest.mark.parametrize("name", [name for name in POD if name not in ("POLL_SECONDS", "NFS")])
 def test_tpu_pod_names_what_is_not_set(stubs, name):
     done = pod(stubs, [], **{name: ""})
     assert done.returncode != 0 and f" {name}: " in done.stderr
