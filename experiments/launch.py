@@ -237,7 +237,7 @@ def spawn(order: Order, patience: float) -> subprocess.Popen:
                 start_new_session=True,  # Ctrl-C is for the sweep alone, which passes it on
             )
     finally:
-        lock.free()
+        lock.close()
 
 
 def _ray(options: Options, _: Path) -> Any:

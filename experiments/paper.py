@@ -6,7 +6,7 @@
 
 A claim's runs, criterion and the papers' figures are in `experiments/claims`; the rule is `verdicts.RULE`. All claims of a
 scale are one sweep in one directory (default: runs/paper_SCALE) and share runs; what `experiments.sweep` takes is taken here:
-``--dry_run`` lists the runs with their time, overrides change the base of all runs, and the same command goes on.
+``--dry_run`` lists the runs with their time, overrides change the base of all runs, and the same command continues.
 
 Exit codes: those of `experiments.sweep` (a verdict is none of them); of report 0 done; 2 bad input; 4 a file that can't be
 written or read.

@@ -14,12 +14,12 @@ _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _TUNABLES = "GLIBC_TUNABLES"  # read by glibc (2.35 or newer) as a process starts
 
 
-LEFT_OUT = {  # variables of the environment that would change a run's results, or end it, and what they do
-    "JAX_ENABLE_X64": "sums would be of another precision",
-    "JAX_DEFAULT_DTYPE_BITS": "sums would be of another precision",
-    "JAX_DEFAULT_PRNG_IMPL": "every draw would be another",
-    "JAX_RANDOM_SEED_OFFSET": "every draw would be another",
-    "JAX_THREEFRY_PARTITIONABLE": "every draw would be another",
+IGNORED = {  # variables of the environment that would change a run's results, or end it, and what they do
+    "JAX_ENABLE_X64": "sums would have another precision",
+    "JAX_DEFAULT_DTYPE_BITS": "sums would have another precision",
+    "JAX_DEFAULT_PRNG_IMPL": "all random numbers would differ",
+    "JAX_RANDOM_SEED_OFFSET": "all random numbers would differ",
+    "JAX_THREEFRY_PARTITIONABLE": "all random numbers would differ",
     "JAX_NUMPY_DTYPE_PROMOTION": "JAX's own libraries fail",
     "JAX_NUMPY_RANK_PROMOTION": "JAX's own libraries may fail",
     "JAX_DISABLE_JIT": "steps are compiled ahead of time",
@@ -34,13 +34,13 @@ LEFT_OUT = {  # variables of the environment that would change a run's results, 
 def settle(command: str) -> None:
     """Makes a command independent of what its user has set for other work. To be called before JAX is imported.
 
-    Left out are the variables of `LEFT_OUT`, with a line each. Pictures are files whatever ``MPLBACKEND`` says, and what the
+    The variables of `IGNORED` are removed, with a line each. Pictures are files whatever ``MPLBACKEND`` says, and what the
     output's encoding can't show is escaped.
     """
-    for name, effect in LEFT_OUT.items():
+    for name, effect in IGNORED.items():
         value = os.environ.pop(name, "")
         if value:
-            print(f"{command}: {name}={value} is left out ({effect})", file=sys.stderr)
+            print(f"{command}: {name}={value} is ignored ({effect})", file=sys.stderr)
             if name == "PYTHONWARNINGS":
                 warnings.resetwarnings()
                 warnings.simplefilter("ignore", DeprecationWarning)

@@ -75,7 +75,7 @@ def run(module: str, argv: list[str]) -> int:
         who = f"process {lost[1].strip()}" if lost else "process 0, or the network to it,"
         print(
             f"{module}: {who} of this job was lost, so all its processes end; start the same command on every"
-            " host again: it goes on from the last checkpoint",
+            " host again: it continues from the last checkpoint",
             file=sys.stderr,
         )
         return EXIT_LOST

@@ -3,7 +3,7 @@
 A sweep's config has a ``get_sweep()`` beside ``get_config()``: see `experiments.sweep_plan`. Overrides change
 the base of all runs. Each run is `experiments.run` in a process of its own, in DIR/NAME with NAME made of what
 it overrides; what it prints is in DIR/NAME/log.txt. The same command does what is missing: done runs are
-skipped, one that was cut short goes on from its checkpoint, one that failed is tried again. `results.csv` has
+skipped, one that was cut short continues from its checkpoint, one that failed is tried again. `results.csv` has
 a line a run. ``--dry_run`` lists the runs with parameters, FLOPs, tokens and time, and starts nothing.
 
   --launcher=local              on this machine: one run after the other, or with --resources=CPU=N as many at a
@@ -22,7 +22,6 @@ by SIGTERM and 130 by Ctrl-C, with the states of the runs under way saved.
 import collections
 import concurrent.futures
 import contextlib
-import fcntl
 import multiprocessing
 import signal
 import sys
@@ -35,7 +34,7 @@ from experiments.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_STO
 from experiments.launch import LOG_FILE, Order
 from experiments.sweep_plan import Run, Sweep
 from switchmoe.checkpoints import write_json
-from switchmoe.lock import InUse
+from switchmoe.lock import InUse, Lock
 
 COMMAND = "experiments.sweep"
 LOST = (EXIT_LOST, EXIT_STOPPED, 128 + signal.SIGKILL)  # of a run that something else than the sweep ended
@@ -100,13 +99,11 @@ def _lock(workdir: Path) -> Iterator[None]:
       ValueError: another sweep has it.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK_FILE).open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--workdir={workdir}: another sweep is under way there; accepted is another directory, or later"
-            ) from None
+    lock = Lock(
+        workdir, lambda text: print(f"{COMMAND}: {text}", file=sys.stderr), LOCK_FILE, "another sweep"
+    )
+    lock.take()
+    with contextlib.closing(lock):
         yield
 
 
@@ -145,7 +142,7 @@ class _Loop:
             )
         if self.signals:
             name = signal.Signals(self.signals[0]).name
-            text = f"stopped by {name}; the same command goes on from there"
+            text = f"stopped by {name}; the same command continues from there"
             code = EXIT_INTERRUPTED if self.signals[0] == signal.SIGINT else EXIT_STOPPED
             return exits.fail(COMMAND, text, code)
         print(f"{len(runs) - len(self.failed)} of {len(runs)} runs done: {self.sweep.workdir}")

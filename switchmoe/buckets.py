@@ -272,7 +272,7 @@ def guarded(action: Callable[[], Any], on_error: str, note: Callable[[str], None
     except Unreachable as error:
         if on_error == "stop":
             raise
-        note(f"warning: {error}; going on (checkpoint.on_error=continue)")
+        note(f"warning: {error}; continuing (checkpoint.on_error=continue)")
 
 
 def _copy(here: Path, there: epath.Path) -> None:

@@ -243,7 +243,7 @@ class Checkpoints:
             self._failed = self._failure(error)
             if self._settings.on_error == "stop":
                 raise self._failed from error
-            self._note(f"warning: {self._failed}; going on (checkpoint.on_error=continue)")
+            self._note(f"warning: {self._failed}; continuing (checkpoint.on_error=continue)")
 
     def _failure(self, error: Exception) -> CheckpointError:
         good = self.latest()
@@ -275,14 +275,14 @@ class Checkpoints:
         if self._settings.on_damage == "stop":
             raise CheckpointError(
                 f"{found}. Nothing was changed; accepted is a good copy, or checkpoint.on_damage=previous, which"
-                f" renames it to *.damaged and goes on from step {good}"
+                f" renames it to *.damaged and continues from step {good}"
             )
         if distributed.is_main():
             for step, _ in damaged:
                 integrity.set_aside(self.directory / step)
         distributed.gathered("set aside")
         self._note(
-            f"warning: {found}. Kept as *.damaged; going on from step {good} (checkpoint.on_damage=previous)"
+            f"warning: {found}. Kept as *.damaged; continuing from step {good} (checkpoint.on_damage=previous)"
         )
 
 

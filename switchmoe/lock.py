@@ -1,4 +1,4 @@
-"""A run's directory belongs to one process at a time."""
+"""A directory belongs to one run, or one sweep, at a time."""
 
 import contextlib
 import errno
@@ -20,14 +20,21 @@ class InUse(ValueError):
 
 
 class Lock:
-    """Held from `take` until `free`, or until the process ends, however it ends.
+    """Held from `take` until `close`, or until the process ends, however it ends.
 
-    An advisory ``flock`` on `run.lock`, which the system lets go of with the process. Over NFS Linux makes it a lock
+    An advisory ``flock`` on a file in it, which the system lets go of with the process. Over NFS Linux makes it a lock
     of the server's; where the file system has no locks, ``note`` is told so, and nothing is locked.
     """
 
-    def __init__(self, directory: Path, note: Callable[[str], None] = lambda _: None):
+    def __init__(
+        self,
+        directory: Path,
+        note: Callable[[str], None] = lambda _: None,
+        name: str = LOCK_FILE,
+        what: str = "a run",
+    ):
         self._directory, self._note = Path(directory), note
+        self._path, self._what = self._directory / name, what
         self._file: IO | None = None
 
     def take(self, patience: float = 0.0) -> None:
@@ -40,9 +47,9 @@ class Lock:
           InUse: another process has it.
           OSError: the directory can't be written.
         """
-        if self._file or _inherited(self._directory):
+        if self._file or _inherited(self._path):
             return
-        file = (self._directory / LOCK_FILE).open("a+", encoding="utf-8")
+        file = self._path.open("a+", encoding="utf-8")
         try:
             _wait(file, time.monotonic() + patience)
         except BlockingIOError:
@@ -50,15 +57,15 @@ class Lock:
             holder = file.read(500).strip()
             file.close()
             raise InUse(
-                f"--workdir={self._directory}: a run is under way there{f' ({holder})' if holder else ''}; accepted is"
-                " another directory, or the same one when that run has ended"
+                f"--workdir={self._directory}: {self._what} is under way there{f' ({holder})' if holder else ''}; accepted is"
+                " another directory, or the same one when that has ended"
             ) from None
         except OSError as error:
             if error.errno not in _UNABLE:
                 file.close()
                 raise
             self._note(
-                f"warning: {self._directory} can't be locked ({error.strerror}): start no second run there"
+                f"warning: {self._directory} can't be locked ({error.strerror}): do not start a second one there"
             )
         self._file = file
         with contextlib.suppress(OSError):
@@ -71,7 +78,7 @@ class Lock:
     def fileno(self) -> int:
         return self._file.fileno()
 
-    def free(self) -> None:
+    def close(self) -> None:
         if self._file:
             self._file.close()
             self._file = None
@@ -87,11 +94,11 @@ def _wait(file: IO, until: float) -> None:
         time.sleep(0.1)
 
 
-def _inherited(directory: Path) -> bool:
-    """Whether the parent has handed its lock on this very directory down."""
+def _inherited(path: Path) -> bool:
+    """Whether the parent has handed its lock on this very file down."""
     try:
         given = os.fstat(int(os.environ[INHERITED]))
-        return os.path.samestat(given, (directory / LOCK_FILE).stat())
+        return os.path.samestat(given, path.stat())
     except (KeyError, ValueError, OSError):
         return False
 

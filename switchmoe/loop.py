@@ -1,7 +1,7 @@
 """The run: data, state, steps, evaluation, checkpoints, signals, report.
 
 A run lives in a directory and is what its `config.json` says. The same call on the same directory
-goes on from the last checkpoint and gives what the uninterrupted run would have given.
+continues from the last checkpoint and gives what the uninterrupted run would have given.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def run(settings: Settings, workdir: str | Path, progress: Progress) -> str:
             place.open(jax.process_count())
             workdir = place.local
             lock = Lock(workdir, progress.note)
-            held.callback(lock.free)
+            held.callback(lock.close)
             if distributed.is_main() and (workdir / "config.json").exists():
                 lock.take()  # before anything of another run's is read or deleted
                 place.take()
@@ -246,7 +246,7 @@ class _Run:
         say(f"model: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M for a token, {experts}")
         idle = without_effect(settings.moe)
         if idle:
-            say(f"without effect here: {', '.join(f'moe.{name}' for name in idle)}")
+            say(f"settings without effect here: {', '.join(f'moe.{name}' for name in idle)}")
         for stack, tokens in self.group_tokens.items():
             causal = stack == "decoder"
             names = router_name(settings.moe, causal), dispatch_name(settings.moe, causal)
@@ -269,7 +269,7 @@ class _Run:
         if self.rare["unknown"] > UNKNOWN_WARNED:
             say(
                 f"warning: the vocabulary does not fit the text: {self.rare['unknown']:.1%} of its pieces are unknown, and"
-                " easily predicted; losses say little (data.vocab, or '' to train one)"
+                " easy to predict; the loss says little (data.vocab, or '' to train one)"
             )
         for name in sorted(environment().keys() & CHANGES_SUMS):
             say(f"environment: {name}={environment()[name]} (the last digits of results may depend on it)")
@@ -279,12 +279,17 @@ class _Run:
             (self.workdir / report.REPORT_FILE).unlink(missing_ok=True)
         if self.differences.missing:
             names = ", ".join(self.differences.missing)
-            say(f"begun with an earlier version, which had no {names}: as by default")
+            say(
+                f"this run began with an earlier version; settings that it did not have are at their defaults: {names}"
+            )
         if self.differences.changed:
             changed = {name: list(values) for name, values in self.differences.changed.items()}
             known = read_run(self.workdir).get("changed", [])
             update_run(self.workdir, changed=[*known, {"step": start} | changed])
-            say("other than before: " + ", ".join(f"{n} ({a} -> {b})" for n, (a, b) in changed.items()))
+            say(
+                "settings changed since the last start: "
+                + ", ".join(f"{n} ({a} -> {b})" for n, (a, b) in changed.items())
+            )
 
     def _steps(self, state: training.TrainState, start: int) -> training.TrainState:
         """Steps start + 1 ... num_steps; a step's metrics are read when the next one is under way."""
@@ -329,7 +334,7 @@ class _Run:
         if not skipped or self.skips.in_a_row(step) > train.skip_nonfinite:
             self._check(step, **seen)
         else:
-            self._note(f"warning: step {step}: {_values(seen)}; its update is left out")
+            self._note(f"warning: step {step}: {_values(seen)}; this update is skipped")
         clock.step(int(metrics["tokens"]))
         if step % train.log_every and step not in (1, train.num_steps) and not skipped:
             return
@@ -406,7 +411,7 @@ class _Run:
             self.saved.wait()
         kept = f"saved in {self.place.name}" if step else "with nothing to save yet"
         raise Stopped(
-            f"stopped by {self.stop.name} after step {step}, {kept}; the same command goes on from there",
+            f"stopped by {self.stop.name} after step {step}, {kept}; the same command continues from there",
             self.stop.number,
         )
 

@@ -1,4 +1,4 @@
-"""What may be other when a run goes on: a rule for each field of the settings.
+"""What may change when a run resumes: a rule for each field of the settings.
 
 `RULES` is the table of docs/resuming.md. A field without a rule is a mistake, which a test finds.
 """
@@ -22,10 +22,10 @@ _LOSS = Rule(NOT, "another loss is minimised")
 _HELD_OUT = Rule(NOT, "held-out figures before and after could not be compared")
 _POSITION = Rule(NOT, "the saved position in the text is of these batches")
 _UPDATES = Rule(NOT, "the optimizer's state is of these updates")
-_ROUNDING = Rule(MAY, "the same sums in another order: the last digits differ")
+_ROUNDING = Rule(MAY, "the same sums in another order: the last digits may differ")
 _PLACE = Rule(BITS, "the text and the vocabulary are known by their hashes; a moved file is the same file")
-_KEPT = Rule(BITS, "what is kept, not what is computed")
-_TOLD = Rule(BITS, "what is told, not what is computed")
+_KEPT = Rule(BITS, "it changes what is kept, not what is computed")
+_TOLD = Rule(BITS, "it changes what is reported, not what is computed")
 
 RULES: dict[str, Rule] = (
     dict.fromkeys(
@@ -82,7 +82,7 @@ RULES: dict[str, Rule] = (
         ),
         _POSITION,
     )
-    | {"data.prefetch": Rule(BITS, "how early batches are made, not which")}
+    | {"data.prefetch": Rule(BITS, "it changes how early batches are made, not which ones")}
     | dict.fromkeys(
         (
             f"optimizer.{name}"
@@ -96,13 +96,13 @@ RULES: dict[str, Rule] = (
     | {
         "train.num_steps": Rule(BITS, "where the schedule does not end with it (all but warmup_cosine)"),
         "train.log_every": _TOLD,
-        "train.eval_every": Rule(BITS, "what is told, not what is computed; the best checkpoint may be another"),
+        "train.eval_every": Rule(BITS, "it changes what is reported, not what is computed; another checkpoint may be the best"),
         "train.eval_batches": _HELD_OUT,
-        "train.accumulate": Rule(NOT, "the groups that share capacity would be others"),
+        "train.accumulate": Rule(NOT, "tokens would share capacity in other groups"),
         "train.label_smoothing": _LOSS,
         "train.output_z_loss_weight": _LOSS,
-        "train.skip_nonfinite": Rule(BITS, "how faults are met"),
-        "train.seed": Rule(NOT, "every draw would be another"),
+        "train.skip_nonfinite": Rule(BITS, "it changes what happens on a fault"),
+        "train.seed": Rule(NOT, "all random numbers would differ"),
     }
     | {f"mesh.{field.name}": _ROUNDING for field in dataclasses.fields(Settings().mesh)}
     | {f"checkpoint.{field.name}": _KEPT for field in dataclasses.fields(Settings().checkpoint)}
@@ -161,7 +161,7 @@ def flat(groups: dict) -> dict[str, Any]:
 
 def table() -> str:
     """`RULES` as Markdown, a line for the fields of one group that share a rule."""
-    lines = ["| field | when a run goes on | why |", "|---|---|---|"]
+    lines = ["| field | when a run resumes | why |", "|---|---|---|"]
     rows: dict[tuple[str, Rule], list[str]] = {}
     for name in flat(to_dict(Settings())):
         rows.setdefault((name.partition(".")[0], RULES[name]), []).append(name.partition(".")[2])

@@ -272,7 +272,7 @@ def test_a_store_that_fails_stops_the_copy_or_is_warned_of(place, monkeypatch):
         buckets.guarded(there.push, "stop", print)
     told = []
     buckets.guarded(there.push, "continue", told.append)
-    assert len(told) == 1 and "going on (checkpoint.on_error=continue)" in told[0]
+    assert len(told) == 1 and "continuing (checkpoint.on_error=continue)" in told[0]
     monkeypatch.undo()
     there.push()
     assert (epath.Path(place) / "run.json").read_text() == "{}"

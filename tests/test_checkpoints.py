@@ -228,7 +228,7 @@ def test_a_save_that_fails_in_the_background_stops_or_is_warned_of(tmp_path, mon
         checkpoints.save(2, state(2), iterator(20), {}, None)
         checkpoints.wait()
         assert checkpoints.steps() == [1, 2]
-    assert len(notes) == 1 and "going on (checkpoint.on_error=continue)" in notes[0]
+    assert len(notes) == 1 and "continuing (checkpoint.on_error=continue)" in notes[0]
 
 
 def test_a_failed_save_is_made_good_by_the_next(tmp_path, monkeypatch):

@@ -49,9 +49,9 @@ def test_what_would_change_the_results_is_left_out_and_named(tmp_path, environme
     done = go(tmp_path, environment, "odd", **variables, **others)
     assert done.returncode == 0, done.stderr
     assert figures(tmp_path / "odd") == figures(tmp_path / "plain")
-    said = [line for line in done.stderr.splitlines() if "is left out" in line]
+    said = [line for line in done.stderr.splitlines() if "is ignored" in line]
     assert len(said) == len(variables)
-    assert "experiments.run: JAX_RANDOM_SEED_OFFSET=7 is left out (every draw would be another)" in said
+    assert "experiments.run: JAX_RANDOM_SEED_OFFSET=7 is ignored (all random numbers would differ)" in said
 
 
 @pytest.mark.slow
@@ -78,16 +78,16 @@ def test_a_home_that_cannot_be_written_gets_one_line(tmp_path, environment):
 
 
 def test_the_list_is_of_variables_that_are_gone_before_jax_reads_them(monkeypatch, capsys):
-    for name in process.LEFT_OUT:
+    for name in process.IGNORED:
         monkeypatch.setenv(name, "1")
     monkeypatch.setattr(process.warnings, "resetwarnings", lambda: None)
     monkeypatch.setattr(process.warnings, "simplefilter", lambda *_: None)
     monkeypatch.setattr(sys, "stdout", sys.__stdout__)
     process.settle("experiments.x")
-    assert not process.LEFT_OUT.keys() & os.environ.keys()
+    assert not process.IGNORED.keys() & os.environ.keys()
     err = capsys.readouterr().err
     assert all(
-        f"experiments.x: {name}=1 is left out ({why})\n" in err for name, why in process.LEFT_OUT.items()
+        f"experiments.x: {name}=1 is ignored ({why})\n" in err for name, why in process.IGNORED.items()
     )
 
 

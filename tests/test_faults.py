@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint(tmp_path, environment, whole, table, harm):
     assert str(file.name) in said and "checkpoints/24 is damaged" in said and "on_damage=previous" in said
     assert before == sorted(p for p in workdir.rglob("*")), "nothing was changed"
     out, _ = finish(start(workdir, environment, "--config.checkpoint.on_damage=previous"))
-    assert "going on from step 20" in out and (workdir / "checkpoints" / "24.damaged").is_dir()
+    assert "continuing from step 20" in out and (workdir / "checkpoints" / "24.damaged").is_dir()
     assert_same_run(workdir, whole)
     name = {truncate: "truncated", empty: "empty", flip_a_bit: "bit-flipped", Path.unlink: "missing"}[harm]
     table(f"a checkpoint's file {name}", "refused, file named, exit 4; with checkpoint.on_damage=previous resumed from the one before it, and ended bitwise as the undisturbed run", "nothing; 4 steps done again, the damaged step kept as *.damaged")  # fmt: skip
@@ -230,7 +230,7 @@ def test_so_many_updates_in_a_row_are_left_out_and_the_next_stops_the_run(tmp_pa
     # Three in a row allowed: the same directory goes on to the end.
     code, captured = run_here(tmp_path, capsys, *short, "--config.train.skip_nonfinite=3")
     assert code == 0, captured.err
-    assert "step 16: loss nan, grad_norm nan; its update is left out" in captured.out
+    assert "step 16: loss nan, grad_norm nan; this update is skipped" in captured.out
     assert (tmp_path / "run" / "report.html").exists()
     table("the gradient not finite, train.skip_nonfinite=2", "one and two in a row: each update left out, warned of, recorded; a third in a row stops the run, exit 3", "the updates that were left out")  # fmt: skip
 

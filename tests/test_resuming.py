@@ -120,8 +120,7 @@ def test_a_directory_of_an_earlier_version_goes_on(old_run, capsys):
     assert code == 0, captured.err
     assert "resuming from the checkpoint of step 4" in captured.out
     assert (
-        "begun with an earlier version, which had no " in captured.out
-        and "moe.balance_choices" in captured.out
+        "this run began with an earlier version; " in captured.out and "moe.balance_choices" in captured.out
     )
     found = read_metrics(workdir / "metrics.jsonl")
     assert [(r["step"], r["split"]) for r in found] == [(r["step"], r["split"]) for r in wanted]
@@ -142,7 +141,9 @@ def test_what_is_only_told_or_kept_may_change_and_the_bits_stay(old_run, capsys,
     }  # fmt: skip
     code, captured = go_on(workdir, config, capsys, **changed)
     assert code == 0, captured.err
-    assert "other than before: " in captured.out and "data.prefetch (8 -> 2)" in captured.out
+    assert (
+        "settings changed since the last start: " in captured.out and "data.prefetch (8 -> 2)" in captured.out
+    )
     noted = json.loads((workdir / "run.json").read_text())["changed"]
     assert (
         noted[0]["step"] == 4 and noted[0]["train.log_every"] == [1, 3] and len(noted[0]) == 1 + len(changed)
@@ -212,9 +213,9 @@ def test_a_lock_is_held_named_and_let_go_of(tmp_path):
     ) as error:
         second.take()
     assert "\n" not in str(error.value)
-    first.free()
+    first.close()
     second.take()
-    second.free()
+    second.close()
 
 
 def test_a_lock_dies_with_its_process(tmp_path):
@@ -241,7 +242,9 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(lock.fcntl, "flock", unable)
     told = []
     lock.Lock(tmp_path, told.append).take()
-    assert len(told) == 1 and "can't be locked (No locks available): start no second run there" in told[0]
+    assert (
+        len(told) == 1 and "can't be locked (No locks available): do not start a second one there" in told[0]
+    )
 
 
 @pytest.mark.usefixtures("one_device")
@@ -258,7 +261,7 @@ def test_a_second_run_is_refused_before_it_touches_anything(old_run, capsys):
         f"experiments.run: --workdir={workdir}: a run is under way there (process {os.getpid()} on"
         in captured.err
     )
-    holder.free()
+    holder.close()
     after = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
     del after[workdir / lock.LOCK_FILE]
     assert after == before and under_way.is_dir()

@@ -89,7 +89,7 @@ def test_a_killed_and_a_stopped_run_end_like_an_undisturbed_one(tmp_path, enviro
     wait_for_step(process, broken, 9)
     process.send_signal(signal.SIGTERM)
     _, err = finish(process, command.EXIT_STOPPED)
-    assert "stopped by SIGTERM after step" in err and "the same command goes on" in err
+    assert "stopped by SIGTERM after step" in err and "the same command continues" in err
     out, _ = finish(start(broken, environment))
     assert "resuming from the checkpoint of step" in out
     assert losses(broken) == losses(whole)

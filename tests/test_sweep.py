@@ -361,7 +361,7 @@ def test_a_sweep_killed_stopped_and_continued_ends_like_an_undisturbed_one(confi
         wait_for(process, second, f'"step": {step},')
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
-        assert process.returncode == code and "the same command goes on" in err, (out, err)
+        assert process.returncode == code and "the same command continues" in err, (out, err)
     process = start(arguments, environment, tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "num_experts=1  running" not in out, (out, err)

@@ -118,7 +118,7 @@ def test_a_sweep_on_ray_is_stopped_with_all_states_saved(config, tmp_path, envir
     wait_for(process, tmp_path / "out" / "seed=0" / "metrics.jsonl", '"step": 5,')
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == EXIT_STOPPED and "the same command goes on" in stderr, (stdout, stderr)
+    assert process.returncode == EXIT_STOPPED and "the same command continues" in stderr, (stdout, stderr)
     assert "stopped by SIGTERM after step" in logs(tmp_path / "out", "seed=0")
     assert "seed=2  queued" in stdout and not (tmp_path / "out" / "seed=2" / "config.json").exists()
     missing = start([*arguments, "--resources=CPU=1,GPU=1"], environment, tmp_path)
@@ -174,7 +174,7 @@ def test_what_slurm_does_not_take_gets_one_line(config, tmp_path, environment, a
 def test_a_sweep_through_submitit_is_queued_again_and_equals_a_local_one(
     config, tmp_path, environment, whole
 ):
-    """The signal that SLURM sends before a time limit: the run saves its state, and goes on from there."""
+    """The signal that SLURM sends before a time limit: the run saves its state, and continues from there."""
     needs_submitit()
     out = tmp_path / "out"
     arguments = [*config(SEEDS), "--launcher=slurm", "--address=local"]
@@ -197,7 +197,7 @@ def test_a_sweep_through_submitit_is_stopped_with_all_states_saved(config, tmp_p
     wait_for(process, tmp_path / "out" / "seed=0" / "metrics.jsonl", '"step": 6,')
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == EXIT_STOPPED and "the same command goes on" in stderr, (stdout, stderr)
+    assert process.returncode == EXIT_STOPPED and "the same command continues" in stderr, (stdout, stderr)
     assert "stopped by SIGTERM after step" in logs(tmp_path / "out", "seed=0")
 
 
@@ -292,7 +292,7 @@ def test_a_stopped_sweep_takes_its_slurm_jobs_back(config, tmp_path, slurm):
     wait_for(process, tmp_path / "out" / "seed=0" / "metrics.jsonl", '"step": 6,')
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == EXIT_STOPPED and "the same command goes on" in stderr, (stdout, stderr)
+    assert process.returncode == EXIT_STOPPED and "the same command continues" in stderr, (stdout, stderr)
     assert "stopped by SIGTERM after step" in logs(tmp_path / "out", "seed=0")
     assert states()[1:] == ["CANCELLED by 0"] * 2 and "seed=2  queued" in stdout
     (script,) = {

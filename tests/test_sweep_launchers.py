@@ -151,7 +151,7 @@ def test_a_signal_reaches_every_run_under_way_once_and_no_other_is_started(confi
     launcher.during = lambda: sent or sent.append(signal.raise_signal(signal.SIGTERM))
     assert sweep.run(found, launcher) == EXIT_STOPPED
     assert launcher.stopped == [("seed=0", signal.SIGTERM), ("seed=1", signal.SIGTERM)]
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 @pytest.fixture
