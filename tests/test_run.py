@@ -257,7 +257,7 @@ def test_parameters_that_overflow_are_never_saved(tmp_path, capsys):
 
 @pytest.mark.usefixtures("one_device")
 def test_a_signal_before_the_first_step_acts_at_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop.sources, "load", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(loop.sources, "load_splits", lambda *_: signal.raise_signal(signal.SIGTERM))
     code, captured = run_here(tmp_path, capsys)
     assert code == command.EXIT_STOPPED and "stopped by SIGTERM before the first step" in captured.err
     assert not (tmp_path / "run").exists()
