@@ -202,7 +202,7 @@ class Place:
 
 def complete_steps(checkpoints: Any) -> set[int]:
     """The steps in a bucket, or a directory, whose last object is there."""
-    if not checkpoints.exists():
+    if not (checkpoints.exists() if is_bucket(checkpoints) else checkpoints.is_dir()):
         return set()
     steps = [path for path in checkpoints.iterdir() if path.name.isdigit()]
     if not is_bucket(checkpoints):

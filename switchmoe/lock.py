@@ -49,7 +49,11 @@ class Lock:
         """
         if self._file or _inherited(self._path):
             return
-        file = self._path.open("a+", encoding="utf-8")
+        try:
+            file = self._path.open("a+", encoding="utf-8")
+        except OSError as error:
+            where = str(self._directory)
+            raise OSError(error.errno, f"can't be written: {error.strerror}", where) from error
         try:
             _wait(file, time.monotonic() + patience)
         except BlockingIOError:

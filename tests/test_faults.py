@@ -24,6 +24,7 @@ from experiments import command_line
 from experiments import run as command
 from switchmoe import integrity, rundir, training
 from switchmoe.checkpoints import CheckpointError, Checkpoints
+from switchmoe.lock import LOCK_FILE, Lock
 from switchmoe.reporting import read_metrics
 from switchmoe.settings import CheckpointSettings, from_config
 
@@ -184,7 +185,8 @@ def test_a_shard_of_the_data(tmp_path, capsys, table):
 
 
 def contents(directory):
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name != LOCK_FILE)
+    return {path: path.read_bytes() for path in files}
 
 
 @pytest.fixture
@@ -297,10 +299,16 @@ def test_other_files_of_a_run(tmp_path, capsys, table, name, content, harm, word
     assert command.main(["run", f"--workdir={workdir}", *TINY]) == command.EXIT_BAD_INPUT
     said = one_line(capsys.readouterr())
     assert words in said and (workdir / name).read_bytes() == content
-    assert name == "." or os.listdir(workdir) == [name], "found before anything was done"
+    assert name == "." or set(os.listdir(workdir)) <= {name, LOCK_FILE}, "found before anything was done"
     table(
         f"{name} {harm}" if harm else "--workdir is a file", "refused at start and named, exit 2", "nothing"
     )
+
+
+def claim(workdir, settings):
+    lock = Lock(workdir)
+    rundir.claim(workdir, settings, lock)
+    lock.close()
 
 
 @pytest.fixture
@@ -325,7 +333,7 @@ def test_a_directory_that_can_only_be_read(tmp_path, capsys, table, read_only, p
     arguments = ["run", f"--workdir={tmp_path / 'run'}", *TINY]
     settings, _ = command_line.parse(arguments, command.DEFAULT_CONFIG, "")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    rundir.claim(tmp_path / "run", settings)
+    claim(tmp_path / "run", settings)
     read_only(tmp_path / "run" / part)
     before = contents(tmp_path)
     assert command.main([*arguments, "--config.mesh.data=1"]) == command.EXIT_IO
@@ -340,7 +348,7 @@ def test_a_directory_that_can_only_be_read(tmp_path, capsys, table, read_only, p
 @pytest.mark.usefixtures("one_device")
 def test_a_file_in_place_of_the_checkpoints(tmp_path, capsys, table):
     arguments = ["run", f"--workdir={tmp_path / 'run'}", *TINY]
-    rundir.claim(tmp_path / "run", command_line.parse(arguments, command.DEFAULT_CONFIG, "")[0])
+    claim(tmp_path / "run", command_line.parse(arguments, command.DEFAULT_CONFIG, "")[0])
     (tmp_path / "run" / "checkpoints").write_text("mine")
     before = contents(tmp_path)
     assert command.main(arguments) == command.EXIT_IO
