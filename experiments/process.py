@@ -1,6 +1,7 @@
 """What the experiments ask of the process they run in."""
 
 import ctypes
+import logging as standard_logging
 import os
 import sys
 import warnings
@@ -99,9 +100,11 @@ def keep_memory() -> None:
 def keep_quiet() -> None:
     """Leaves out what concerns no user of a save that failed, as the failure itself is raised.
 
-    Orbax logs it with its stack; TensorStore says of each array whose write ends later that nobody waits for it.
+    Orbax logs it with its stack; TensorStore and asyncio say of each array whose write ends later that nobody waits
+    for it.
     """
     logging.set_verbosity(logging.FATAL)
+    standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     show = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -239,12 +239,17 @@ class _Lease:
         self._thread.start()
 
     def _found(self) -> dict[str, Any]:
-        """The lease that is there, {} if there is none."""
-        try:
-            found = json.loads(self._path.read_text())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        """The lease that is there, {} if there is none.
+
+        It is looked for again before it counts as gone: some stores show none while one is written over another.
+        """
+        for wait in (0.1, 0.4, 0.0):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                found = json.loads(self._path.read_text())
+                if isinstance(found, dict) and found:
+                    return found
+            time.sleep(wait)
+        return {}
 
     def _write(self) -> None:
         self._path.write_text(json.dumps(self._me | {"renewed": time.time()}))

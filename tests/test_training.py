@@ -144,7 +144,7 @@ def test_compile_time_does_not_grow_with_depth():
         step.lower(state, batch()).compile()
         return time.process_time() - started
 
-    deep, shallow = (compile_seconds(layers) for layers in (12, 4))
+    _, deep, shallow = (compile_seconds(layers) for layers in (2, 12, 4))  # the first warms up
     assert deep < 1.3 * shallow
 
 
