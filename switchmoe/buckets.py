@@ -7,6 +7,7 @@ is there: `COMMIT` (``gs://``, where Orbax writes arrays to the bucket itself, o
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -243,11 +244,16 @@ class _Lease:
 
         It is looked for again before it counts as gone: some stores show none while one is written over another.
         """
-        for wait in (0.1, 0.4, 0.0):
-            with contextlib.suppress(FileNotFoundError, ValueError):
+        for wait in (0.1, 0.2, 0.4, 0.0):
+            try:
                 found = json.loads(self._path.read_text())
                 if isinstance(found, dict) and found:
                     return found
+            except (FileNotFoundError, ValueError):
+                pass
+            except OSError as error:
+                if error.errno != errno.EBUSY or not wait:  # s3fs: written over between its size and its text
+                    raise
             time.sleep(wait)
         return {}
 
