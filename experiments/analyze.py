@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 def _write(arguments: Sequence[str]) -> int:
     # A report needs no accelerator, and one in use by a run would be waited for.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from experiments.sweep import CACHE_DIR
+    from experiments.sweep.command import CACHE_DIR
     from switchmoe.analysis import sweep_report, sweeps
 
     directory, out = _arguments(arguments)

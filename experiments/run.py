@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     try:
         settings, workdir = command_line.parse(argv, DEFAULT_CONFIG, __doc__, buckets=True)
         # Imported once the settings are known to be good: an error in them shows at once.
-        from switchmoe import distributed
+        from switchmoe.parallel import distributed
 
         several = distributed.job(settings.mesh, os.environ) is not None
     except ValueError as error:
@@ -56,15 +56,17 @@ def main(argv: list[str]) -> int:
 def _train(settings: Settings, workdir: str) -> int:
     import jax
 
-    from switchmoe import checkpoints, distributed, loop, signals
-    from switchmoe.reporting import Progress
+    from switchmoe.analysis import report
+    from switchmoe.parallel import distributed
+    from switchmoe.runs import checkpoints, loop, signals
+    from switchmoe.runs.reporting import Progress
 
     progress = Progress(settings.train.num_steps, sys.stdout)
     try:
         with contextlib.closing(progress):
             distributed.initialize(settings.mesh)
             process.check_devices()
-            path = loop.run(settings, workdir, progress)
+            path = loop.run(settings, workdir, progress, report.write_report)
     except ValueError as error:
         return _fail(error, EXIT_BAD_INPUT)
     except (loop.NonFiniteLoss, FloatingPointError) as error:  # the latter with JAX_DEBUG_NANS

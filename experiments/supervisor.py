@@ -12,7 +12,7 @@ import threading
 from typing import IO
 
 from experiments.exits import EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
-from switchmoe.lock import handed_down
+from switchmoe.runs.lock import handed_down
 
 CHILD = "SWITCHMOE_CHILD"  # set in the environment of the process that does the work
 FOLLOWS = "SWITCHMOE_FOLLOWS"  # set for a process that ends with its parent, from whom its input is a pipe

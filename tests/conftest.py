@@ -79,7 +79,7 @@ def table():
 @pytest.fixture
 def one_device(monkeypatch):
     """A run in this very process is one on a single device."""
-    from switchmoe import sharding
+    from switchmoe.parallel import sharding
 
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))

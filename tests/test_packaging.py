@@ -21,7 +21,10 @@ MAX_BYTES = 2_000_000
 # What a GPU host with nothing but JAX and Flax can load: models, routing and what benchmarks need.
 MODEL_MODULES = [
     f"switchmoe.{name}"
-    for name in "settings routing dispatch moe layers transformer losses sharding optimizers flops".split()
+    for name in (
+        "settings routing dispatch.exchange model.moe model.transformer parallel.sharding training.train_step"
+        " planning.flops inference.decoding"
+    ).split()
 ]
 # Imports modules where looking for some packages is an error; the error is one that no library's
 # `except ImportError` hides.

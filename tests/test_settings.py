@@ -2,8 +2,8 @@
 
 import pytest
 
-from switchmoe import sharding
-from switchmoe.moe import without_effect
+from switchmoe.model.moe import without_effect
+from switchmoe.parallel import sharding
 from switchmoe.settings import Settings, default_config, from_config, to_dict
 
 LENGTHS = {"encoder": 512, "decoder": 114}

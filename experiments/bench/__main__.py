@@ -10,24 +10,14 @@ Exit codes: 0 done; 2 bad input.
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 from pathlib import Path
-from typing import Any, NoReturn
-
-import jax
+from typing import NoReturn
 
 from experiments import exits, process
-from switchmoe import flops
+from experiments.bench import tools
 from switchmoe.analysis import timing
-
-Rows = list[dict[str, Any]]
-COLOURS = (
-    "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#F0E442", "#CC79A7", "#8c6d31", "#999999", "#333333",
-)  # fmt: skip
-VERSIONS_OF = ("jax", "jaxlib", "flax", "torch", "transformers")
+from switchmoe.planning import flops
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,46 +79,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    versions = {}
-    for name in VERSIONS_OF:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    device = jax.devices()[0]
-    return {
-        "device": f"{device.platform}: {device.device_kind}",
-        "processor": _processor(),
-        "cores": len(_affinity()),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _affinity() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-
-
-def torch_cases(make, *arguments: Any) -> dict[str, timing.Case]:
-    """Hugging Face's cases, or none where torch and transformers aren't installed."""
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError:
-        return {}
-    torch.set_num_threads(len(_affinity()))
-    return make(*arguments)
-
-
 def main(argv: list[str]) -> int:
     options = _parse(argv)
     process.keep_memory()
@@ -136,18 +86,18 @@ def main(argv: list[str]) -> int:
         process.check_devices()
     except ValueError as error:
         return exits.fail("experiments.bench", error, exits.EXIT_BAD_INPUT)
-    from experiments import bench_layer, bench_step
+    from experiments.bench import layer, step
 
-    bench = bench_layer if options.what == "layer" else bench_step
+    bench = layer if options.what == "layer" else step
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     found = {
         "command": " ".join(["python -m experiments.bench", *(a for a in argv if not a.startswith("--out"))]),
         "options": settings,
-        "machine": machine(),
+        "machine": tools.machine(),
         "matmul_peak_flops": flops.matmul_peak(options.dtype),
         "memory_bandwidth": timing.memory_bandwidth(),
     }
-    rows: Rows = []
+    rows: tools.Rows = []
     print(f"{found['machine']['processor']}, {found['machine']['cores']} cores, {found['machine']['device']}")
     for experts in options.experts:
         new = bench.measure(experts, options, found)

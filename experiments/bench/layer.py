@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from experiments import bench
+from experiments.bench import tools
 from switchmoe.analysis import timing
-from switchmoe.layers import FeedForward
-from switchmoe.moe import MoELayer
+from switchmoe.model.layers import FeedForward
+from switchmoe.model.moe import MoELayer
 from switchmoe.settings import ModelSettings, MoESettings
 
 MODES = ("forward", "forward + backward")
 
 
-def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) -> bench.Rows:
+def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) -> tools.Rows:
     """Rows of every case and mode; the two modes are measured one after the other."""
     rows = []
     for mode in MODES:
@@ -68,7 +68,7 @@ def _cases(experts: int, options: argparse.Namespace, mode: str) -> dict[str, ti
             params = nn.unbox(jax.jit(layer.init)({"params": key_p, "router": key_p}, x_GSD))
         cases[dispatch] = case(layer, params)
     if options.hf == "auto" and options.dtype == "float32":
-        cases |= bench.torch_cases(_hugging_face, experts, options, mode)
+        cases |= tools.torch_cases(_hugging_face, experts, options, mode)
     return cases
 
 

@@ -8,22 +8,24 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
-from experiments import bench
-from switchmoe import flops, losses, optimizers, training
+from experiments.bench import tools
 from switchmoe.analysis import timing
-from switchmoe.layers import Attention, FeedForward
-from switchmoe.moe import MoELayer, group_shape
+from switchmoe.model import output_loss
+from switchmoe.model.layers import Attention, FeedForward
+from switchmoe.model.moe import MoELayer, group_shape
+from switchmoe.planning import flops
 from switchmoe.settings import Settings, from_config
+from switchmoe.training import optimizers, train_state, train_step
 
 HEADS = 4
 
 
-def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) -> bench.Rows:
+def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) -> tools.Rows:
     """A row for our step, one for Hugging Face's, and one for each part of ours."""
     settings = _settings(experts, options)
     steps = {"switchmoe": _step(settings, _batch(options))}
     if options.hf == "auto" and options.dtype == "float32":
-        steps |= bench.torch_cases(_hugging_face, experts, options)
+        steps |= tools.torch_cases(_hugging_face, experts, options)
     # Before the parts are there: among a dozen programs' buffers on the heap the step took 13 % longer.
     seconds = timing.measure(steps, options.repeats)
     tokens = options.batch * sum(options.lengths)
@@ -39,7 +41,7 @@ def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) ->
     return rows + _budget(settings, options, rows[0]["median_ms"])
 
 
-def _budget(settings: Settings, options: argparse.Namespace, step_ms: float) -> bench.Rows:
+def _budget(settings: Settings, options: argparse.Namespace, step_ms: float) -> tools.Rows:
     """A row for each part of the step, for as many of it as the step has, and one for the rest."""
     parts = _parts(settings, options)
     seconds = timing.measure({name: case for name, (case, _) in parts.items()}, options.repeats)
@@ -73,7 +75,7 @@ def _settings(experts: int, options: argparse.Namespace) -> Settings:
     )
 
 
-def _batch(options: argparse.Namespace) -> training.Batch:
+def _batch(options: argparse.Namespace) -> train_step.Batch:
     keys = jax.random.split(jax.random.key(options.seed))
     return {
         name: jax.random.randint(key, (options.batch, length), 1, options.vocab)
@@ -81,10 +83,10 @@ def _batch(options: argparse.Namespace) -> training.Batch:
     }
 
 
-def _step(settings: Settings, batch: training.Batch) -> timing.Case:
-    tx = optimizers.create(settings.optimizer, 1000, training.axis_names(settings))
-    state = [jax.jit(lambda: training.init_state(settings, tx))()]
-    step = training.compile_step(settings, tx, state[0], batch)
+def _step(settings: Settings, batch: train_step.Batch) -> timing.Case:
+    tx = optimizers.create(settings.optimizer, 1000, train_state.axis_names(settings))
+    state = [jax.jit(lambda: train_state.init_state(settings, tx))()]
+    step = train_step.compile_step(settings, tx, state[0], batch)
 
     def run() -> None:
         state[0], metrics = step(state[0], batch)
@@ -139,15 +141,15 @@ def _output(settings: Settings, x_BLD: jax.Array, options: argparse.Namespace) -
     table_VD = jax.random.normal(jax.random.key(1), (settings.embedding_rows, x_BLD.shape[-1]), jnp.float32)
 
     def value(table_VD: jax.Array, x_BLD: jax.Array) -> jax.Array:
-        nll_BL, z_BL, _ = losses.output_cross_entropy(x_BLD, table_VD.astype(x_BLD.dtype), targets_BL)
+        nll_BL, z_BL, _ = output_loss.output_cross_entropy(x_BLD, table_VD.astype(x_BLD.dtype), targets_BL)
         return nll_BL.sum() + 1e-4 * z_BL.sum()
 
     return timing.compiled(jax.grad(value, (0, 1)), table_VD, x_BLD)
 
 
 def _optimizer(settings: Settings) -> timing.Case:
-    tx = optimizers.create(settings.optimizer, 1000, training.axis_names(settings))
-    state = jax.jit(lambda: training.init_state(settings, tx))()
+    tx = optimizers.create(settings.optimizer, 1000, train_state.axis_names(settings))
+    state = jax.jit(lambda: train_state.init_state(settings, tx))()
 
     def update(params: Any, opt_state: Any, grads: Any) -> Any:
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -219,7 +221,7 @@ def plot(found: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     rows = found["rows"]
     parts = list(dict.fromkeys(row["case"] for row in rows if row["part"]))
-    colours = dict(zip(parts, bench.COLOURS, strict=False))
+    colours = dict(zip(parts, tools.COLOURS, strict=False))
     labels = []
     for experts in dict.fromkeys(row["experts"] for row in rows):
         mine = {row["case"]: row for row in rows if row["experts"] == experts}

@@ -12,9 +12,9 @@ import subprocess
 from pathlib import Path
 
 from experiments.exits import EXIT_STOPPED
-from experiments.launch import LOG_FILE, Order, spawn
-from switchmoe.checkpoints import write_json
-from switchmoe.lock import InUse
+from experiments.launchers.order import LOG_FILE, Order, spawn
+from switchmoe.runs.checkpoints import write_json
+from switchmoe.runs.lock import InUse
 
 STOP_FILE, NODE_FILE = "stop", "node.json"
 POLL = 1.0  # seconds between looks at `stop`

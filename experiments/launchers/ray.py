@@ -11,8 +11,8 @@ import sys
 import ray
 
 from experiments.exits import EXIT_FAILED, EXIT_LOST, EXIT_STOPPED
-from experiments.launch import Options, Order
-from experiments.launch_node import Work, ask, began, look_again, note, prepare
+from experiments.launchers.node import Work, ask, began, look_again, note, prepare
+from experiments.launchers.order import Options, Order
 
 CONNECT = 10.0  # seconds
 

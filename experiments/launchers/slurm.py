@@ -16,9 +16,9 @@ from pathlib import Path
 import submitit
 
 from experiments.exits import EXIT_FAILED, EXIT_LOST, EXIT_STOPPED
-from experiments.launch import Options, Order
-from experiments.launch_node import Work, ask, began, look_again, note, prepare
-from switchmoe.checkpoints import write_json
+from experiments.launchers.node import Work, ask, began, look_again, note, prepare
+from experiments.launchers.order import Options, Order
+from switchmoe.runs.checkpoints import write_json
 
 RESOURCES = {"CPU": "cpus_per_task", "GPU": "gpus_per_node", "memory": "mem_gb"}
 # What would make several processes of a run, has another place, or is no single value.

@@ -1,0 +1,1 @@
+"""Tries the papers' claims and writes the scorecard."""

@@ -89,25 +89,25 @@ def listing() -> str:
 
 def _try(arguments: Arguments) -> int:
     """Runs the claims' part of the scale's sweep; prints the verdicts."""
-    from experiments import sweep
+    from experiments.sweep import command
 
     wanted = [run for name in arguments.names for run in claims.runs(CLAIMS[name], arguments.scale)]
     where = [f"--config={SCALES[arguments.scale].config}", f"--workdir={arguments.workdir}"]
-    code = sweep.command(["experiments.paper", *where, *arguments.rest], __doc__, wanted)
+    code = command.command(["experiments.paper", *where, *arguments.rest], __doc__, wanted)
     if "--dry_run" in arguments.rest or code not in (0, exits.EXIT_FAILED):
         return code
-    from experiments import paper_report
+    from experiments.paper import scorecard
 
-    results = paper_report.read(arguments.workdir, arguments.scale)
+    results = scorecard.read(arguments.workdir, arguments.scale)
     for name in arguments.names:
-        print(paper_report.told(CLAIMS[name], results))
+        print(scorecard.told(CLAIMS[name], results))
     return code
 
 
 def _report(arguments: Arguments) -> int:
-    from experiments import paper_report
+    from experiments.paper import scorecard
 
-    print(paper_report.write(arguments.workdir, arguments.scale))
+    print(scorecard.write(arguments.workdir, arguments.scale))
     return 0
 
 

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import claims, sweep_plan
+from experiments import claims
 from experiments.claims import CLAIMS, SCALES, Claim
+from experiments.sweep import study
 from switchmoe.analysis import plots, report, sweep_plots, sweeps, verdicts
 from switchmoe.analysis.verdicts import Check, Finding, Table, Verdict
-from switchmoe.reporting import duration
-from switchmoe.resuming import flat
-from switchmoe.rundir import read_run
+from switchmoe.runs.reporting import duration
+from switchmoe.runs.resuming import flat
+from switchmoe.runs.rundir import read_run
 from switchmoe.settings import from_config, to_dict
 
 COLOURS = (*sweep_plots.COLOURS, plots.GREY)
@@ -42,7 +43,7 @@ def read(workdir: Path, scale: str) -> Results:
     Raises:
       ValueError: no sweep is there, or not that of this scale.
     """
-    found = sweep_plan.read_definition(workdir)
+    found = study.read_definition(workdir)
     if found is None:
         raise ValueError(
             f"--workdir={workdir}: no runs; accepted is a directory of this command's, or run a claim first"

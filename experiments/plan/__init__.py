@@ -1,0 +1,1 @@
+"""The planner's command line and its pictures."""

@@ -97,13 +97,14 @@ def _size(text: str) -> float:
 
 
 def _plan(what: str, settings: Any, options: dict[str, str], compiles: bool) -> int:
-    from switchmoe import planning, sharding
     from switchmoe.data import batches
+    from switchmoe.parallel import sharding
+    from switchmoe.planning import planner
 
     devices, slices = _number(options, "devices"), _number(options, "slices")
-    if options["device"] not in planning.DEVICES:
-        raise ValueError(f"--device={options['device']}: accepted is one of {', '.join(planning.DEVICES)}")
-    device = planning.DEVICES[options["device"]]
+    if options["device"] not in planner.DEVICES:
+        raise ValueError(f"--device={options['device']}: accepted is one of {', '.join(planner.DEVICES)}")
+    device = planner.DEVICES[options["device"]]
     hbm = _size(options["hbm"]) if options["hbm"] else device.hbm
     layout = options["layout"]
     if layout not in ("", "all", *sharding.LAYOUTS):
@@ -116,7 +117,7 @@ def _plan(what: str, settings: Any, options: dict[str, str], compiles: bool) -> 
         _table(what, settings, lengths, names, (devices, slices, device, hbm), options["device"])
         return 0
     settings = dataclasses.replace(settings, mesh=dataclasses.replace(settings.mesh, layout=layout))
-    plan = planning.make(settings, lengths, devices, slices, device)
+    plan = planner.make(settings, lengths, devices, slices, device)
     print("\n".join(_report(plan, options["device"], lengths, hbm)))
     if compiles:
         print("\n".join(_compiled(plan, lengths)), flush=True)
@@ -124,7 +125,7 @@ def _plan(what: str, settings: Any, options: dict[str, str], compiles: bool) -> 
 
 
 def _table(what: str, settings: Any, lengths: dict, names: Any, target: tuple, name: str) -> None:
-    from switchmoe import planning
+    from switchmoe.planning import planner
 
     devices, slices, device, hbm = target
     where = f"{devices} x {name}, {slices} slice{'s' * (slices > 1)}" if what == "plan" else name
@@ -139,11 +140,11 @@ def _table(what: str, settings: Any, lengths: dict, names: Any, target: tuple, n
     )
     for layout in names:
         for fsdp in (False, True):
-            chosen = planning.with_layout(settings, layout, fsdp)
+            chosen = planner.with_layout(settings, layout, fsdp)
             row = f"{layout:<18} {'yes' if fsdp else 'no':<5} "
             try:
-                plan, why = planning.smallest(chosen, lengths, device, hbm) if what == "smallest" else (
-                    planning.make(chosen, lengths, devices, slices, device), ""
+                plan, why = planner.smallest(chosen, lengths, device, hbm) if what == "smallest" else (
+                    planner.make(chosen, lengths, devices, slices, device), ""
                 )  # fmt: skip
             except ValueError as error:
                 plan, why = None, str(error)
@@ -160,7 +161,7 @@ def _table(what: str, settings: Any, lengths: dict, names: Any, target: tuple, n
 
 
 def _report(plan: Any, name: str, lengths: dict[str, int], hbm: float) -> list[str]:
-    from switchmoe import planning
+    from switchmoe.planning import planner
 
     mesh, settings, m = plan.settings.mesh, plan.settings, plan.memory
     axes = " x ".join(f"{axis} {size}" for axis, size in plan.inner.items())
@@ -197,13 +198,13 @@ def _report(plan: Any, name: str, lengths: dict[str, int], hbm: float) -> list[s
         "",
         f"assumed: {name}: {plan.device.flops / 1e12:.4g} TFLOP/s bf16, HBM {plan.device.bandwidth / 1e9:.4g} GB/s,"
         f" ICI {plan.device.ici / 1e9:.4g} GB/s, DCN {plan.device.dcn / 1e9:.4g} GB/s ({plan.device.source})",
-        *(f"  {assumption}" for assumption in planning.ASSUMPTIONS),
+        *(f"  {assumption}" for assumption in planner.ASSUMPTIONS),
     ]
     return lines
 
 
 def _compiled(plan: Any, lengths: dict[str, int]) -> list[str]:
-    from switchmoe import aot
+    from switchmoe.planning import aot
 
     sizes = tuple(plan.inner[axis] * plan.outer[axis] for axis in plan.inner)
     found = aot.measure(plan.settings, lengths, sizes)
@@ -238,13 +239,13 @@ def _seconds(seconds: float) -> str:
 
 
 def _draw(directory: Path) -> int:
-    from experiments import plan_layouts
+    from experiments.plan import layouts
 
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"--out={directory}: accepted is a directory")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "layouts.png"
-    plan_layouts.picture(4, 4).savefig(path, dpi=110)
+    layouts.picture(4, 4).savefig(path, dpi=110)
     print(path)
     return 0
 

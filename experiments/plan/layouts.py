@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from switchmoe import sharding
+from switchmoe.parallel import sharding
 from switchmoe.settings import MeshSettings
 
 INK, FAINT, WHOLE = "#26323f", "#75828f", "#5b7fa6"

@@ -1,23 +1,4 @@
-"""Runs a sweep: ``python -m experiments.sweep [--config=FILE.py] [--workdir=DIR] [--dry_run] [--config.GROUP.FIELD=VALUE ...]``
-
-A sweep's config has a ``get_sweep()`` beside ``get_config()``: see `experiments.sweep_plan`. Overrides change
-the base of all runs. Each run is `experiments.run` in a process of its own, in DIR/NAME with NAME made of what
-it overrides; what it prints is in DIR/NAME/log.txt. The same command does what is missing: done runs are
-skipped, one that was cut short continues from its checkpoint, one that failed is tried again. `results.csv` has
-a line a run. ``--dry_run`` lists the runs with parameters, FLOPs, tokens and time, and starts nothing.
-
-  --launcher=local              on this machine: one run after the other, or with --resources=CPU=N as many at a
-                                time as get N cores of their own
-  --launcher=ray [--address=auto|local|HOST:PORT|ray://HOST:PORT]     on a Ray cluster
-  --launcher=slurm [--slurm.NAME=VALUE ...] [--address=local]         as SLURM jobs
-  --resources=CPU=1[,GPU=1,...] what one run gets
-  --retries=2                   with the last two: how often a run whose machine was lost is started again
-
-With Ray and SLURM DIR and the current directory are those of every node. See docs/several_hosts.md.
-
-Exit codes: 0 all runs are done; 1 some failed; 2 bad input; 4 a file that can't be written or read; 75 stopped
-by SIGTERM and 130 by Ctrl-C, with the states of the runs under way saved.
-"""
+"""A sweep's command line, and the loop that starts what is not done."""
 
 import collections
 import concurrent.futures
@@ -29,21 +10,19 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import exits, launch, sweep_plan, sweep_results
+from experiments import exits
 from experiments.exits import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_LOST, EXIT_STOPPED
-from experiments.launch import LOG_FILE, Order
-from experiments.sweep_plan import Run, Sweep
-from switchmoe.checkpoints import write_json
-from switchmoe.lock import InUse, Lock
+from experiments.launchers import choice
+from experiments.launchers.order import LOG_FILE, Order
+from experiments.sweep import outcomes, study
+from experiments.sweep.study import Run, Sweep
+from switchmoe.runs.checkpoints import write_json
+from switchmoe.runs.lock import InUse, Lock
 
 COMMAND = "experiments.sweep"
 LOST = (EXIT_LOST, EXIT_STOPPED, 128 + signal.SIGKILL)  # of a run that something else than the sweep ended
 LOCK_FILE, CACHE_DIR = "sweep.lock", "compiled"
 POLL = 1.0  # seconds between looks at the runs under way
-
-
-def main(argv: Sequence[str]) -> int:
-    return exits.guarded(COMMAND, lambda: command(argv, __doc__))
 
 
 def command(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None = None) -> int:
@@ -53,30 +32,30 @@ def command(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None
       ValueError: a mistake, before the first run; one line.
       OSError: a file that can't be written or read.
     """
-    options, arguments = launch.read(argv)
+    options, arguments = choice.read(argv)
     dry_run = "--dry_run" in arguments
-    sweep = sweep_plan.read([argument for argument in arguments if argument != "--dry_run"], doc, only)
-    sweep_plan.check_directory(sweep)
+    sweep = study.read([argument for argument in arguments if argument != "--dry_run"], doc, only)
+    study.check_directory(sweep)
     if dry_run:
-        costs, peak = _apart(sweep_plan.survey, sweep.runs, True, options.launcher == "local")
-        print(sweep_plan.table(sweep, costs, peak, _results(sweep, costs)))
+        costs, peak = _apart(study.survey, sweep.runs, True, options.launcher == "local")
+        print(study.table(sweep, costs, peak, _results(sweep, costs)))
         return 0
-    with contextlib.closing(launch.create(options, sweep.workdir)) as launcher:
+    with contextlib.closing(choice.create(options, sweep.workdir)) as launcher:
         return run(sweep, launcher)
 
 
 def run(sweep: Sweep, launcher: Any) -> int:
-    """Starts what is not done of a sweep by a launcher of `experiments.launch`; returns the exit code.
+    """Starts what is not done of a sweep by a launcher of `experiments.launchers`; returns the exit code.
 
     Raises:
       ValueError: a run that can't work, or a directory that is not this sweep's or in use; nothing was started.
       OSError: a file that can't be written or read.
     """
-    sweep_plan.check_directory(sweep)
-    costs, _ = _apart(sweep_plan.survey, sweep.runs, False, launcher.here)
+    study.check_directory(sweep)
+    costs, _ = _apart(study.survey, sweep.runs, False, launcher.here)
     with _lock(sweep.workdir):
-        sweep_plan.check_directory(sweep)
-        write_json(sweep.workdir / sweep_plan.DEFINITION_FILE, sweep_plan.definition(sweep))
+        study.check_directory(sweep)
+        write_json(sweep.workdir / study.DEFINITION_FILE, study.definition(sweep))
         return _Loop(sweep, costs, launcher).run_all()
 
 
@@ -110,10 +89,10 @@ def _lock(workdir: Path) -> Iterator[None]:
 class _Loop:
     """Starts what is not done, as many runs at a time as the launcher takes, and shows how they get on."""
 
-    def __init__(self, sweep: Sweep, costs: Sequence[sweep_plan.Cost], launcher: Any):
+    def __init__(self, sweep: Sweep, costs: Sequence[study.Cost], launcher: Any):
         self.sweep, self.launcher = sweep, launcher
         self.costs = dict(zip((run.name for run in sweep.runs), costs, strict=True))
-        self.table = sweep_results.Table([run.name for run in sweep.runs])
+        self.table = outcomes.Table([run.name for run in sweep.runs])
         self.states: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self.jobs: dict[str, Any] = {}  # under way, by run
@@ -193,14 +172,14 @@ class _Loop:
         """Shows and writes down a run's new state."""
         self.states[run.name] = state
         self.table.show(self.states, run.name)
-        sweep_results.write(self.sweep, _results(self.sweep, self.costs.values(), self.failed))
+        outcomes.write(self.sweep, _results(self.sweep, self.costs.values(), self.failed))
 
     def _done(self, run: Run) -> bool:
-        found = sweep_results.result(self.sweep.workdir / run.name, run, self.costs[run.name])
+        found = outcomes.result(self.sweep.workdir / run.name, run, self.costs[run.name])
         return found["state"] == "done"
 
     def _status(self, run: Run, state: str, live: bool = True) -> str:
-        return sweep_results.status(self.sweep.workdir / run.name, run, state, live)
+        return outcomes.status(self.sweep.workdir / run.name, run, state, live)
 
     @contextlib.contextmanager
     def _stop_signals(self) -> Iterator[None]:
@@ -225,11 +204,9 @@ class _Loop:
             self.jobs[name].stop(self.signals[0] if first else signal.SIGKILL)
 
 
-def _results(
-    sweep: Sweep, costs: Iterable[sweep_plan.Cost], failed: Collection[str] = ()
-) -> list[dict[str, Any]]:
+def _results(sweep: Sweep, costs: Iterable[study.Cost], failed: Collection[str] = ()) -> list[dict[str, Any]]:
     found = [
-        sweep_results.result(sweep.workdir / run.name, run, cost)
+        outcomes.result(sweep.workdir / run.name, run, cost)
         for run, cost in zip(sweep.runs, costs, strict=True)
     ]
     return [one | ({"state": "failed"} if one["run"] in failed else {}) for one in found]
@@ -238,7 +215,3 @@ def _results(
 def _last_line(directory: Path) -> str:
     lines = (directory / LOG_FILE).read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-
-
-if __name__ == "__main__":
-    exits.leave("experiments.sweep", main)

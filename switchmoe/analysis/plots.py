@@ -1,4 +1,4 @@
-"""Pictures of a run from its records (`switchmoe.reporting`): each function returns a Figure.
+"""Pictures of a run from its records (`switchmoe.runs.reporting`): each function returns a Figure.
 
 Figures are 8 inches wide and made to be read at 800 pixels. Colours are safe for colour-blind
 readers: Okabe and Ito's for single lines, `viridis` for depth, blue - white - orange for load.
@@ -18,7 +18,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from switchmoe.reporting import Record
+from switchmoe.runs.reporting import Record
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 DPI = 160

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from switchmoe.analysis import plots
-from switchmoe.reporting import METRICS_FILE, Record, duration, read_metrics
+from switchmoe.runs.reporting import METRICS_FILE, Record, duration, read_metrics
+from switchmoe.runs.rundir import REPORT_FILE
 
-REPORT_FILE = "report.html"
 MISSING = "not recorded"
 MDASH = "\N{EM DASH}"
 STARVED = 0.1  # an expert with less than this multiple of its fair share

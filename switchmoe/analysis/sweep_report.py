@@ -13,7 +13,8 @@ from typing import Any
 from switchmoe.analysis import report, scaling, sweep_plots, sweeps
 from switchmoe.analysis.scaling import Fit
 from switchmoe.analysis.sweeps import Group, Run, Spread, Sweep
-from switchmoe.reporting import duration
+from switchmoe.runs.reporting import duration
+from switchmoe.runs.rundir import REPORT_FILE
 
 POINTS_FILE, SPEED_UPS_FILE, FIT_FILE = "points.csv", "speedups.csv", "fit.json"
 CAPTIONS = {
@@ -68,7 +69,7 @@ def write(sweep: Sweep, out_dir: str | os.PathLike, title: str) -> Path:
         "<h2>Left out</h2>", _left_out(sweep.left_out),
         "<h2>Device and versions</h2>", _origins(sweep.runs),
     ]  # fmt: skip
-    path = directory / report.REPORT_FILE
+    path = directory / REPORT_FILE
     report.write_whole(path, report.document(title, sections))
     return path
 

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from switchmoe import memory, sharding
 from switchmoe.analysis import plots
 from switchmoe.analysis.report import STARVED
-from switchmoe.reporting import METRICS_FILE, Record, read_metrics
-from switchmoe.resuming import flat
-from switchmoe.rundir import read_run
+from switchmoe.parallel import sharding
+from switchmoe.planning import memory
+from switchmoe.runs.reporting import METRICS_FILE, Record, read_metrics
+from switchmoe.runs.resuming import flat
+from switchmoe.runs.rundir import read_run
 from switchmoe.settings import Settings, from_config, to_dict
 
 SHAPE = {f"model.{name}" for name in ("d_model", "d_ff", "d_kv", "num_heads", "num_layers")}

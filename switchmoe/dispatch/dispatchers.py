@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from switchmoe.grouped import grouped_matmul
+from switchmoe.dispatch.grouped import grouped_matmul
 from switchmoe.products import buffers_matmul
 from switchmoe.routing import Routing
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec
 
-from switchmoe.dispatch import (
+from switchmoe.dispatch.dispatchers import (
     DISPATCHERS,
     EinsumDispatcher,
     IndexDispatcher,
@@ -26,7 +26,7 @@ from switchmoe.dispatch import (
     row_maps,
     spread,
 )
-from switchmoe.grouped import grouped_matmul
+from switchmoe.dispatch.grouped import grouped_matmul
 from switchmoe.routing import Routing
 
 

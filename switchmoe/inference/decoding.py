@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from switchmoe.model.transformer import PAD_ID, Transformer
 from switchmoe.routing import NOT_CAUSAL
 from switchmoe.settings import Settings
-from switchmoe.transformer import PAD_ID, Transformer
 
 
 def greedy(params: Any, inputs_BL: jax.Array, length: int, settings: Settings, eos_id: int = 1) -> jax.Array:

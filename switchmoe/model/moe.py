@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from switchmoe import exchange
-from switchmoe.dispatch import DISPATCHERS
-from switchmoe.layers import FeedForward, activate, attention_inits, kernel_init, param
+from switchmoe.dispatch import exchange
+from switchmoe.dispatch.dispatchers import DISPATCHERS
+from switchmoe.model.layers import FeedForward, activate, attention_inits, kernel_init, param
 from switchmoe.routing import GROUPS, NOT_CAUSAL, ROUTERS, RouterSettings, Routing, expert_capacity
 from switchmoe.settings import LOSS_WEIGHTS, ModelSettings, MoESettings
 

@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from switchmoe import losses
-from switchmoe.layers import Attention, FeedForward, RelativeBias, RMSNorm, param
-from switchmoe.moe import AttentionExperts, Experts, MoELayer, group_shape
+from switchmoe.model import output_loss
+from switchmoe.model.layers import Attention, FeedForward, RelativeBias, RMSNorm, param
+from switchmoe.model.moe import AttentionExperts, Experts, MoELayer, group_shape
 from switchmoe.settings import Settings
 
 PAD_ID = 0
@@ -194,10 +194,10 @@ class Transformer(nn.Module):
     def token_losses(
         self, inputs_BL: jax.Array, targets_BL: jax.Array, label_smoothing: float = 0.0
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], dict]:
-        """`losses.output_cross_entropy` of the teacher-forced targets, and ``aux`` as of a call."""
+        """`output_loss.output_cross_entropy` of the teacher-forced targets, and ``aux`` as of a call."""
         x_BLD, aux = self._teacher_forced(inputs_BL, targets_BL)
         table_VD = self._output_table().astype(x_BLD.dtype)
-        return losses.output_cross_entropy(x_BLD, table_VD, targets_BL, label_smoothing), aux
+        return output_loss.output_cross_entropy(x_BLD, table_VD, targets_BL, label_smoothing), aux
 
     def encode(self, inputs_BL: jax.Array) -> tuple[jax.Array, dict]:
         return self.encoder(self._embed(inputs_BL), inputs_BL != PAD_ID, inputs_BL)
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of `decode`'s output."""
-        return losses.logits(x_BLD, self._output_table().astype(x_BLD.dtype))
+        return output_loss.logits(x_BLD, self._output_table().astype(x_BLD.dtype))
 
     def _teacher_forced(self, inputs_BL: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, dict]:
         encoded_BLD, encoder_aux = self.encode(inputs_BL)

@@ -7,16 +7,15 @@ group (groups of tokens), expert_group (groups inside the experts' buffers).
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from switchmoe.moe import check as moe_check
-from switchmoe.moe import group_shape
-from switchmoe.optimizers import state_names
+from switchmoe.model.moe import check as moe_check
+from switchmoe.model.moe import group_shape
 from switchmoe.settings import MeshSettings, MoESettings, Settings
 
 AXES = ("data", "expert", "model")
@@ -177,30 +176,6 @@ def _check_widths(settings: Settings, mesh: Mapping[str, int]) -> None:
 def table(settings: Settings) -> Rules:
     """The rules of the layout."""
     return LAYOUTS[settings.mesh.layout].rules + (FSDP if settings.mesh.fsdp else ())
-
-
-def state_shardings(state: Any, params: dict, settings: Settings, mesh: Mesh) -> Any:
-    """NamedShardings of a train state: what belongs to a parameter lies where the parameter lies.
-
-    A leaf belongs to the parameter whose path its own path contains, and has those of its axes that
-    `optimizers.state_names` finds in it. Leaves that belong to none are replicated.
-
-    Args:
-      state: a tree of arrays or ShapeDtypeStructs.
-      params: the boxed parameters of `training.abstract_variables`.
-    """
-    boxes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-    owners = {path_keys(path): box for path, box in boxes}
-
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        keys = path_keys(path)
-        parts = (keys[i:j] for i in range(len(keys)) for j in range(len(keys), i, -1))
-        box = next((owners[part] for part in parts if part in owners), None)
-        names = state_names(keys, leaf.shape, box.names, box.value.shape) if box else ()
-        spec = PartitionSpec(*names, *[None] * (leaf.ndim - len(names)))
-        return nn.logical_to_mesh_sharding(spec, mesh, table(settings))
-
-    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def path_keys(path: tuple) -> tuple[str, ...]:

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from switchmoe import sharding, training
+from switchmoe.parallel import sharding
 from switchmoe.settings import Settings, from_config, to_dict
+from switchmoe.training import train_state, train_step
 
 COLLECTIVES = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
@@ -34,9 +35,9 @@ def compile_step(settings: Settings, lengths: dict[str, int], mesh: Mesh) -> jax
         )
         for name, stack in (("inputs", "encoder"), ("targets", "decoder"))
     }
-    tx = training.optimizer(settings)
+    tx = train_state.optimizer(settings)
     with jax.set_mesh(mesh), sharding.rules(settings):
-        return training.compile_step(settings, tx, training.sharded_state(settings, tx, mesh), tokens)
+        return train_step.compile_step(settings, tx, train_state.sharded_state(settings, tx, mesh), tokens)
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
@@ -78,7 +79,7 @@ def measure(settings: Settings, lengths: dict[str, int], sizes: tuple[int, ...])
     environment = os.environ | {"XLA_FLAGS": " ".join([*kept, flag]), "JAX_PLATFORMS": "cpu"}
     asked = {"settings": to_dict(settings), "lengths": lengths, "sizes": sizes}
     done = subprocess.run(
-        [sys.executable, "-m", "switchmoe.aot"],
+        [sys.executable, "-m", "switchmoe.planning.aot"],
         input=json.dumps(asked),
         env=environment,
         capture_output=True,

@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from switchmoe import sharding
-from switchmoe.moe import dispatch_name, group_shape, router_name
+from switchmoe.model.moe import dispatch_name, group_shape, router_name
+from switchmoe.parallel import sharding
 from switchmoe.routing import expert_capacity
 from switchmoe.settings import Settings
 

@@ -5,7 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from switchmoe.moe import group_shape, router_columns, router_name
+from switchmoe.model.moe import group_shape, router_columns, router_name
 from switchmoe.routing import NOT_CAUSAL, expert_capacity
 from switchmoe.settings import Settings
 

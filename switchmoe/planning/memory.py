@@ -1,6 +1,6 @@
 """Bytes of a device in a training step, from shapes alone: nothing is allocated and no device is needed.
 
-What lies where follows from the layout's rules (`sharding.state_shardings` on an abstract mesh). What the
+What lies where follows from the layout's rules (`train_state.state_shardings` on an abstract mesh). What the
 backward pass keeps is read off JAX itself: the residuals of the loss, traced at one device's share of the
 batch, the heads and the widths. An expert's device holds as many slots of the buffers as its own groups
 fill, so the share of the buffers is that of the tokens.
@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from switchmoe import sharding, training
+from switchmoe.model.transformer import Transformer, blocks_per_scan
+from switchmoe.parallel import sharding
 from switchmoe.settings import MeshSettings, Settings
-from switchmoe.transformer import Transformer, blocks_per_scan
+from switchmoe.training import train_state, train_step
 
 LOGITS = 4  # float32 arrays of the size of the logits that live at once around the output's gradient
 LAYER = 6  # float32 arrays of the size of a layer's largest activation within its backward pass
@@ -57,11 +58,11 @@ def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:
 
 
 @functools.cache
-def abstract_state(settings: Settings) -> tuple[training.TrainState, dict]:
+def abstract_state(settings: Settings) -> tuple[train_state.TrainState, dict]:
     """The first train state as shapes, and the boxed parameters; the same for all layouts."""
-    tx = training.optimizer(settings)
-    state = jax.eval_shape(functools.partial(training.init_state, settings, tx))
-    return state, training.abstract_variables(settings)["params"]
+    tx = train_state.optimizer(settings)
+    state = jax.eval_shape(functools.partial(train_state.init_state, settings, tx))
+    return state, train_state.abstract_variables(settings)["params"]
 
 
 def without_mesh(settings: Settings) -> Settings:
@@ -75,7 +76,7 @@ def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
 def state_bytes(settings: Settings, mesh: dict[str, int]) -> tuple[int, int]:
     """Bytes of a device's parameters and of its optimizer state, which are exact."""
     state, boxes = abstract_state(without_mesh(settings))
-    where = sharding.state_shardings(state, boxes, settings, abstract_mesh(tuple(mesh.values())))
+    where = train_state.state_shardings(state, boxes, settings, abstract_mesh(tuple(mesh.values())))
 
     def local(part: str) -> int:
         leaves = jax.tree.leaves(getattr(state, part)), jax.tree.leaves(getattr(where, part))
@@ -172,10 +173,10 @@ def _residuals(settings: Settings, batch: int, lengths: tuple[int, int], part: s
 
     def saved(params: dict, inputs_BL: jax.Array, targets_BL: jax.Array) -> list[jax.Array]:
         data = {"inputs": inputs_BL, "targets": targets_BL}
-        key, counts = jax.random.key(0), training.token_counts(data)
+        key, counts = jax.random.key(0), train_step.token_counts(data)
 
         def loss(params: dict) -> jax.Array:
-            return training.summarize(training.token_sums(params, data, settings, key), counts, settings)[
+            return train_step.summarize(train_step.token_sums(params, data, settings, key), counts, settings)[
                 "loss"
             ]
 

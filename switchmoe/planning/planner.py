@@ -8,8 +8,9 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from switchmoe import communication, flops, memory, sharding
-from switchmoe.moe import dispatch_name, group_shape, router_name
+from switchmoe.model.moe import dispatch_name, group_shape, router_name
+from switchmoe.parallel import sharding
+from switchmoe.planning import communication, flops, memory
 from switchmoe.settings import Settings
 
 GB, GIB = 1e9, 2**30

@@ -1,8 +1,13 @@
-"""Routers: from logits to who goes where, with what gate. Pure functions of one group of tokens.
+"""Routers: from logits to who goes where, with what gate; and the losses that keep them balanced and small.
 
-A router is a function ``(logits, mask_S, key, settings) -> Routing``, lifted over groups with
-``jax.vmap``. It knows neither how logits were made nor how tokens are moved. ``key`` is None in
-evaluation, where every router is deterministic.
+A router is a function ``(logits_SE, mask_S, key, settings) -> Routing`` of one group of S tokens and E experts; the MoE
+layer lifts it over groups with ``jax.vmap``. `Routing` has for each token and choice the expert, the slot in its buffer
+and the gate, and for the group the loads, the drops and the unweighted losses. ``key`` is None in evaluation, where
+every router is deterministic.
+
+A router knows neither how logits were made nor how tokens are moved. To add one: a function here, its entry in
+`ROUTERS`, and a test with a table worked out by hand (tests/routing/test_routers.py runs all of them through the
+contract).
 """
 
 from switchmoe.routing.contract import GROUPS, RouterSettings, Routing, expert_capacity

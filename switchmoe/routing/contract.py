@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from switchmoe import losses
+from switchmoe.routing import losses
 
 GROUPS = "groups"  # the vmap axis over which a router of one group is lifted
 

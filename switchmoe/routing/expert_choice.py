@@ -6,7 +6,7 @@ Letters: S tokens per group, E experts, C slots per expert, P = E * C slots.
 import jax
 import jax.numpy as jnp
 
-from switchmoe import losses
+from switchmoe.routing import losses
 from switchmoe.routing.contract import RouterSettings, Routing
 
 

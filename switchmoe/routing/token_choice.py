@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from switchmoe import losses
+from switchmoe.routing import losses
 from switchmoe.routing.contract import RouterSettings, Routing, chosen, token_choice
 
 

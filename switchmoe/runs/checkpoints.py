@@ -19,10 +19,11 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from switchmoe import buckets, distributed, integrity
 from switchmoe.data.batches import joined_states
+from switchmoe.parallel import distributed
+from switchmoe.parallel.sharding import path_keys
+from switchmoe.runs import buckets, integrity
 from switchmoe.settings import CheckpointSettings
-from switchmoe.sharding import path_keys
 
 REMOVED = "removed"  # where a step goes that is no longer to be kept
 

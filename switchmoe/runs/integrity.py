@@ -13,7 +13,7 @@ from pathlib import Path
 
 from etils import epath
 
-from switchmoe import buckets
+from switchmoe.runs import buckets
 
 MANIFEST = "files.json"
 ITEMS = ("state", "data")  # what a step without a manifest must have

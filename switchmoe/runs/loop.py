@@ -19,30 +19,24 @@ import numpy as np
 import optax
 
 import switchmoe
-from switchmoe import (
-    buckets,
-    checkpoints,
-    decoding,
-    distributed,
-    flops,
-    optimizers,
-    sharding,
-    training,
-    transformer,
-)
-from switchmoe.analysis import report
 from switchmoe.data import batches, sources, vocabulary
 from switchmoe.data.progress import told
-from switchmoe.lock import Lock
-from switchmoe.moe import dispatch_name, group_shape, router_name, without_effect
-from switchmoe.origin import CHANGES_SUMS, commit, environment, machine
-from switchmoe.reporting import Clock, MetricsWriter, Progress
-from switchmoe.resuming import Differences, flat
+from switchmoe.inference import decoding
+from switchmoe.model import transformer
+from switchmoe.model.moe import dispatch_name, group_shape, router_name, without_effect
+from switchmoe.parallel import distributed, sharding
+from switchmoe.planning import flops
 from switchmoe.routing import expert_capacity
-from switchmoe.rundir import check, check_documents, claim, read_run, update_run
+from switchmoe.runs import buckets, checkpoints
+from switchmoe.runs.lock import Lock
+from switchmoe.runs.origin import CHANGES_SUMS, commit, environment, machine
+from switchmoe.runs.reporting import Clock, MetricsWriter, Progress
+from switchmoe.runs.resuming import Differences, flat
+from switchmoe.runs.rundir import REPORT_FILE, check, check_documents, claim, read_run, update_run
+from switchmoe.runs.signals import Stop, Stopped, stop_signals
+from switchmoe.runs.skipping import Skips
 from switchmoe.settings import MoESettings, Settings, to_dict
-from switchmoe.signals import Stop, Stopped, stop_signals
-from switchmoe.skipping import Skips
+from switchmoe.training import optimizers, train_state, train_step
 
 NUM_EXAMPLES = 5
 UNIGRAM_BATCHES = 200
@@ -55,8 +49,13 @@ class NonFiniteLoss(RuntimeError):
     """Training stopped at a loss or gradient that is not a number; one line."""
 
 
-def run(settings: Settings, workdir: str | Path, progress: Progress) -> str:
-    """Trains to ``train.num_steps`` in ``workdir``, a directory or a place in a bucket, and writes its report.
+def run(
+    settings: Settings, workdir: str | Path, progress: Progress, write_report: Callable[[Path], Path]
+) -> str:
+    """Trains to ``train.num_steps`` in ``workdir``, a directory or a place in a bucket, and has its report written.
+
+    Args:
+      write_report: called with the run's directory when all is done, as `analysis.report.write_report`.
 
     Returns:
       where report.html is.
@@ -80,8 +79,8 @@ def run(settings: Settings, workdir: str | Path, progress: Progress) -> str:
                 place.take()
             differences = check(workdir, settings, place.checkpoints)
         with stop_signals() as stop:
-            _Run(settings, place, progress, stop, lock, differences).train()
-    return f"{place.name}/{report.REPORT_FILE}"
+            _Run(settings, place, progress, stop, lock, differences, write_report).train()
+    return f"{place.name}/{REPORT_FILE}"
 
 
 class _Run:
@@ -95,7 +94,9 @@ class _Run:
         stop: Stop,
         lock: Lock,
         differences: Differences,
+        write_report: Callable[[Path], Path],
     ):
+        self.write_report = write_report
         self.settings, self.place, self.progress, self.stop = settings, place, progress, stop
         self.workdir = workdir = place.local
         self.main = distributed.is_main()
@@ -165,7 +166,7 @@ class _Run:
             examples = self._examples(state.params)
             if self.main:
                 update_run(self.workdir, examples=examples)
-                report.write_report(self.workdir)
+                self.write_report(self.workdir)
             self.saved.wait()  # last, as it may say that the state could not be saved
 
     @contextlib.contextmanager
@@ -184,22 +185,22 @@ class _Run:
             on_error = self.settings.checkpoint.on_error
             buckets.guarded(lambda: self.place.push(at_least_every), on_error, self._note)
 
-    def _compile(self) -> training.TrainState:
+    def _compile(self) -> train_state.TrainState:
         """Compiles both steps ahead of time; returns the first state, or the last saved one."""
         settings = self.settings
-        tx = training.optimizer(settings)
+        tx = train_state.optimizer(settings)
         self.schedule = optimizers.schedule(settings.optimizer, settings.train.num_steps)
-        abstract = training.sharded_state(settings, tx, self.mesh)
+        abstract = train_state.sharded_state(settings, tx, self.mesh)
         where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         whole = where.step
         started = time.monotonic()
         # An argument of the programs, so that runs of all seeds find them in the compilation cache.
         key = jax.jit(jax.random.key, out_shardings=whole)(np.uint32(settings.train.seed))
-        init = jax.jit(functools.partial(training.init_state, settings, tx), out_shardings=where)
+        init = jax.jit(functools.partial(train_state.init_state, settings, tx), out_shardings=where)
         init = functools.partial(init.lower(key).compile(), key)
         batch = self._put_global(self.evaluation[0])
-        self.step = functools.partial(training.compile_step(settings, tx, abstract, batch, key), key=key)
-        evaluate = functools.partial(training.eval_step, settings=settings)
+        self.step = functools.partial(train_step.compile_step(settings, tx, abstract, batch, key), key=key)
+        evaluate = functools.partial(train_step.eval_step, settings=settings)
         self.evaluate = jax.jit(evaluate, out_shardings=whole).lower(abstract.params, batch).compile()
         self.norm = jax.jit(optax.global_norm, out_shardings=whole)
         greedy = functools.partial(decoding.greedy, length=self.target_length, settings=settings)
@@ -211,7 +212,7 @@ class _Run:
 
     def _describe(self, start: int) -> None:
         settings = self.settings
-        total, active = training.parameter_counts(settings)
+        total, active = train_state.parameter_counts(settings)
         device = jax.devices()[0]
         update_run(
             self.workdir,
@@ -276,7 +277,7 @@ class _Run:
         if start:
             say(f"resuming from the checkpoint of step {start} in {self.place.name}")
         if start < settings.train.num_steps:  # a run's last act, which is to come
-            (self.workdir / report.REPORT_FILE).unlink(missing_ok=True)
+            (self.workdir / REPORT_FILE).unlink(missing_ok=True)
         if self.differences.missing:
             names = ", ".join(self.differences.missing)
             say(
@@ -291,7 +292,7 @@ class _Run:
                 + ", ".join(f"{n} ({a} -> {b})" for n, (a, b) in changed.items())
             )
 
-    def _steps(self, state: training.TrainState, start: int) -> training.TrainState:
+    def _steps(self, state: train_state.TrainState, start: int) -> train_state.TrainState:
         """Steps start + 1 ... num_steps; a step's metrics are read when the next one is under way."""
         train, every = self.settings.train, self.settings.checkpoint.every
         self.stop.deferred = True
@@ -373,7 +374,7 @@ class _Run:
         parts = [self.evaluate(params, self._put_global(batch)) for batch in self.evaluation]
         sums, counts = jax.tree.map(lambda *values: sum(values), *jax.device_get(parts))
         record = self._record(
-            step, "validation", jax.device_get(training.summarize(sums, counts, self.settings))
+            step, "validation", jax.device_get(train_step.summarize(sums, counts, self.settings))
         )
         record["seconds"] = time.monotonic() - started
         self._tell(record)
@@ -395,7 +396,7 @@ class _Run:
         # Capped: an untrained model's perplexity is no use, and exp overflows.
         return record | {"perplexity": math.exp(min(record["cross_entropy"], 700.0))}
 
-    def _save(self, step: int, state: training.TrainState, quality: float | None = None) -> None:
+    def _save(self, step: int, state: train_state.TrainState, quality: float | None = None) -> None:
         """``quality``: cross-entropy of this very state, where it was evaluated; an older one would mislead."""
         self._push()  # what was told up to this step is there before the step is
         self.saved.save(step, state, self.iterator, to_dict(self.settings), quality)
@@ -403,7 +404,7 @@ class _Run:
             self.saved.wait()
             buckets.guarded(self.place.push_steps, self.settings.checkpoint.on_error, self._note)
 
-    def _leave(self, state: training.TrainState) -> None:
+    def _leave(self, state: train_state.TrainState) -> None:
         step = int(state.step)
         if step:
             self._check(step, parameter_norm=float(self.norm(state.params)))

@@ -7,11 +7,13 @@ from typing import Any
 
 from etils import epath
 
-from switchmoe import buckets, resuming
-from switchmoe.checkpoints import write_json
-from switchmoe.lock import Lock
-from switchmoe.reporting import METRICS_FILE, read_metrics
+from switchmoe.runs import buckets, resuming
+from switchmoe.runs.checkpoints import write_json
+from switchmoe.runs.lock import Lock
+from switchmoe.runs.reporting import METRICS_FILE, read_metrics
 from switchmoe.settings import Settings, to_dict
+
+REPORT_FILE = "report.html"
 
 
 def check(

@@ -3,7 +3,7 @@
 import itertools
 from pathlib import Path
 
-from switchmoe.reporting import METRICS_FILE, read_metrics
+from switchmoe.runs.reporting import METRICS_FILE, read_metrics
 
 
 class Skips:

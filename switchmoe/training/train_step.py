@@ -8,80 +8,19 @@ Letters: B batch, L length, E experts.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
-from switchmoe import optimizers, sharding
+from switchmoe.model.transformer import PAD_ID, STACKS, Transformer
 from switchmoe.products import compiler_options
 from switchmoe.settings import Settings
-from switchmoe.transformer import PAD_ID, STACKS, Transformer
+from switchmoe.training.train_state import TrainState
 
 Batch = dict[str, jax.Array]  # inputs_BL and targets_BL, int32, 0 where padded
-
-
-@struct.dataclass
-class TrainState:
-    step: jax.Array  # int32, updates done
-    params: Any
-    opt_state: Any
-
-
-@functools.cache  # a trace of the whole model, which several callers need
-def abstract_variables(settings: Settings) -> dict:
-    """The model's variables as shapes with logical axis names; nothing is allocated."""
-    tokens_BL = jnp.zeros((1, 8), jnp.int32)
-    return jax.eval_shape(Transformer(settings).init, jax.random.key(0), tokens_BL, tokens_BL)
-
-
-def axis_names(settings: Settings) -> dict:
-    """Tuples of logical axis names, in a tree like the parameters'."""
-    return _boxes(lambda box: tuple(box.names), abstract_variables(settings)["params"])
-
-
-def parameter_counts(settings: Settings) -> tuple[int, int]:
-    """(all parameters, those that one token uses: its choices of each sparse layer)."""
-    params = abstract_variables(settings)["params"]
-    total = _boxes(lambda box: box.value.size, params)
-    experts, choices = settings.moe.total_experts, settings.moe.total_choices
-    active = _boxes(
-        lambda box: box.value.size * choices // experts if "expert" in box.names else box.value.size, params
-    )
-    return sum(jax.tree.leaves(total)), sum(jax.tree.leaves(active))
-
-
-def _boxes(function: Callable[[nn.Partitioned], Any], params: dict) -> dict:
-    return jax.tree.map(function, params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
-
-
-def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """The run's optimizer, see `optimizers.create`."""
-    names = axis_names(settings)
-    return optimizers.create(settings.optimizer, settings.train.num_steps, names, settings.moe.bias_rate)
-
-
-def init_state(
-    settings: Settings, tx: optax.GradientTransformation, key: jax.Array | None = None
-) -> TrainState:
-    """Parameters from the run's key (see `train_step`), the optimizer's first state, step 0."""
-    tokens_BL = jnp.zeros((1, 8), jnp.int32)
-    key = jax.random.fold_in(jax.random.key(settings.train.seed) if key is None else key, 2**31 - 1)
-    params = nn.unbox(Transformer(settings).init(key, tokens_BL, tokens_BL))["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-
-
-def sharded_state(
-    settings: Settings, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> TrainState:
-    """The first state as shapes that say where each array lies on the mesh; nothing is allocated."""
-    state = jax.eval_shape(functools.partial(init_state, settings, tx))
-    where = sharding.state_shardings(state, abstract_variables(settings)["params"], settings, mesh)
-    return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), state, where)
 
 
 def compile_step(

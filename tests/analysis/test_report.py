@@ -10,7 +10,7 @@ import pytest
 
 from switchmoe.analysis import plots, report
 from switchmoe.analysis.report import fill_ins, headline, layer_rows, write_report
-from switchmoe.reporting import MetricsWriter
+from switchmoe.runs.reporting import MetricsWriter
 from switchmoe.settings import Settings, to_dict
 
 RUN = {

@@ -9,8 +9,8 @@ import warnings
 import numpy as np
 import pytest
 
-from experiments import analyze, sweep
-from switchmoe import training
+from experiments import analyze
+from experiments.sweep import command
 from switchmoe.analysis import scaling, sweep_plots, sweep_report, sweeps
 from switchmoe.settings import (
     DataSettings,
@@ -21,6 +21,7 @@ from switchmoe.settings import (
     TrainSettings,
     to_dict,
 )
+from switchmoe.training import train_state
 
 NUM_STEPS = 400
 LAW = scaling.Law(-0.082, -0.108, 0.009, 1.2, 1.847, 314.478)
@@ -238,7 +239,7 @@ def test_one_group_has_no_label(tmp_path):
 def test_state_bytes_are_the_parameters_and_both_moments(tmp_path):
     settings = dataclasses.replace(settings_of(), optimizer=OptimizerSettings(name="adamw"))
     run = sweeps.read(write_run(tmp_path / "run", settings, [5, 4, 3.5, 3]))
-    arrays = 3 * 4 * training.parameter_counts(settings)[0]
+    arrays = 3 * 4 * train_state.parameter_counts(settings)[0]
     assert arrays <= sweeps.state_bytes(run) <= arrays + 64  # and counters
 
 
@@ -256,7 +257,7 @@ def rows_of(path):
 def test_the_analysis_is_one_page_with_its_pictures_and_tables(tmp_path, capsys, quick_memory):
     write_sweep(tmp_path, seeds=(0, 1))
     damage(write_run(tmp_path / "<b>bad", settings_of(64), [5, 4, 3.5, 3]), "unfinished")
-    (tmp_path / sweep.CACHE_DIR).mkdir()  # no run
+    (tmp_path / command.CACHE_DIR).mkdir()  # no run
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert run_analysis(tmp_path) == 0
     printed = capsys.readouterr()

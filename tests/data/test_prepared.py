@@ -15,7 +15,7 @@ from switchmoe.data import local_files, prepared, progress, sources
 from switchmoe.data.errors import DataError
 from switchmoe.settings import DataSettings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LINES = [f"Document {n} is about the number {n}, a \u00fc and little else." for n in range(3000)]
 
 

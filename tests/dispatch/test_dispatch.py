@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchmoe import grouped
-from switchmoe.dispatch import DISPATCHERS
+from switchmoe.dispatch import grouped
+from switchmoe.dispatch.dispatchers import DISPATCHERS
 from switchmoe.routing import ROUTERS, RouterSettings, Routing, switch
 
 BACK_ENDS = sorted(DISPATCHERS)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bench, process
+from experiments import process
+from experiments.bench import __main__ as bench
 from switchmoe.analysis import timing
-from switchmoe.moe import MoELayer
+from switchmoe.model.moe import MoELayer
 from switchmoe.settings import ModelSettings, MoESettings
 
 LAYER = "layer --experts=2,4 --tokens=64 --d_model=16 --d_ff=32 --repeats=3 --hf=no".split()
@@ -25,7 +26,7 @@ STEP = (
 def quick(monkeypatch):
     """The machine's own figures take seconds and are not what is tested."""
     monkeypatch.setattr(timing, "memory_bandwidth", lambda: 1e10)
-    monkeypatch.setattr("switchmoe.flops.matmul_peak", lambda dtype: 1e11)
+    monkeypatch.setattr("switchmoe.planning.flops.matmul_peak", lambda dtype: 1e11)
 
 
 def test_layer_measures_each_back_end_in_both_modes(tmp_path, capsys):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import configs
-from switchmoe import flops, training
+from switchmoe.planning import flops
 from switchmoe.settings import from_config
+from switchmoe.training import train_state
 
 # name: parameters in units of 1e9 and the digits the table prints, forward FLOPs a sequence
 TABLE_9 = {
@@ -28,25 +29,25 @@ def settings(name, *arguments):
 @pytest.mark.parametrize("name", TABLE_9)
 def test_parameters_match_table_9(name):
     billions, digits, _ = TABLE_9[name]
-    total, _ = training.parameter_counts(settings(name))
+    total, _ = train_state.parameter_counts(settings(name))
     assert round(total / 1e9, digits) == billions
 
 
 def test_t5_base_has_223_million_as_the_text_says():
-    assert round(training.parameter_counts(settings("t5_base"))[0] / 1e6) == 223
+    assert round(train_state.parameter_counts(settings("t5_base"))[0] / 1e6) == 223
 
 
 def test_released_relu_variant_has_the_parameters_of_the_papers():
     paper, released = settings("switch_base"), settings("switch_base", "relu")
     assert released.model.activation == "relu" and released.model.d_ff == 3072
-    assert training.parameter_counts(paper) == training.parameter_counts(released)
+    assert train_state.parameter_counts(paper) == train_state.parameter_counts(released)
 
 
 def test_table_7_sizes_of_switch_base():
     for experts, billions in ((16, 1.1), (32, 2.0), (64, 3.8), (128, 7.4), (256, 14.7)):
         config = importlib.import_module("configs.switch_base").get_config()
         config.moe.num_experts = experts
-        assert round(training.parameter_counts(from_config(config))[0] / 1e9, 1) == billions
+        assert round(train_state.parameter_counts(from_config(config))[0] / 1e9, 1) == billions
 
 
 @pytest.mark.parametrize("name", TABLE_9)
@@ -76,7 +77,7 @@ def test_t5_small_has_6_heads_of_64_in_a_width_of_512():
     """T5 1.1 small and flan-t5-small: 76,961,152 parameters, input and output embeddings apart."""
     model = dict(d_model=512, d_ff=1024, num_heads=6, d_kv=64, num_layers=8, tie_embeddings=False)
     small = from_config({"model": model, "moe": {"num_experts": 1}})
-    assert training.parameter_counts(small) == (76_961_152, 76_961_152)
+    assert train_state.parameter_counts(small) == (76_961_152, 76_961_152)
 
 
 def test_every_config_is_valid_and_says_how_to_run_it():

@@ -7,11 +7,15 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import claims, exits, paper, paper_report, sweep, sweep_plan
+from experiments import claims, exits
 from experiments.claims import CLAIMS, SCALES
-from switchmoe import rundir, sharding
+from experiments.paper import __main__ as paper
+from experiments.paper import scorecard
+from experiments.sweep import command, study
 from switchmoe.analysis.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
 from switchmoe.data import batches
+from switchmoe.parallel import sharding
+from switchmoe.runs import rundir
 from switchmoe.settings import to_dict
 
 LISTED = {
@@ -34,14 +38,12 @@ MICRO = [
 @pytest.fixture
 def here(monkeypatch, one_device):
     """The survey in this very process, of one device."""
-    monkeypatch.setattr(sweep, "_apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(command, "_apart", lambda function, *arguments: function(*arguments))
 
 
 def whole(scale, workdir="runs/none", *more):
     """The sweep of all claims."""
-    return sweep_plan.read(
-        ["paper", f"--config={SCALES[scale].config}", f"--workdir={workdir}", *more], "A doc."
-    )
+    return study.read(["paper", f"--config={SCALES[scale].config}", f"--workdir={workdir}", *more], "A doc.")
 
 
 def test_all_claims_of_the_papers_are_listed_and_those_that_wait_say_for_what(capsys):
@@ -144,11 +146,9 @@ def fabricate(directory, settings, losses, dropped=0.002):
 
 
 def outcomes(directory):
-    results = paper_report.read(directory, "tiny")
+    results = scorecard.read(directory, "tiny")
     return {
-        name: paper_report.judge(claim, results).outcome
-        for name, claim in CLAIMS.items()
-        if not claim.not_run
+        name: scorecard.judge(claim, results).outcome for name, claim in CLAIMS.items() if not claim.not_run
     }
 
 
@@ -156,7 +156,7 @@ def fabricate_all(directory, loss):
     """The directory of a sweep in which runs end at ``loss(settings)``; None: diverged; "": not there."""
     found = whole("tiny", directory, *MICRO)
     directory.mkdir()
-    (directory / "sweep.json").write_text(json.dumps(sweep_plan.definition(found)))
+    (directory / "sweep.json").write_text(json.dumps(study.definition(found)))
     for run in found.runs:
         last = loss(run.settings)
         if last is None:
@@ -199,7 +199,7 @@ def test_the_scorecard_says_what_the_runs_say(tmp_path, capsys):
     ):  # fmt: skip
         assert shown in text and shown in page, shown
     assert page.count("data:image/png;base64,") == 2 * sum(
-        any(runs for runs in table.values()) for table in paper_report.read(out, "tiny").tables.values()
+        any(runs for runs in table.values()) for table in scorecard.read(out, "tiny").tables.values()
     )
     assert "http" not in page and "<script" not in page
     assert paper.main(["paper", "report", f"--workdir={out}", "--scale=small"]) == exits.EXIT_BAD_INPUT
@@ -213,13 +213,13 @@ def test_each_seed_and_each_arm_is_a_run_of_its_own(tmp_path):
     fabricate_all(
         out, lambda settings: 4.0 + alphas[settings.moe.balance_loss_weight] + 0.1 * settings.train.seed
     )
-    table = paper_report.read(out, "tiny").tables["alpha"]
+    table = scorecard.read(out, "tiny").tables["alpha"]
     for alpha, place in alphas.items():
         losses = [run.loss for run in table[f"alpha {alpha:g}"].values()]
         assert losses == pytest.approx([4.0 + place, 4.1 + place, 4.2 + place])
     assert (
         set(table["alpha 0.01"]) == {0, 1, 2}
-        and len(paper_report.read(out, "tiny").tables["table3"]["0.1x"]) == 5
+        and len(scorecard.read(out, "tiny").tables["table3"]["0.1x"]) == 5
     )
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from switchmoe import distributed
+from switchmoe.parallel import distributed
 from switchmoe.settings import MeshSettings
 
 

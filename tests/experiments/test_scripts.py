@@ -19,7 +19,7 @@ import yaml
 
 from experiments import command_line
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 SHELL = sorted(path for path in SCRIPTS.iterdir() if path.read_text().startswith("#!"))
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "several_hosts.md")

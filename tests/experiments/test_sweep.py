@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 import configs
-from experiments import exits, sweep, sweep_plan, sweep_results
-from experiments.sweep_plan import Cost
-from switchmoe import rundir
-from switchmoe.reporting import read_metrics
+from experiments import exits
+from experiments.sweep import __main__ as sweep
+from experiments.sweep import command, outcomes, study
+from experiments.sweep.study import Cost
+from switchmoe.runs import rundir
+from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import to_dict
 
 BASE = """
@@ -52,11 +54,11 @@ def config(tmp_path):
 @pytest.fixture
 def here(monkeypatch, one_device):
     """The survey in this very process, of one device."""
-    monkeypatch.setattr(sweep, "_apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(command, "_apart", lambda function, *arguments: function(*arguments))
 
 
 def read(*arguments):
-    return sweep_plan.read(["sweep", *arguments], "A doc.")
+    return study.read(["sweep", *arguments], "A doc.")
 
 
 def test_runs_are_the_products_in_order_named_by_their_overrides(config):
@@ -153,14 +155,14 @@ def fabricate(directory, run, steps, seconds=2.0, load=(0.5, 0.3, 0.2, 0.0)):
 
 
 def results(found, cost):
-    return [sweep_results.result(found.workdir / run.name, run, cost) for run in found.runs]
+    return [outcomes.result(found.workdir / run.name, run, cost) for run in found.runs]
 
 
 def test_results_of_done_unfinished_and_waiting_runs(config):
     found = read(*config("[{'moe.num_experts': [4]}, {'train.seed': [1, 2]}]"))
     for run, steps in zip(found.runs, (24, 16), strict=False):
         fabricate(found.workdir / run.name, run, steps)
-    sweep_results.write(found, results(found, Cost(100, 50, 3.0, 10, 15)))
+    outcomes.write(found, results(found, Cost(100, 50, 3.0, 10, 15)))
     with (found.workdir / "results.csv").open() as file:
         done, unfinished, waiting = csv.DictReader(file)
     assert list(done)[:4] == ["run", "state", "moe.num_experts", "train.seed"]
@@ -185,7 +187,7 @@ def test_a_prediction_goes_by_the_done_run_nearest_in_size(config):
     costs = [Cost(size, 1, 1000.0, 10, 10) for size in (10, 90, 100)]
     done = [{"state": "done", "seconds": 1.0, "tokens_per_second": rate} for rate in (4.0, 1.0)]
     waiting = {"state": "waiting", "seconds": None, "tokens_per_second": None}
-    text = sweep_plan.table(found, costs, 1000.0, [done[0], waiting, done[1]])
+    text = study.table(found, costs, 1000.0, [done[0], waiting, done[1]])
     assert text.splitlines()[2].split()[-1] == "4m00s"  # 24 steps x 1000 FLOPs / (1000 x 0.1)
     assert "at the 40%, 10% of done runs" in text
 
@@ -196,9 +198,9 @@ def test_a_run_whose_figures_are_no_numbers_has_its_line(config):
     fabricate(found.workdir / run.name, run, 16, load=(None, 0.5, 0.5, None))
     path = found.workdir / run.name / "metrics.jsonl"
     path.write_text(path.read_text().replace("0.25", "NaN").replace("9.0", "Infinity").replace("5.0", "NaN"))
-    one = sweep_results.result(found.workdir / run.name, run, Cost(100, 50, 3.0, 10, 10))
+    one = outcomes.result(found.workdir / run.name, run, Cost(100, 50, 3.0, 10, 10))
     assert (one["load_min"], one["load_max"], one["dropped"]) == (2.0, 2.0, None)
-    assert "loss nan  held out 4.500  nan tokens/s" in sweep_results.status(
+    assert "loss nan  held out 4.500  nan tokens/s" in outcomes.status(
         found.workdir / run.name, run, "running"
     )
 
@@ -207,9 +209,9 @@ def test_a_run_whose_figures_are_no_numbers_has_its_line(config):
 def test_padding_is_counted_apart(config):
     """24 steps of 8 sequences: 32 input tokens, 8 that span corruption writes, 120 of padding."""
     found = read(*config("[{'moe.num_experts': [4]}]"), "--config.data.target_length=128")
-    costs, _ = sweep_plan.survey(found.runs, measure=False)
+    costs, _ = study.survey(found.runs, measure=False)
     assert (costs[0].tokens, costs[0].places) == (8 * (32 + 8), 8 * (32 + 128))
-    text = sweep_plan.table(found, costs, 1e9, results(found, costs[0]))
+    text = study.table(found, costs, 1e9, results(found, costs[0]))
     assert f"{24 * 320 / 1e6:.1f} M ({24 * 1280 / 1e6:.1f} M padded)" in text
 
 
@@ -218,8 +220,8 @@ def test_a_directory_of_another_sweep_is_refused_and_one_may_grow(config, tmp_pa
     found = read(*config())
     found.workdir.mkdir()
     path = found.workdir / "sweep.json"
-    path.write_text(json.dumps(sweep_plan.definition(found)))
-    sweep_plan.check_directory(read(*config("[{'moe.num_experts': [1, 2, 4]}]")))
+    path.write_text(json.dumps(study.definition(found)))
+    study.check_directory(read(*config("[{'moe.num_experts': [1, 2, 4]}]")))
     others = config("[{'moe.num_experts': [1]}]")
     assert sweep.main(["sweep", *others, "--config.data.batch_size=16"]) == exits.EXIT_BAD_INPUT
     assert "data.batch_size (8 there, 16 asked: the saved position" in capsys.readouterr().err
@@ -281,10 +283,10 @@ class Terminal:
 
 def test_the_live_table_is_rewritten_in_place_and_fits(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sweep_results.shutil, "get_terminal_size", lambda: os.terminal_size((20, 4)))
+    monkeypatch.setattr(outcomes.shutil, "get_terminal_size", lambda: os.terminal_size((20, 4)))
     names = [f"seed={n}" for n in range(9)]
     stream = Terminal()
-    table = sweep_results.Table(names, stream)
+    table = outcomes.Table(names, stream)
     table.show(dict.fromkeys(names, "waiting for a long time"), "seed=5")
     first, stream.text = stream.text, ""
     table.show(dict.fromkeys(names, "done"), "seed=5")
@@ -312,7 +314,7 @@ def test_the_sweeps_that_come_with_the_package_are_valid_and_say_how_to_run_them
         }
         assert len(same) == 1, "the same text, batches, groups and steps for all"
         assert f"--config=configs/sweeps/{name}.py" in (directory / f"{name}.py").read_text()
-        sweep_plan.survey(found.runs[-1:], measure=False)
+        study.survey(found.runs[-1:], measure=False)
 
 
 def start(arguments, environment, directory):

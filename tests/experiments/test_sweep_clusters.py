@@ -12,9 +12,9 @@ import pytest
 import test_sweep
 from test_sweep import computed, start, wait_for
 
-from experiments import sweep
 from experiments.exits import EXIT_STOPPED
-from experiments.launch_node import NODE_FILE
+from experiments.launchers.node import NODE_FILE
+from experiments.sweep import __main__ as sweep
 
 config = test_sweep.config  # a fixture
 SEEDS = "[{'train.seed': [0, 1, 2]}]"

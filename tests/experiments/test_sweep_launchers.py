@@ -13,10 +13,12 @@ import pytest
 import test_sweep
 from test_sweep import fabricate, read
 
-from experiments import launch, launch_node, sweep
 from experiments.exits import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_LOST, EXIT_STOPPED
-from experiments.launch import Order
-from switchmoe.lock import InUse
+from experiments.launchers import choice, local, node
+from experiments.launchers.order import LOG_FILE, Options, Order, spawn
+from experiments.sweep import __main__ as sweep
+from experiments.sweep import command
+from switchmoe.runs.lock import InUse
 
 config, here = test_sweep.config, test_sweep.here  # fixtures
 
@@ -41,7 +43,7 @@ config, here = test_sweep.config, test_sweep.here  # fixtures
     ],
 )  # fmt: skip
 def test_mistakes_get_one_line(config, tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
     assert sweep.main(["sweep", *config(), *arguments]) == EXIT_BAD_INPUT
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1, err
@@ -57,7 +59,7 @@ def test_options_are_told_from_the_sweeps_own():
         "--slurm.time",
         "90",
     ]
-    options, others = launch.read([*arguments, "--resources=GPU=2,memory=1.5", "--slurm.exclusive=true"])
+    options, others = choice.read([*arguments, "--resources=GPU=2,memory=1.5", "--slurm.exclusive=true"])
     assert others == ["--config=a.py", "--dry_run"]
     assert options.resources == {"CPU": 1.0, "GPU": 2.0, "memory": 1.5}
     assert options.slurm == {"partition": "gpu", "time": 90, "exclusive": True}
@@ -67,19 +69,19 @@ def test_on_this_machine_runs_side_by_side_have_cores_of_their_own(monkeypatch):
     cores, code = os.sched_getaffinity(0), "import os; print(*os.sched_getaffinity(0))"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     monkeypatch.setattr(
-        launch, "spawn", lambda *_, **__: subprocess.Popen([sys.executable, "-c", code], **pipes)
+        local, "spawn", lambda *_, **__: subprocess.Popen([sys.executable, "-c", code], **pipes)
     )
 
     def had(job):
         assert job.wait(60) == 0
         return {int(core) for core in job._process.stdout.read().split()}
 
-    alone = launch.create(launch.Options(), Path("."))
+    alone = choice.create(Options(), Path("."))
     assert alone.at_once == 1 and had(alone.start(None)) == cores
-    local = launch.create(launch.Options(resources={"CPU": 1.0}), Path("."))
-    assert local.at_once == len(cores)
+    one_each = choice.create(Options(resources={"CPU": 1.0}), Path("."))
+    assert one_each.at_once == len(cores)
     for _ in range(2):  # the second time on those that are free again
-        found = [had(job) for job in [local.start(None) for _ in cores]]
+        found = [had(job) for job in [one_each.start(None) for _ in cores]]
         assert [len(one) for one in found] == [1] * len(cores) and set.union(*found) == cores
     assert os.sched_getaffinity(0) == cores
 
@@ -132,7 +134,7 @@ def test_lost_runs_are_started_again_so_often_and_failed_ones_are_not(config, ca
     found = read(*config("[{'train.seed': [0, 1, 2, 3]}]"))
     codes = {"seed=0": [2], "seed=1": [EXIT_LOST, 0], "seed=2": [-9, EXIT_STOPPED], "seed=3": [0]}
     launcher = Script(found, codes)
-    assert sweep.run(found, launcher) == EXIT_FAILED
+    assert command.run(found, launcher) == EXIT_FAILED
     out, err = capsys.readouterr()
     assert launcher.most == 2 and not any(codes.values())
     assert "seed=1  started again (1 of 1) after exit 5: what it said last" in out
@@ -149,7 +151,7 @@ def test_a_signal_reaches_every_run_under_way_once_and_no_other_is_started(confi
     launcher = Script(found, {run.name: [0] for run in found.runs})
     sent = []
     launcher.during = lambda: sent or sent.append(signal.raise_signal(signal.SIGTERM))
-    assert sweep.run(found, launcher) == EXIT_STOPPED
+    assert command.run(found, launcher) == EXIT_STOPPED
     assert launcher.stopped == [("seed=0", signal.SIGTERM), ("seed=1", signal.SIGTERM)]
     assert "the same command continues" in capsys.readouterr().err
 
@@ -160,39 +162,39 @@ def order(tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\ntrap 'exit 75' TERM\necho began\nwhile :; do sleep 0.05; done\n")
     script.chmod(0o755)
-    monkeypatch.setattr(launch.sys, "executable", str(script))
-    monkeypatch.setattr(launch_node, "POLL", 0.05)
+    monkeypatch.setattr(choice.sys, "executable", str(script))
+    monkeypatch.setattr(node, "POLL", 0.05)
     return Order([], Path("run"), tmp_path, tmp_path / "compiled")
 
 
 def test_a_run_is_not_started_while_another_start_of_it_lives(order):
     """Also where whoever started it is gone: the lock is the run's own."""
-    first = launch.spawn(order, patience=1)
+    first = spawn(order, patience=1)
     with pytest.raises(InUse, match="run: a run is under way there .process"):
-        launch.spawn(order, patience=0)
+        spawn(order, patience=0)
     first.kill()
     first.communicate()
-    second = launch.spawn(order, patience=5)
+    second = spawn(order, patience=5)
     second.kill()
     second.communicate()
 
 
 def test_what_the_sweep_asks_of_a_run_on_a_node_reaches_it(order):
-    launch_node.prepare(order)
+    node.prepare(order)
     codes = []
-    thread = threading.Thread(target=lambda: codes.append(launch_node.Work(order)()))
+    thread = threading.Thread(target=lambda: codes.append(node.Work(order)()))
     thread.start()
     for _ in range(200):
-        if launch_node.began(order) and "began" in (order.directory / launch.LOG_FILE).read_text():
+        if node.began(order) and "began" in (order.directory / LOG_FILE).read_text():
             break
         thread.join(0.05)
-    launch_node.ask(order, signal.SIGTERM)
+    node.ask(order, signal.SIGTERM)
     thread.join(20)
     assert codes == [EXIT_STOPPED]
-    assert launch_node.Work(order)() == EXIT_STOPPED, "asked before it was started"
-    assert (order.directory / launch.LOG_FILE).read_text().count("began") == 1
+    assert node.Work(order)() == EXIT_STOPPED, "asked before it was started"
+    assert (order.directory / LOG_FILE).read_text().count("began") == 1
 
 
 def test_a_node_without_the_shared_directory_is_named(order):
     with pytest.raises(RuntimeError, match=r"stop' \(the sweep's --workdir and current directory must be"):
-        launch_node.Work(order)()
+        node.Work(order)()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_transformer import apply, example, init, tiny
 
-from switchmoe import decoding
+from switchmoe.inference import decoding
 
 
 @pytest.mark.parametrize("experts", [1, 4])

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchmoe.layers import Attention, FeedForward, RMSNorm, activate, relative_bucket
+from switchmoe.model.layers import Attention, FeedForward, RMSNorm, activate, relative_bucket
 from switchmoe.settings import ModelSettings
 
 MODEL = ModelSettings(d_model=16, d_ff=32, d_kv=8, num_heads=2, num_layers=2, dtype="float32", init_scale=1.0)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchmoe.dispatch import einsum_dispatcher
-from switchmoe.moe import Experts, MoELayer, group_shape
+from switchmoe.dispatch.dispatchers import einsum_dispatcher
+from switchmoe.model.moe import Experts, MoELayer, group_shape
 from switchmoe.routing import RouterSettings, expert_capacity, switch
 from switchmoe.settings import ModelSettings, MoESettings
 

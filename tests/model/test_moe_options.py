@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from switchmoe import optimizers, training
-from switchmoe.moe import AttentionExperts, MoELayer, check, dispatch_name
+from switchmoe.model.moe import AttentionExperts, MoELayer, check, dispatch_name
 from switchmoe.routing import NOT_CAUSAL, ROUTERS
 from switchmoe.settings import ModelSettings, MoESettings, from_config
+from switchmoe.training import optimizers, train_state, train_step
 
 MODEL = ModelSettings(d_model=16, d_ff=32, d_kv=4, num_heads=4, num_layers=2, dtype="float32", init_scale=1.0)
 ROOM = dict(num_experts=4, capacity_factor=4.0, eval_capacity_factor=4.0, jitter=0.0, router_init_stddev=0.3)
@@ -192,7 +192,7 @@ def transformer_settings(**moe):
 def step(settings, tx, state):
     inputs = jax.random.randint(jax.random.key(0), (4, 12), 1, 400)
     batch = {"inputs": inputs, "targets": inputs[:, :6].at[1, 4:].set(0)}
-    return jax.jit(lambda state: training.train_step(state, batch, settings, tx))(state)
+    return jax.jit(lambda state: train_step.train_step(state, batch, settings, tx))(state)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -205,8 +205,8 @@ def test_every_router_trains_a_transformer(router):
     )
     s = transformer_settings(**moe, **MORE.get(router, {}))
     s = dataclasses.replace(s, optimizer=dataclasses.replace(s.optimizer, name="adamw", learning_rate=1e-3))
-    tx = optimizers.create(s.optimizer, 10, training.axis_names(s), s.moe.bias_rate)
-    state, metrics = step(s, tx, jax.jit(lambda: training.init_state(s, tx))())
+    tx = optimizers.create(s.optimizer, 10, train_state.axis_names(s), s.moe.bias_rate)
+    state, metrics = step(s, tx, jax.jit(lambda: train_state.init_state(s, tx))())
     assert all(np.isfinite(value).all() for value in jax.device_get(metrics).values())
     layers = 4 if router == "switch" else 2  # attention and feed-forward of one block a stack
     assert metrics["layer_expert_load"].shape == (layers, 4)
@@ -218,8 +218,8 @@ def test_every_router_trains_a_transformer(router):
 def test_the_bias_of_loss_free_follows_the_load_by_its_rate(name):
     s = transformer_settings(router="loss_free", bias_rate=0.01)
     s = dataclasses.replace(s, optimizer=dataclasses.replace(s.optimizer, name=name, clip_norm=1e-9))
-    tx = optimizers.create(s.optimizer, 10, training.axis_names(s), s.moe.bias_rate)
-    state = jax.jit(lambda: training.init_state(s, tx))()
+    tx = optimizers.create(s.optimizer, 10, train_state.axis_names(s), s.moe.bias_rate)
+    state = jax.jit(lambda: train_state.init_state(s, tx))()
     bias_LE = state.params["encoder"]["blocks"]["block_0"]["moe"]["router_bias"]
     assert bias_LE.shape == (1, 4) and not bias_LE.any()
     state, metrics = step(s, tx, state)

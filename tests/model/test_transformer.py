@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchmoe import training
+from switchmoe.model.transformer import Transformer, sparse_layer_names
 from switchmoe.settings import from_config
-from switchmoe.transformer import Transformer, sparse_layer_names
+from switchmoe.training import train_state
 
 MODEL = dict(d_model=16, d_ff=32, d_kv=8, num_heads=2, num_layers=2, dtype="float32", init_scale=1.0)
 MOE = dict(num_experts=4, group_size=64, eval_capacity_factor=1.0, jitter=0.0)
@@ -190,4 +190,4 @@ def test_parameter_counts_by_hand():
     encoder = 2 * attention + expert + 4 * expert + router + 5 * norm
     decoder = 4 * attention + expert + 4 * expert + router + 7 * norm
     total = encoder + decoder + 2 * 2 * 32 + 512 * 16
-    assert training.parameter_counts(settings) == (total, total - 2 * 3 * expert)
+    assert train_state.parameter_counts(settings) == (total, total - 2 * 3 * expert)

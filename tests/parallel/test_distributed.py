@@ -14,7 +14,7 @@ import pytest
 from test_run import losses, wait_for_step
 
 from experiments import run as command
-from switchmoe import distributed
+from switchmoe.parallel import distributed
 from switchmoe.settings import MeshSettings
 
 SMALL = [

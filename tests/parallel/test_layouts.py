@@ -16,8 +16,9 @@ import optax
 import pytest
 from test_training import batch, optimizer, settings
 
-from switchmoe import sharding, training
+from switchmoe.parallel import sharding
 from switchmoe.settings import OptimizerSettings
+from switchmoe.training import train_state, train_step
 
 REMATERIALIZED = "nvoluntary full rematerialization"
 CASES = [(layout, False, "auto") for layout in sharding.LAYOUTS]
@@ -74,11 +75,11 @@ def trained(*arguments, **mesh):
     state = jax.device_get(first())
     mesh = sharding.make_mesh(s.mesh)
     sharding.check(s, {"encoder": 12, "decoder": 6}, mesh.shape)
-    where = sharding.state_shardings(state, training.abstract_variables(s)["params"], s, mesh)
+    where = train_state.state_shardings(state, train_state.abstract_variables(s)["params"], s, mesh)
     with jax.set_mesh(mesh), sharding.rules(s):
         state = jax.device_put(state, where)
         data = jax.device_put(batch(16), sharding.batch_sharding(mesh))
-        step = functools.partial(training.train_step, settings=s, tx=recorded(s))
+        step = functools.partial(train_step.train_step, settings=s, tx=recorded(s))
         step = jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(state, data)
         step, said = heard(step.compile)
         return *three_steps(step, state, data), step, said
@@ -86,13 +87,13 @@ def trained(*arguments, **mesh):
 
 @functools.cache
 def first():
-    return jax.jit(lambda: training.init_state(case(), recorded(case())))()
+    return jax.jit(lambda: train_state.init_state(case(), recorded(case())))()
 
 
 @functools.cache
 def alone():
     """What `three_steps` gives without a mesh."""
-    step = jax.jit(functools.partial(training.train_step, settings=case(), tx=recorded(case())))
+    step = jax.jit(functools.partial(train_step.train_step, settings=case(), tx=recorded(case())))
     return three_steps(step, first(), batch(16))
 
 
@@ -178,8 +179,8 @@ def bytes_of(tree):
 @pytest.mark.long
 def test_bytes_of_a_device_are_what_the_layout_predicts():
     """Shares of experts, of widths and of all the rest, in eighths and by hand."""
-    boxes = training.abstract_variables(case())["params"]
-    names = training.axis_names(case())
+    boxes = train_state.abstract_variables(case())["params"]
+    names = train_state.axis_names(case())
     sizes = jax.tree.map(lambda box: 4 * box.value.size, boxes, is_leaf=lambda x: hasattr(x, "names"))
     flat = list(
         zip(
@@ -213,11 +214,11 @@ def test_bytes_of_a_device_are_what_the_layout_predicts():
 
 def test_moments_take_twice_the_bytes_of_their_parameters_on_each_device():
     adamw = dataclasses.replace(case(), optimizer=OptimizerSettings(name="adamw"))
-    state = jax.eval_shape(functools.partial(training.init_state, adamw, optimizer(adamw)))
-    boxes = training.abstract_variables(adamw)["params"]
+    state = jax.eval_shape(functools.partial(train_state.init_state, adamw, optimizer(adamw)))
+    boxes = train_state.abstract_variables(adamw)["params"]
     for layout, fsdp in itertools.product(sharding.LAYOUTS, (False, True)):
         s = case(layout, fsdp)
-        where = sharding.state_shardings(state, boxes, s, sharding.make_mesh(s.mesh))
+        where = train_state.state_shardings(state, boxes, s, sharding.make_mesh(s.mesh))
 
         def local(part, where=where):
             leaves = jax.tree.leaves(getattr(state, part)), jax.tree.leaves(getattr(where, part))
@@ -236,7 +237,7 @@ def test_adding_a_layout_is_adding_a_table(monkeypatch):
     s = case("expert_widths")
     mesh = sharding.make_mesh(s.mesh)
     sharding.check(s, {"encoder": 12, "decoder": 6}, mesh.shape)
-    state = training.sharded_state(s, optimizer(s), mesh)
+    state = train_state.sharded_state(s, optimizer(s), mesh)
     shapes = {
         jax.tree_util.keystr(path): leaf.sharding.shard_shape(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
@@ -252,9 +253,9 @@ def test_state_lies_where_its_parameter_lies(name, momentum):
     model = dict(d_model=128, d_ff=256, num_heads=4, d_kv=64)
     moe, mesh = dict(num_experts=4), dict(layout="data_expert_model", fsdp=True, data=1, expert=2, model=4)
     s = settings(model, moe, mesh=mesh, optimizer=dict(name=name, momentum=momentum))
-    state = jax.eval_shape(functools.partial(training.init_state, s, optimizer(s)))
+    state = jax.eval_shape(functools.partial(train_state.init_state, s, optimizer(s)))
     mesh = sharding.make_mesh(s.mesh)
-    where = sharding.state_shardings(state, training.abstract_variables(s)["params"], s, mesh)
+    where = train_state.state_shardings(state, train_state.abstract_variables(s)["params"], s, mesh)
     specs = {
         jax.tree_util.keystr(path): (leaf.shape, at.shard_shape(leaf.shape))
         for (path, leaf), at in zip(

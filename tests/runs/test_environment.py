@@ -9,7 +9,7 @@ import pytest
 
 from experiments import exits, process
 from switchmoe.data import sources
-from switchmoe.reporting import read_metrics
+from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import DataSettings
 
 TINY = [

@@ -22,11 +22,12 @@ from test_run import TINY, finish, losses, run_here, start
 
 from experiments import command_line
 from experiments import run as command
-from switchmoe import integrity, rundir, training
-from switchmoe.checkpoints import CheckpointError, Checkpoints
-from switchmoe.lock import LOCK_FILE, Lock
-from switchmoe.reporting import read_metrics
+from switchmoe.runs import integrity, rundir
+from switchmoe.runs.checkpoints import CheckpointError, Checkpoints
+from switchmoe.runs.lock import LOCK_FILE, Lock
+from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import CheckpointSettings, from_config
+from switchmoe.training import train_state, train_step
 
 pytestmark = pytest.mark.faults
 
@@ -41,11 +42,11 @@ def whole(tmp_path_factory, environment):
 
 def final_state(workdir):
     settings = from_config(json.loads((workdir / "config.json").read_text()))
-    tx = training.optimizer(settings)
+    tx = train_state.optimizer(settings)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        jax.eval_shape(lambda: training.init_state(settings, tx)),
+        jax.eval_shape(lambda: train_state.init_state(settings, tx)),
     )
     checkpoints = Checkpoints(workdir / "checkpoints", settings.checkpoint)
     assert checkpoints.latest() == settings.train.num_steps
@@ -203,9 +204,9 @@ def poisoned(monkeypatch):
                 sums["nll"] = sums["nll"] * jnp.where(here, jnp.nan, 1.0)
             return sums
 
-        monkeypatch.setattr(training, "token_sums", token_sums)
+        monkeypatch.setattr(train_step, "token_sums", token_sums)
 
-    real = training.token_sums
+    real = train_step.token_sums
     return poison
 
 

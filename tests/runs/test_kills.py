@@ -11,7 +11,7 @@ import pytest
 from test_faults import assert_same_run, newest_record, wait_until
 from test_run import finish, start
 
-from switchmoe import integrity
+from switchmoe.runs import integrity
 
 KILLED = [
     "--config.data.batch_size=32", "--config.train.num_steps=160", "--config.train.eval_every=9",

@@ -3,7 +3,7 @@
 import re
 import subprocess
 
-from switchmoe import origin
+from switchmoe.runs import origin
 
 
 def test_the_commit_is_that_of_the_code_and_says_if_it_was_changed(tmp_path, monkeypatch):

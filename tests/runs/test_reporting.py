@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from switchmoe import reporting
-from switchmoe.reporting import MetricsWriter, Progress, duration, fit, read_metrics, scalars
+from switchmoe.runs import reporting
+from switchmoe.runs.reporting import MetricsWriter, Progress, duration, fit, read_metrics, scalars
 
 
 def train_record(step, **changes):

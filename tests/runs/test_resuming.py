@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import exits, sweep, sweep_plan
+from experiments import exits
 from experiments import run as command
-from switchmoe import lock, resuming
-from switchmoe.reporting import read_metrics
+from experiments.sweep import __main__ as sweep
+from switchmoe.runs import lock, resuming
+from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import Settings, from_config, to_dict
 
-OLD_RUN = Path(__file__).parent / "data" / "run_0.1.0.tar.xz"
-ROOT = Path(__file__).parents[1]
+OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_0.1.0.tar.xz"
+ROOT = Path(__file__).parents[2]
 
 
 # The table.
@@ -190,14 +191,14 @@ def test_a_sweep_of_an_earlier_version_goes_on(tmp_path):
         "def get_sweep():\n    return [{'moe.num_experts': [1, 2]}]\n"
     )
     given = ["sweep", f"--config={study}", f"--workdir={tmp_path / 'out'}"]
-    found = sweep_plan.read(given, "A doc.")
-    definition = sweep_plan.definition(found)
+    found = study.read(given, "A doc.")
+    definition = study.definition(found)
     for groups in (definition["base"], *(to_dict(run.settings) for run in found.runs)):
         del groups["moe"]["balance_choices"], groups["checkpoint"]["on_damage"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sweep.json").write_text(json.dumps(definition))
-    sweep_plan.check_directory(found)
-    sweep_plan.check_directory(sweep_plan.read([*given, "--config.checkpoint.keep=7"], "A doc."))
+    study.check_directory(found)
+    study.check_directory(study.read([*given, "--config.checkpoint.keep=7"], "A doc."))
     assert sweep.main([*given, "--config.moe.balance_choices=first"]) == exits.EXIT_BAD_INPUT
 
 
@@ -220,7 +221,7 @@ def test_a_lock_is_held_named_and_let_go_of(tmp_path):
 
 def test_a_lock_dies_with_its_process(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from switchmoe.lock import Lock\n"
+        "import sys, time; from pathlib import Path; from switchmoe.runs.lock import Lock\n"
         "lock = Lock(Path(sys.argv[1])); lock.take(); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import run as command
-from switchmoe import loop
 from switchmoe.data import sources, vocabulary
-from switchmoe.reporting import read_metrics
+from switchmoe.runs import loop
+from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import DataSettings
 
 TINY = [

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from switchmoe import optimizers
 from switchmoe.settings import OptimizerSettings
+from switchmoe.training import optimizers
 
 NAMES = {
     "experts": ("layers", "expert", "embed", "mlp"),

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from test_transformer import DATA, MODEL, MOE, apply, example
 
-from switchmoe import losses, optimizers, training
+from switchmoe.model import output_loss
 from switchmoe.settings import from_config
+from switchmoe.training import optimizers, train_state, train_step
 
 
 def settings(model=None, moe=None, train=None, mesh=None, data=None, optimizer=None):
@@ -35,7 +36,7 @@ def batch(size=8, pad=True):
 
 
 def optimizer(s):
-    return optimizers.create(s.optimizer, 10, training.axis_names(s))
+    return optimizers.create(s.optimizer, 10, train_state.axis_names(s))
 
 
 def first_state(s):
@@ -50,15 +51,15 @@ def first_state(s):
 @functools.cache
 def _first_state(s, seed):
     s = dataclasses.replace(s, train=dataclasses.replace(s.train, seed=seed))
-    return jax.jit(lambda: training.init_state(s, optimizer(s)))()
+    return jax.jit(lambda: train_state.init_state(s, optimizer(s)))()
 
 
-evaluated = jax.jit(training.eval_step, static_argnums=2)
+evaluated = jax.jit(train_step.eval_step, static_argnums=2)
 
 
 @functools.cache
 def compiled_step(s):
-    return jax.jit(functools.partial(training.train_step, settings=s, tx=optimizer(s)))
+    return jax.jit(functools.partial(train_step.train_step, settings=s, tx=optimizer(s)))
 
 
 def after(s, steps, data):
@@ -91,10 +92,10 @@ def test_cross_entropy_is_the_mean_over_real_targets():
     params = first_state(s).params
     sums, counts = evaluated(params, data, s)
     logits, _ = apply(s, {"params": params}, data["inputs"], data["targets"])
-    nll, _ = losses.cross_entropy(logits, data["targets"])
+    nll, _ = output_loss.cross_entropy(logits, data["targets"])
     real = data["targets"] != 0
     expected = float(nll[real].mean())
-    assert training.summarize(sums, counts, s)["cross_entropy"] == pytest.approx(expected, rel=1e-5)
+    assert train_step.summarize(sums, counts, s)["cross_entropy"] == pytest.approx(expected, rel=1e-5)
     assert expected == pytest.approx(math.log(512), abs=2)
 
 
@@ -108,7 +109,7 @@ def test_layers_are_listed_encoder_first_in_training_and_evaluation():
     _, aux = apply(s, {"params": params}, data["inputs"], data["targets"])
     wanted = jnp.concatenate([aux[stack]["z_loss"] for stack in ("encoder", "decoder")])
     assert abs(float(wanted[0] - wanted[1])) > 1e-2
-    evaluation = training.summarize(*evaluated(params, data, s), s)
+    evaluation = train_step.summarize(*evaluated(params, data, s), s)
     _, metrics = after(s, 1, data)
     for found in (evaluation, metrics):
         np.testing.assert_allclose(found["layer_z_loss"], wanted, rtol=1e-4)
@@ -121,7 +122,7 @@ def test_balance_does_not_cancel_between_layers():
     rest = {"nll": jnp.array(0.0), "output_z": jnp.array(0.0), "correct": jnp.array(0.0)}
     sums = rest | {"encoder": layer, "decoder": layer}
     counts = {"encoder": jnp.array(1.0), "decoder": jnp.array(1.0)}
-    assert training.summarize(sums, counts, s)["balance_loss"] == 8.0
+    assert train_step.summarize(sums, counts, s)["balance_loss"] == 8.0
 
 
 def test_accumulation_changes_nothing():
@@ -138,8 +139,8 @@ def test_compile_time_does_not_grow_with_depth():
 
     def compile_seconds(layers):
         s = settings(dict(num_layers=layers, dropout_rate=0.11))  # no other test's: not in their cache
-        state = jax.eval_shape(lambda: training.init_state(s, optimizer(s)))
-        step = jax.jit(functools.partial(training.train_step, settings=s, tx=optimizer(s)))
+        state = jax.eval_shape(lambda: train_state.init_state(s, optimizer(s)))
+        step = jax.jit(functools.partial(train_step.train_step, settings=s, tx=optimizer(s)))
         started = time.process_time()
         step.lower(state, batch()).compile()
         return time.process_time() - started
@@ -157,8 +158,8 @@ def test_padding_appended_to_the_batch_changes_no_metric():
     }
     params = first_state(s).params
     roomy = settings(moe=dict(eval_capacity_factor=4.0))
-    plain = training.summarize(*evaluated(params, data, roomy), roomy)
-    padded = training.summarize(*evaluated(params, wider, roomy), roomy)
+    plain = train_step.summarize(*evaluated(params, data, roomy), roomy)
+    padded = train_step.summarize(*evaluated(params, wider, roomy), roomy)
     assert_close(plain, padded)
 
 
@@ -207,7 +208,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_the_next_is_as_ever():
 
 def test_skipping_is_not_in_the_program_where_it_is_off_and_copies_no_state_where_it_is_on():
     def step(s):
-        function = functools.partial(training.train_step, settings=s, tx=optimizer(s))
+        function = functools.partial(train_step.train_step, settings=s, tx=optimizer(s))
         return jax.jit(function, donate_argnums=0).lower(first_state(s), batch())
 
     off, on = step(settings()), step(settings(train=dict(skip_nonfinite=3)))
@@ -226,10 +227,10 @@ def test_seeds_share_a_program_whose_key_is_an_argument_and_changes_nothing():
         settings(moe=dict(jitter=0.1), model=dict(dropout_rate=0.1), train=dict(seed=seed)) for seed in (0, 1)
     ]
     keys = [jax.jit(jax.random.key)(np.uint32(s.train.seed)) for s in seeds]
-    first = [jax.jit(functools.partial(training.init_state, s, optimizer(s))) for s in seeds]
+    first = [jax.jit(functools.partial(train_state.init_state, s, optimizer(s))) for s in seeds]
     assert first[0].lower(keys[0]).as_text() == first[1].lower(keys[1]).as_text()
     state, data = first_state(seeds[1]), batch()
-    steps = [jax.jit(functools.partial(training.train_step, settings=s, tx=optimizer(s))) for s in seeds]
+    steps = [jax.jit(functools.partial(train_step.train_step, settings=s, tx=optimizer(s))) for s in seeds]
     texts = [step.lower(state, data, key=key).as_text() for step, key in zip(steps, keys, strict=True)]
     assert texts[0] == texts[1]
     constant, argument = steps[1](state, data), steps[0](state, data, key=keys[1])

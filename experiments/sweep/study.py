@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import command_line, process
-from switchmoe import resuming, rundir
-from switchmoe.reporting import duration
+from switchmoe.runs import resuming, rundir
+from switchmoe.runs.reporting import duration
 from switchmoe.settings import Settings, from_config, to_dict
 
 DEFAULT_CONFIG = "configs/sweeps/experts_tiny.py"
@@ -125,7 +125,7 @@ def _word(value: Any) -> str:
 
 def _idle(run: Run) -> list[str]:
     """The run's own overrides that nothing reads."""
-    from switchmoe.moe import without_effect
+    from switchmoe.model.moe import without_effect
 
     return [f"moe.{name}" for name in without_effect(run.settings.moe) if f"moe.{name}" in run.overrides]
 
@@ -191,8 +191,10 @@ def survey(runs: Sequence[Run], measure: bool, here: bool = True) -> tuple[list[
     """
     import jax
 
-    from switchmoe import flops, sharding, training
     from switchmoe.data import batches
+    from switchmoe.parallel import sharding
+    from switchmoe.planning import flops
+    from switchmoe.training import train_state
 
     if not here:
         jax.config.update("jax_platforms", "cpu")
@@ -207,7 +209,7 @@ def survey(runs: Sequence[Run], measure: bool, here: bool = True) -> tuple[list[
                 sharding.check(run.settings, {"encoder": data.input_length, "decoder": target}, mesh.shape)
         except ValueError as error:
             raise ValueError(f"run {run.name}: {error}") from None
-        counts = training.parameter_counts(run.settings)
+        counts = train_state.parameter_counts(run.settings)
         work = flops.train_flops(run.settings, target)
         costs.append(
             Cost(

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments.sweep_plan import Cost, Run, Sweep
-from switchmoe import reporting
-from switchmoe.rundir import read_run
+from experiments.sweep.study import Cost, Run, Sweep
+from switchmoe.runs import reporting
+from switchmoe.runs.rundir import REPORT_FILE, read_run
 
 RESULTS_FILE = "results.csv"
-REPORT_FILE = "report.html"  # a run's last act
 
 
 def result(directory: Path, run: Run, cost: Cost) -> dict[str, Any]:

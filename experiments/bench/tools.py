@@ -1,0 +1,57 @@
+"""What the benchmarks share: the machine's description, and whether Hugging Face's cases can be measured."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from switchmoe.analysis import timing
+
+Rows = list[dict[str, Any]]
+COLOURS = (
+    "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#F0E442", "#CC79A7", "#8c6d31", "#999999", "#333333",
+)  # fmt: skip
+VERSIONS_OF = ("jax", "jaxlib", "flax", "torch", "transformers")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    versions = {}
+    for name in VERSIONS_OF:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.platform}: {device.device_kind}",
+        "processor": _processor(),
+        "cores": len(_affinity()),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _affinity() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def torch_cases(make, *arguments: Any) -> dict[str, timing.Case]:
+    """Hugging Face's cases, or none where torch and transformers aren't installed."""
+    try:
+        import torch
+        import transformers  # noqa: F401
+    except ImportError:
+        return {}
+    torch.set_num_threads(len(_affinity()))
+    return make(*arguments)

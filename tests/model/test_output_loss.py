@@ -1,0 +1,70 @@
+"""The vocabulary's loss: hand-computed values, and its gradient is that of its formula."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from switchmoe.model import output_loss
+
+
+def test_cross_entropy_by_hand_and_with_smoothing():
+    logits_BLV = jnp.log(jnp.array([[[0.5, 0.25, 0.25]]]))
+    targets_BL = jnp.array([[0]])
+    nll_BL, z_BL = output_loss.cross_entropy(logits_BLV + 2.0, targets_BL)
+    assert nll_BL[0, 0] == pytest.approx(np.log(2), rel=1e-5)
+    assert z_BL[0, 0] == pytest.approx(4.0, rel=1e-5)
+    smooth_BL, _ = output_loss.cross_entropy(logits_BLV, targets_BL, label_smoothing=0.3)
+    expected = 0.7 * np.log(2) + 0.1 * (np.log(2) + 2 * np.log(4))
+    assert smooth_BL[0, 0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_output_cross_entropy_has_the_gradient_of_its_formula(smoothing):
+    """Its own gradient against autodiff through `cross_entropy`; bf16 to its rounding."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    targets_BL = jax.random.randint(keys[2], (3, 5), 0, 11)
+
+    def plain(x_BLD, table_VD):
+        return output_loss.cross_entropy(output_loss.logits(x_BLD, table_VD), targets_BL, smoothing)
+
+    def total(outputs):
+        nll_BL, z_BL = outputs
+        weight_BL = jnp.arange(15.0).reshape(3, 5)
+        return (weight_BL * nll_BL + 0.1 * (15 - weight_BL) * z_BL).sum()
+
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
+        x_BLD = jax.random.normal(keys[0], (3, 5, 7)).astype(dtype)
+        table_VD = jax.random.normal(keys[1], (11, 7)).astype(dtype)
+        found = jax.value_and_grad(
+            lambda x, w: total(output_loss.output_cross_entropy(x, w, targets_BL, smoothing)[:2]), (0, 1)
+        )(x_BLD, table_VD)
+        inputs = x_BLD.astype(jnp.float32), table_VD.astype(jnp.float32)
+        expected = jax.value_and_grad(lambda x, w: total(plain(x, w)), (0, 1))(*inputs)
+        assert [a.dtype for a in found[1]] == [dtype, dtype]
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert jnp.abs(a.astype(jnp.float32) - b).max() < tolerance * jnp.abs(b).max()
+        correct_BL = output_loss.output_cross_entropy(*inputs, targets_BL)[2]
+        assert (correct_BL == (output_loss.logits(*inputs).argmax(-1) == targets_BL)).all()
+
+
+def test_the_loss_of_bf16_logits_is_float32():
+    logits = jnp.ones((2, 3, 4), jnp.bfloat16)
+    nll_BL, z_BL = output_loss.cross_entropy(logits, jnp.zeros((2, 3), jnp.int32))
+    assert nll_BL.dtype == z_BL.dtype == jnp.float32
+
+
+def test_a_tie_is_no_hit():
+    """A model whose logits are all the same, or no numbers, is right nowhere; with one alone it is."""
+    x_BLD, targets_BL = jnp.ones((1, 4, 2)), jnp.array([[0, 1, 2, 0]])
+
+    def hits(table_VD):
+        return output_loss.output_cross_entropy(x_BLD, jnp.asarray(table_VD, jnp.float32), targets_BL)[2][
+            0
+        ].tolist()
+
+    assert hits([[0, 0]] * 3) == [False] * 4
+    assert hits([[1, 1], [1, 1], [0, 0]]) == [False] * 4
+    assert hits([[1, 1], [0, 0], [0, 0]]) == [True, False, False, True]
+    assert hits([[jnp.nan, 0], [0, 0], [0, 0]]) == [False] * 4
+    assert hits([[jnp.inf, 0], [0, 0], [0, 0]]) == [True, False, False, True]
