@@ -224,10 +224,10 @@ class _Lease:
     def __init__(self, path: epath.Path, name: str):
         self._path, self._over = path, threading.Event()
         self._me = {"holder": f"process {os.getpid()} on {socket.gethostname()}", "id": uuid.uuid4().hex}
-        first, until = self._found(), time.monotonic() + WATCHED
+        first, until = read_lease(self._path), time.monotonic() + WATCHED
         while first and time.monotonic() < until:
             time.sleep(min(1.0, WATCHED / 10))
-            found = self._found()
+            found = read_lease(self._path)
             if not found:
                 break
             if found != first:
@@ -238,24 +238,6 @@ class _Lease:
         self._write()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
-
-    def _found(self) -> dict[str, Any]:
-        """The lease that is there, {} if there is none.
-
-        It is looked for again before it counts as gone: some stores show none while one is written over another.
-        """
-        for wait in (0.1, 0.2, 0.4, 0.0):
-            try:
-                found = json.loads(self._path.read_text())
-                if isinstance(found, dict) and found:
-                    return found
-            except (FileNotFoundError, ValueError):
-                pass
-            except OSError as error:
-                if error.errno != errno.EBUSY or not wait:  # s3fs: written over between its size and its text
-                    raise
-            time.sleep(wait)
-        return {}
 
     def _write(self) -> None:
         self._path.write_text(json.dumps(self._me | {"renewed": time.time()}))
@@ -270,6 +252,25 @@ class _Lease:
         self._thread.join()
         with contextlib.suppress(Exception):
             self._path.unlink(missing_ok=True)
+
+
+def read_lease(path: epath.Path) -> dict[str, Any]:
+    """The lease that is there, {} if there is none.
+
+    It is looked for again before it counts as gone: some stores show none while one is written over another.
+    """
+    for wait in (0.1, 0.2, 0.4, 0.0):
+        try:
+            found = json.loads(path.read_text())
+            if isinstance(found, dict) and found:
+                return found
+        except (FileNotFoundError, ValueError):
+            pass
+        except OSError as error:
+            if error.errno != errno.EBUSY or not wait:  # s3fs: written over between its size and its text
+                raise
+        time.sleep(wait)
+    return {}
 
 
 class InUse(ValueError):

@@ -162,7 +162,7 @@ def order(tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\ntrap 'exit 75' TERM\necho began\nwhile :; do sleep 0.05; done\n")
     script.chmod(0o755)
-    monkeypatch.setattr(choice.sys, "executable", str(script))
+    monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.setattr(node, "POLL", 0.05)
     return Order([], Path("run"), tmp_path, tmp_path / "compiled")
 

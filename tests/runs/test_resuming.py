@@ -15,6 +15,7 @@ import pytest
 from experiments import exits
 from experiments import run as command
 from experiments.sweep import __main__ as sweep
+from experiments.sweep import study
 from switchmoe.runs import lock, resuming
 from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import Settings, from_config, to_dict
@@ -185,12 +186,12 @@ def test_refusals_on_the_way_change_nothing(old_run, capsys):
 
 
 def test_a_sweep_of_an_earlier_version_goes_on(tmp_path):
-    study = tmp_path / "study.py"
-    study.write_text(
+    file = tmp_path / "study.py"
+    file.write_text(
         "from configs import quickstart\nget_config = quickstart.get_config\n"
         "def get_sweep():\n    return [{'moe.num_experts': [1, 2]}]\n"
     )
-    given = ["sweep", f"--config={study}", f"--workdir={tmp_path / 'out'}"]
+    given = ["sweep", f"--config={file}", f"--workdir={tmp_path / 'out'}"]
     found = study.read(given, "A doc.")
     definition = study.definition(found)
     for groups in (definition["base"], *(to_dict(run.settings) for run in found.runs)):
