@@ -6,12 +6,14 @@ defaults. A ``ValueError`` raised here is one line: the field, its value, what w
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 NUM_SENTINELS = 100
 ACTIVATIONS = ("relu", "geglu")
 DTYPES = ("float32", "bfloat16")
+OBJECTIVES = ("span_corruption", "prefix_lm")
 LOSS_WEIGHTS = {  # a router's loss: the field of its weight
     "balance": "balance_loss_weight",
     "importance": "importance_loss_weight",
@@ -47,6 +49,13 @@ def _rate(group: str, settings: Any, field: str) -> None:
 def _one_of(group: str, settings: Any, field: str, accepted: tuple[str, ...]) -> None:
     if getattr(settings, field) not in accepted:
         raise _bad(f"{group}.{field}", getattr(settings, field), f"one of {', '.join(accepted)}")
+
+
+def _expression(group: str, settings: Any, field: str) -> None:
+    try:
+        re.compile(getattr(settings, field))
+    except re.error as error:
+        raise _bad(f"{group}.{field}", getattr(settings, field), f"a regular expression ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +160,7 @@ class MoESettings:
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """Text, its vocabulary, and span corruption (T5, 3.1.4)."""
+    """Text, its vocabulary, and what is asked of it."""
 
     # `wiki_vital_en` (embedded), a tfds name such as `c4/en`, or a glob of files: .txt, a JSON record a line in .jsonl, .json
     # or .ndjson (all of these also .gz, .xz, .bz2, .zst), .parquet
@@ -166,11 +175,16 @@ class DataSettings:
     validation_split: str = ""  # likewise; "": validation, or test, or else a share of train
     batch_size: int = 128  # sequences a step, over all devices
     input_length: int = 512  # encoder tokens, all of them used
-    target_length: int = 0  # decoder tokens; 0: just what span corruption writes
+    target_length: int = (
+        0  # decoder tokens; 0: what the objective writes (prefix=full: as many as in the encoder)
+    )
     vocab: str = ""  # a SentencePiece model file such as T5's spiece.model; "": train one
     vocab_size: int = 32000  # SentencePiece pieces; 100 sentinels join them at the top
     # nmt_nfkc (T5's): blanks and line breaks are joined, letters unified. identity: every character comes back
     normalization: str = "nmt_nfkc"
+    # span_corruption (T5, 3.1.4), or prefix_lm: a text's beginning in, its continuation out
+    objective: str = "span_corruption"
+    prefix: str = "random"  # of prefix_lm: random (T5's: where a piece is cut is drawn), or full (no padding)
     noise_density: float = 0.15  # share of the tokens that span corruption takes out
     mean_span_length: float = 3.0  # tokens of a span, on average
     streams: int = 0  # documents go round so many streams, each of which fills rows of its own; 0: one a row
@@ -185,6 +199,8 @@ class DataSettings:
         _at_least("data", self, "prefetch", 1)
         _one_of("data", self, "documents", ("line", "block"))
         _one_of("data", self, "normalization", ("nmt_nfkc", "identity"))
+        _one_of("data", self, "objective", OBJECTIVES)
+        _one_of("data", self, "prefix", ("random", "full"))
         if not self.source:
             raise _bad("data.source", "''", "wiki_vital_en, a tfds name, or a glob of text files")
         for field in ("noise_density", "validation_share"):
@@ -236,6 +252,9 @@ class TrainSettings:
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary
     output_z_loss_weight: float = 1e-4  # on the vocabulary logits; 0 leaves it out
     skip_nonfinite: int = 0  # updates in a row left out as loss or gradient is not finite; one more: a stop
+    trainable: str = (
+        ""  # regular expression of the parameters that are trained (found in encoder/blocks/...); "": all
+    )
     seed: int = 0  # of parameters, batches, dropout and routers
 
     def __post_init__(self) -> None:
@@ -245,6 +264,7 @@ class TrainSettings:
             _at_least("train", self, field, 0)
         if self.seed >= 2**32:  # what a JAX key has room for: larger seeds would repeat smaller ones
             raise _bad("train.seed", self.seed, "an integer < 2**32")
+        _expression("train", self, "trainable")
         _rate("train", self, "label_smoothing")
         _not_negative("train", self, "output_z_loss_weight")
 
@@ -305,6 +325,22 @@ class CheckpointSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitSettings:
+    """Where the first parameters come from. Read before the first step only: a run that goes on has its own."""
+
+    # a run's directory (its newest step), DIR|STEP, or a step's own directory, DIR/checkpoints/STEP; "": random ones
+    checkpoint: str = ""
+    params: str = (
+        ""  # regular expression of what is taken (found in encoder/blocks/...), the rest is random; "": all
+    )
+
+    def __post_init__(self) -> None:
+        _expression("init", self, "params")
+        if self.params and not self.checkpoint:
+            raise _bad("init.params", self.params, "empty without init.checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """All groups; the checks that need more than one group are here."""
 
@@ -315,6 +351,7 @@ class Settings:
     train: TrainSettings = TrainSettings()
     mesh: MeshSettings = MeshSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    init: InitSettings = InitSettings()
 
     def __post_init__(self) -> None:
         if self.sparse and self.model.num_layers % self.moe.every:

@@ -15,7 +15,7 @@ from switchmoe.model.layers import Attention, FeedForward
 from switchmoe.model.moe import MoELayer, group_shape
 from switchmoe.planning import flops
 from switchmoe.settings import Settings, from_config
-from switchmoe.training import optimizers, train_state, train_step
+from switchmoe.training import objective, optimizers, train_state, train_step
 
 HEADS = 4
 
@@ -75,7 +75,7 @@ def _settings(experts: int, options: argparse.Namespace) -> Settings:
     )
 
 
-def _batch(options: argparse.Namespace) -> train_step.Batch:
+def _batch(options: argparse.Namespace) -> objective.Batch:
     keys = jax.random.split(jax.random.key(options.seed))
     return {
         name: jax.random.randint(key, (options.batch, length), 1, options.vocab)
@@ -83,7 +83,7 @@ def _batch(options: argparse.Namespace) -> train_step.Batch:
     }
 
 
-def _step(settings: Settings, batch: train_step.Batch) -> timing.Case:
+def _step(settings: Settings, batch: objective.Batch) -> timing.Case:
     tx = optimizers.create(settings.optimizer, 1000, train_state.axis_names(settings))
     state = [jax.jit(lambda: train_state.init_state(settings, tx))()]
     step = train_step.compile_step(settings, tx, state[0], batch)

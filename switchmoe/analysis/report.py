@@ -1,6 +1,7 @@
 """`report.html` of a run: one file with its figures, pictures, examples and settings, no links, no scripts."""
 
 import base64
+import itertools
 import json
 import math
 import os
@@ -225,6 +226,11 @@ def _examples(examples: Sequence[dict[str, str]] | None) -> str:
     if not examples:
         return f"<p>{MISSING}</p>"
     pairs = [(fill_ins(example["target"]), fill_ins(example["prediction"])) for example in examples]
+    if not any(target for target, _ in pairs):
+        return (
+            "<p>The beginnings of held-out texts, how they go on, and how the model goes on, one token after the other, "
+            "each time the likeliest.</p>" + "".join(map(_continuation, itertools.count(1), examples))
+        )
     spans = sum(len(target) for target, _ in pairs)
     hits = sum(_is_hit(target, prediction, k) for target, prediction in pairs for k in target)
     intro = (
@@ -234,6 +240,17 @@ def _examples(examples: Sequence[dict[str, str]] | None) -> str:
     return intro + "".join(
         _example(number, example, *pair)
         for number, (example, pair) in enumerate(zip(examples, pairs, strict=True), start=1)
+    )
+
+
+def _continuation(number: int, example: dict[str, str]) -> str:
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{_marked(example[key])}</td></tr>"
+        for name, key in (("text", "target"), ("model", "prediction"))
+    )
+    return (
+        f"<h3>Example {number}</h3><blockquote>{_marked(example['input'])}</blockquote>"
+        f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'
     )
 
 

@@ -1,7 +1,7 @@
-"""Batches of span-corrupted text: an endless, resumable iterator for training, a fixed list to evaluate.
+"""Batches of text: an endless, resumable iterator for training, a fixed list to evaluate.
 
-Documents are tokenised, joined without a separator and cut into pieces of the raw length that fills
-`data.input_length` once corrupted, as T5 does. A batch is ``dict(inputs_BL, targets_BL)`` under the
+Documents are tokenised, joined without a separator and cut into pieces of the raw length of which the objective
+(`objectives`) makes inputs and targets, as T5 does. A batch is ``dict(inputs_BL, targets_BL)`` under the
 names `inputs` and `targets`, int32.
 
 Letters: B sequences a batch, N sequences in all, L tokens, V vocabulary.
@@ -15,7 +15,7 @@ import grain
 import grain.experimental
 import numpy as np
 
-from switchmoe.data import span_corruption
+from switchmoe.data import objectives
 from switchmoe.data.errors import DataError
 from switchmoe.data.vocabulary import Vocabulary
 from switchmoe.settings import DataSettings
@@ -25,29 +25,23 @@ EVAL_SEED = 20170612  # the same held-out examples whatever the run's seed
 Batch = dict[str, np.ndarray]
 
 
-def target_length(settings: DataSettings) -> int:
-    """Decoder tokens a sequence: what span corruption writes, or `data.target_length` where that is more.
+def lengths(settings: DataSettings) -> dict[str, int]:
+    """Tokens of a sequence in each stack.
 
     Raises:
-      DataError: `data.target_length` is too small.
+      DataError: as `objectives.lengths`.
     """
-    _, written = span_corruption.lengths(
-        settings.input_length, settings.noise_density, settings.mean_span_length
-    )
-    if 0 < settings.target_length < written:
-        raise DataError(
-            f"data.target_length={settings.target_length}: span corruption of data.input_length="
-            f"{settings.input_length} writes {written} target tokens; accepted is 0 or an integer >= {written}"
-        )
-    return max(settings.target_length, written)
+    return {"encoder": settings.input_length, "decoder": objectives.lengths(settings).targets}
+
+
+def target_length(settings: DataSettings) -> int:
+    """Decoder tokens of a sequence."""
+    return lengths(settings)["decoder"]
 
 
 def real_tokens(settings: DataSettings) -> int:
-    """Tokens of a sequence, of both stacks, that are no padding: span corruption always writes as many."""
-    return (
-        settings.input_length
-        + span_corruption.lengths(settings.input_length, settings.noise_density, settings.mean_span_length)[1]
-    )
+    """Tokens of a sequence, of both stacks, that are no padding."""
+    return objectives.lengths(settings).real
 
 
 def document_order(
@@ -102,11 +96,10 @@ def train_batches(
       rows `stream_rows(settings)[streams]`.
 
     Raises:
-      DataError: `data.target_length` is too small, no document has any token; ValueError as
-        ``span_corruption.lengths``.
+      DataError: no document has any token, or as `objectives.lengths`.
     """
-    rows = stream_rows(settings)
-    count = len(rows)
+    rows, objective = stream_rows(settings), objectives.OBJECTIVES[settings.objective]
+    count, raw_length = len(rows), objectives.lengths(settings).raw
     if not any(len(vocabulary.encode(text)) for text in _items(documents)):
         raise DataError(f"data.source={settings.source}: none of its {len(documents)} documents has any text")
 
@@ -115,14 +108,14 @@ def train_batches(
         threads = -(-16 // count) if "://" in settings.data_dir else 0
         read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
         tokens = document_order(documents, seed, stream, count).map(vocabulary.encode)
-        return _Pieces(tokens.to_iter_dataset(read_options), _raw_length(settings))
+        return _Pieces(tokens.to_iter_dataset(read_options), raw_length)
 
     mine = list(range(count) if streams is None else streams)
 
     def batch(number: int, tokens_BL: np.ndarray) -> Batch:
-        # The noise is that of the global batch, so that it does not depend on who reads which rows.
-        mask_BL = _noise(settings, settings.batch_size, np.random.default_rng((seed, number)))
-        return _example(tokens_BL, mask_BL[rows[mine].ravel()], settings, vocabulary)
+        # What is drawn is of the global batch, so that it does not depend on who reads which rows.
+        draws = objective.draws(settings.batch_size, settings, np.random.default_rng((seed, number)))
+        return _example(tokens_BL, draws[rows[mine].ravel()], settings, vocabulary)
 
     batches = _Streams({stream: pieces(stream) for stream in mine}, rows.shape[1], batch)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=settings.prefetch))
@@ -143,7 +136,7 @@ def eval_batches(
     Raises:
       DataError: the documents do not fill one batch.
     """
-    raw_length = _raw_length(settings)
+    raw_length = objectives.lengths(settings).raw
     wanted = num_batches * settings.batch_size * raw_length
     parts, total = [], 0
     for text in _items(documents):
@@ -160,8 +153,9 @@ def eval_batches(
             + (f"at most {sequences}" if sequences else "a smaller data.input_length, or more text")
         )
     pieces_NL = np.concatenate(parts)[: full * settings.batch_size * raw_length].reshape(-1, raw_length)
-    mask_NL = _noise(settings, len(pieces_NL), np.random.default_rng(EVAL_SEED))
-    joined = _example(pieces_NL, mask_NL, settings, vocabulary)
+    objective = objectives.OBJECTIVES[settings.objective]
+    draws = objective.draws(len(pieces_NL), settings, np.random.default_rng(EVAL_SEED))
+    joined = _example(pieces_NL, draws, settings, vocabulary)
     starts = range(0, len(pieces_NL), settings.batch_size)
     return [{name: rows[n : n + settings.batch_size] for name, rows in joined.items()} for n in starts]
 
@@ -208,28 +202,17 @@ def _target_counts(batch: Batch, vocab_size: int) -> np.ndarray:
     return np.bincount(targets[targets != Vocabulary.pad_id], minlength=vocab_size)
 
 
-def _raw_length(settings: DataSettings) -> int:
-    return span_corruption.lengths(settings.input_length, settings.noise_density, settings.mean_span_length)[
-        0
-    ]
-
-
 def _items(documents: Sequence[str]) -> Iterator[str]:
     return (documents[position] for position in range(len(documents)))
 
 
-def _noise(settings: DataSettings, rows: int, rng: np.random.Generator) -> np.ndarray:
-    return span_corruption.noise_mask(
-        rows, _raw_length(settings), rng, settings.noise_density, settings.mean_span_length
-    )
-
-
 def _example(
-    tokens_BL: np.ndarray, mask_BL: np.ndarray, settings: DataSettings, vocabulary: Vocabulary
+    tokens_BL: np.ndarray, draws: np.ndarray, settings: DataSettings, vocabulary: Vocabulary
 ) -> Batch:
-    inputs, targets = span_corruption.corrupt(tokens_BL, mask_BL, vocabulary)
-    padding = target_length(settings) - targets.shape[1]
-    return {"inputs": inputs, "targets": np.pad(targets, ((0, 0), (0, padding)))}
+    inputs, targets = objectives.OBJECTIVES[settings.objective].example(
+        tokens_BL, draws, settings, vocabulary
+    )
+    return {"inputs": inputs, "targets": targets}
 
 
 class _Streams(grain.IterDataset):

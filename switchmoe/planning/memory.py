@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from switchmoe.model.transformer import Transformer, blocks_per_scan
 from switchmoe.parallel import sharding
 from switchmoe.settings import MeshSettings, Settings
-from switchmoe.training import train_state, train_step
+from switchmoe.training import objective, train_state
 
 LOGITS = 4  # float32 arrays of the size of the logits that live at once around the output's gradient
 LAYER = 6  # float32 arrays of the size of a layer's largest activation within its backward pass
@@ -75,20 +75,29 @@ def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
 
 def state_bytes(settings: Settings, mesh: dict[str, int]) -> tuple[int, int]:
     """Bytes of a device's parameters and of its optimizer state, which are exact."""
-    state, boxes = abstract_state(without_mesh(settings))
-    where = train_state.state_shardings(state, boxes, settings, abstract_mesh(tuple(mesh.values())))
+    state, _ = abstract_state(without_mesh(settings))
+    return _local(state.params, settings, mesh), _local(state.opt_state, settings, mesh)
 
-    def local(part: str) -> int:
-        leaves = jax.tree.leaves(getattr(state, part)), jax.tree.leaves(getattr(where, part))
-        return sum(nbytes(at.shard_shape(leaf.shape), leaf.dtype) for leaf, at in zip(*leaves, strict=True))
 
-    return local("params"), local("opt_state")
+def trained_bytes(settings: Settings, mesh: dict[str, int]) -> int:
+    """Bytes of a device's part of the gradients: of what ``train.trainable`` has."""
+    state, _ = abstract_state(without_mesh(settings))
+    return _local(train_state.split(state.params, settings)[0], settings, mesh)
+
+
+def _local(tree: Any, settings: Settings, mesh: dict[str, int]) -> int:
+    boxes = abstract_state(without_mesh(settings))[1]
+    where = train_state.state_shardings(tree, boxes, settings, abstract_mesh(tuple(mesh.values())))
+    leaves = jax.tree.leaves(tree), jax.tree.leaves(where)
+    return sum(nbytes(at.shard_shape(leaf.shape), leaf.dtype) for leaf, at in zip(*leaves, strict=True))
 
 
 def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) -> Memory:
     """Bytes of one device of the mesh ``{axis: devices}``; see the module's docstring."""
     # Counted along the layers' axis, which ``model.scan=False`` has not.
-    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, scan=True))
+    train = settings.train if settings.model.scan else dataclasses.replace(settings.train, trainable="")
+    model = dataclasses.replace(settings.model, scan=True)
+    settings = dataclasses.replace(settings, model=model, train=train)  # without the scan names are others
     parameters, optimizer = state_bytes(settings, mesh)
     boxes = abstract_state(without_mesh(settings))[1]
     shards, accumulate = mesh["data"] * mesh["expert"], settings.train.accumulate
@@ -104,11 +113,12 @@ def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) 
         kernels = {stack: size // repeats for stack, size in kernels.items()}
     copies = sum(kernels.values())
     logits = 4 * batch * lengths["decoder"] * settings.embedding_rows // widths
-    gradients, so_far = parameters, 0
+    trained = trained_bytes(settings, mesh)
+    gradients, so_far = trained, 0
     if accumulate > 1:  # a microbatch's beside the sum of those before it
-        gradients, so_far = 2 * parameters, parameters
+        gradients, so_far = 2 * trained, trained
     layer = saved.layer if settings.model.remat else LAYER * saved.largest
-    kept, updates = saved.total + copies, int(UPDATES[settings.optimizer.name] * parameters)
+    kept, updates = saved.total + copies, int(UPDATES[settings.optimizer.name] * trained)
     phases = {  # what is alive, and what the phase itself needs
         "output": (kept + so_far, LOGITS * logits),
         "backward pass": (kept + gradients, gathered + layer),
@@ -173,10 +183,10 @@ def _residuals(settings: Settings, batch: int, lengths: tuple[int, int], part: s
 
     def saved(params: dict, inputs_BL: jax.Array, targets_BL: jax.Array) -> list[jax.Array]:
         data = {"inputs": inputs_BL, "targets": targets_BL}
-        key, counts = jax.random.key(0), train_step.token_counts(data)
+        key, counts = jax.random.key(0), objective.token_counts(data)
 
         def loss(params: dict) -> jax.Array:
-            return train_step.summarize(train_step.token_sums(params, data, settings, key), counts, settings)[
+            return objective.summarize(objective.token_sums(params, data, settings, key), counts, settings)[
                 "loss"
             ]
 

@@ -77,7 +77,7 @@ RULES: dict[str, Rule] = (
             f"data.{name}"
             for name in (
                 "text_field", "documents", "validation_share", "train_split", "validation_split", "batch_size", "input_length", "target_length", "vocab_size",
-                "normalization", "noise_density", "mean_span_length", "streams",
+                "normalization", "objective", "prefix", "noise_density", "mean_span_length", "streams",
             )
         ),
         _POSITION,
@@ -102,8 +102,10 @@ RULES: dict[str, Rule] = (
         "train.label_smoothing": _LOSS,
         "train.output_z_loss_weight": _LOSS,
         "train.skip_nonfinite": Rule(BITS, "it changes what happens on a fault"),
+        "train.trainable": Rule(NOT, "the optimizer's state is of what was trained"),
         "train.seed": Rule(NOT, "all random numbers would differ"),
     }
+    | dict.fromkeys(("init.checkpoint", "init.params"), Rule(NOT, "the run began with other parameters"))
     | {f"mesh.{field.name}": _ROUNDING for field in dataclasses.fields(Settings().mesh)}
     | {f"checkpoint.{field.name}": _KEPT for field in dataclasses.fields(Settings().checkpoint)}
 )  # fmt: skip

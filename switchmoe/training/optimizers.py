@@ -54,11 +54,11 @@ def create(
     def is_bias(path: tuple, _: tuple[str, ...]) -> str:
         return "bias" if path[-1].key == "router_bias" else "rest"
 
-    labels = jax.tree_util.tree_map_with_path(is_bias, names, is_leaf=_is_names)
+    labels = jax.tree_util.tree_map_with_path(is_bias, names, is_leaf=is_names)
     if "bias" not in jax.tree.leaves(labels):
         return _create(settings, num_steps, names)
     rest = jax.tree.map(
-        lambda n, label: n if label == "rest" else optax.MaskedNode(), names, labels, is_leaf=_is_names
+        lambda n, label: n if label == "rest" else optax.MaskedNode(), names, labels, is_leaf=is_names
     )
     return optax.partition(
         {"rest": _create(settings, num_steps, rest), "bias": optax.sign_sgd(bias_rate)}, labels
@@ -67,7 +67,7 @@ def create(
 
 def _create(settings: OptimizerSettings, num_steps: int, names: dict) -> optax.GradientTransformation:
     # Norm scales and position biases are left out of weight decay.
-    decayed = jax.tree.map(lambda n: "embed" in n and len(n) - _batch_axes(n) > 1, names, is_leaf=_is_names)
+    decayed = jax.tree.map(lambda n: "embed" in n and len(n) - _batch_axes(n) > 1, names, is_leaf=is_names)
     if settings.name == "adamw":
         core = optax.scale_by_adam(settings.beta1, settings.beta2)
     else:
@@ -102,7 +102,7 @@ def _per_matrix(tx: optax.GradientTransformation, names: dict) -> optax.Gradient
         def leaf(n, p):
             return lift(tx.init, n)(_as_matrices(p, n))
 
-        return jax.tree.map(leaf, names, params, is_leaf=_is_names)
+        return jax.tree.map(leaf, names, params, is_leaf=is_names)
 
     def update(updates, state, params):
         def leaf(n, u, s, p):
@@ -110,15 +110,16 @@ def _per_matrix(tx: optax.GradientTransformation, names: dict) -> optax.Gradient
             return new_u.reshape(u.shape), new_s
 
         # A leaf's state is a tree of its own, which tree.map hands over whole: names is the prefix.
-        pairs = jax.tree.map(leaf, names, updates, state, params, is_leaf=_is_names)
+        pairs = jax.tree.map(leaf, names, updates, state, params, is_leaf=is_names)
         return tuple(
-            jax.tree.map(lambda _, pair, i=i: pair[i], names, pairs, is_leaf=_is_names) for i in (0, 1)
+            jax.tree.map(lambda _, pair, i=i: pair[i], names, pairs, is_leaf=is_names) for i in (0, 1)
         )
 
     return optax.GradientTransformation(init, update)
 
 
-def _is_names(node) -> bool:
+def is_names(node) -> bool:
+    """Whether a node of a tree of names is a leaf: one parameter's tuple."""
     return isinstance(node, tuple) and not isinstance(node, optax.MaskedNode)
 
 

@@ -1,6 +1,7 @@
 """A run's state: parameters, the optimizer's state and the step; as shapes, as arrays, and where they lie on a mesh."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,11 @@ def axis_names(settings: Settings) -> dict:
     return _boxes(lambda box: tuple(box.names), abstract_variables(settings)["params"])
 
 
+def parameter_shapes(settings: Settings) -> dict:
+    """The parameters as shapes; nothing is allocated."""
+    return _boxes(lambda box: box.value, abstract_variables(settings)["params"])
+
+
 def parameter_counts(settings: Settings) -> tuple[int, int]:
     """(all parameters, those that one token uses: its choices of each sparse layer)."""
     params = abstract_variables(settings)["params"]
@@ -47,13 +53,70 @@ def parameter_counts(settings: Settings) -> tuple[int, int]:
     return sum(jax.tree.leaves(total)), sum(jax.tree.leaves(active))
 
 
+def trained_count(settings: Settings) -> int:
+    """Parameters that ``train.trainable`` has."""
+    trained, _ = split(parameter_shapes(settings), settings)
+    return sum(leaf.size for leaf in jax.tree.leaves(trained))
+
+
 def _boxes(function: Callable[[nn.Partitioned], Any], params: dict) -> dict:
     return jax.tree.map(function, params, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
+def parameter_names(settings: Settings) -> list[str]:
+    """``encoder/blocks/...``, of all parameters."""
+    leaves = jax.tree_util.tree_leaves_with_path(axis_names(settings), is_leaf=optimizers.is_names)
+    return ["/".join(sharding.path_keys(path)) for path, _ in leaves]
+
+
+def is_trained(name: str, settings: Settings) -> bool:
+    """Whether ``train.trainable`` has this parameter."""
+    return re.search(settings.train.trainable, name) is not None
+
+
+def split(params: Any, settings: Settings) -> tuple[Any, Any]:
+    """(what is trained, what is frozen): trees like the parameters', with None for what the other one has.
+
+    None is no leaf: gradients, and the optimizer's state, are of the first tree alone.
+
+    Args:
+      params: also a tree of their shapes, or of their axes' names.
+    """
+    if not settings.train.trainable:
+        return params, jax.tree.map(lambda _: None, params, is_leaf=optimizers.is_names)
+
+    def one(kept: bool) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: (
+                leaf if is_trained("/".join(sharding.path_keys(path)), settings) == kept else None
+            ),
+            params,
+            is_leaf=optimizers.is_names,
+        )
+
+    return one(True), one(False)
+
+
+def merge(trained: Any, frozen: Any) -> Any:
+    """The parameters of which these are the parts."""
+    return jax.tree.map(
+        lambda one, other: other if one is None else one, trained, frozen, is_leaf=lambda x: x is None
+    )
+
+
 def optimizer(settings: Settings) -> optax.GradientTransformation:
-    """The run's optimizer, see `optimizers.create`."""
-    names = axis_names(settings)
+    """The run's optimizer, see `optimizers.create`; of what is trained.
+
+    Raises:
+      ValueError: ``train.trainable`` has no parameter.
+    """
+    names, _ = split(axis_names(settings), settings)
+    if not jax.tree.leaves(names):
+        known = ", ".join(parameter_names(settings)[:8])
+        raise ValueError(
+            f"train.trainable={settings.train.trainable}: no parameter has such a name; accepted is a regular"
+            f" expression that is found in one, such as {known}"
+        )
     return optimizers.create(settings.optimizer, settings.train.num_steps, names, settings.moe.bias_rate)
 
 
@@ -64,7 +127,7 @@ def init_state(
     tokens_BL = jnp.zeros((1, 8), jnp.int32)
     key = jax.random.fold_in(jax.random.key(settings.train.seed) if key is None else key, 2**31 - 1)
     params = nn.unbox(Transformer(settings).init(key, tokens_BL, tokens_BL))["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(split(params, settings)[0]))
 
 
 def sharded_state(

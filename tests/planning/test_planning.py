@@ -15,7 +15,7 @@ from experiments.plan import layouts
 from switchmoe.parallel import sharding
 from switchmoe.planning import aot, communication, memory, planner
 from switchmoe.settings import Settings, from_config
-from switchmoe.training import train_state, train_step
+from switchmoe.training import objective, train_state
 
 LENGTHS = {"encoder": 128, "decoder": 32}
 PAPER = {"encoder": 512, "decoder": 114}
@@ -99,7 +99,7 @@ def test_forward_flops_are_xlas_within_5_percent(experts):
         name: jax.ShapeDtypeStruct((8, PAPER[stack]), jnp.int32)
         for name, stack in (("inputs", "encoder"), ("targets", "decoder"))
     }
-    forward = jax.jit(lambda params, batch: train_step.token_sums(params, batch, settings, jax.random.key(0)))
+    forward = jax.jit(lambda params, batch: objective.token_sums(params, batch, settings, jax.random.key(0)))
     counted = forward.lower(params, batch).compile().cost_analysis()["flops"]
     one = dict.fromkeys(sharding.AXES, 1)
     assert planner.hardware_flops(settings, PAPER, one) / 3 == pytest.approx(counted, rel=0.05)
@@ -133,7 +133,7 @@ def counted_flops(settings):
         name: jax.ShapeDtypeStruct((settings.data.batch_size, lengths[stack]), jnp.int32)
         for name, stack in (("inputs", "encoder"), ("targets", "decoder"))
     }
-    forward = jax.jit(lambda params, batch: train_step.token_sums(params, batch, settings, jax.random.key(0)))
+    forward = jax.jit(lambda params, batch: objective.token_sums(params, batch, settings, jax.random.key(0)))
     found = forward.lower(params, batch).compile().cost_analysis()["flops"]
     hardware = planner.hardware_flops(settings, lengths, dict.fromkeys(sharding.AXES, 1)) / 3
     own = settings.data.batch_size * sum(planner.flops.forward_flops(settings, lengths["decoder"]).values())

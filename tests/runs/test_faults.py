@@ -27,7 +27,7 @@ from switchmoe.runs.checkpoints import CheckpointError, Checkpoints
 from switchmoe.runs.lock import LOCK_FILE, Lock
 from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import CheckpointSettings, from_config
-from switchmoe.training import train_state, train_step
+from switchmoe.training import objective, train_state
 
 pytestmark = pytest.mark.faults
 
@@ -204,9 +204,10 @@ def poisoned(monkeypatch):
                 sums["nll"] = sums["nll"] * jnp.where(here, jnp.nan, 1.0)
             return sums
 
-        monkeypatch.setattr(train_step, "token_sums", token_sums)
+        poisonous = objective.CROSS_ENTROPY._replace(sums=token_sums)
+        monkeypatch.setattr(objective, "CROSS_ENTROPY", poisonous)
 
-    real = train_step.token_sums
+    real = objective.token_sums
     return poison
 
 

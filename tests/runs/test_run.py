@@ -11,7 +11,7 @@ import pytest
 
 from experiments import run as command
 from switchmoe.data import sources, vocabulary
-from switchmoe.runs import loop
+from switchmoe.runs import text
 from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import DataSettings
 
@@ -257,7 +257,7 @@ def test_parameters_that_overflow_are_never_saved(tmp_path, capsys):
 
 @pytest.mark.usefixtures("one_device")
 def test_a_signal_before_the_first_step_acts_at_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loop.sources, "load_splits", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(text.sources, "load_splits", lambda *_: signal.raise_signal(signal.SIGTERM))
     code, captured = run_here(tmp_path, capsys)
     assert code == command.EXIT_STOPPED and "stopped by SIGTERM before the first step" in captured.err
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from test_transformer import DATA, MODEL, MOE, apply, example
 
 from switchmoe.model import output_loss
 from switchmoe.settings import from_config
-from switchmoe.training import optimizers, train_state, train_step
+from switchmoe.training import objective, optimizers, train_state, train_step
 
 
 def settings(model=None, moe=None, train=None, mesh=None, data=None, optimizer=None):
@@ -95,7 +95,7 @@ def test_cross_entropy_is_the_mean_over_real_targets():
     nll, _ = output_loss.cross_entropy(logits, data["targets"])
     real = data["targets"] != 0
     expected = float(nll[real].mean())
-    assert train_step.summarize(sums, counts, s)["cross_entropy"] == pytest.approx(expected, rel=1e-5)
+    assert objective.summarize(sums, counts, s)["cross_entropy"] == pytest.approx(expected, rel=1e-5)
     assert expected == pytest.approx(math.log(512), abs=2)
 
 
@@ -109,7 +109,7 @@ def test_layers_are_listed_encoder_first_in_training_and_evaluation():
     _, aux = apply(s, {"params": params}, data["inputs"], data["targets"])
     wanted = jnp.concatenate([aux[stack]["z_loss"] for stack in ("encoder", "decoder")])
     assert abs(float(wanted[0] - wanted[1])) > 1e-2
-    evaluation = train_step.summarize(*evaluated(params, data, s), s)
+    evaluation = objective.summarize(*evaluated(params, data, s), s)
     _, metrics = after(s, 1, data)
     for found in (evaluation, metrics):
         np.testing.assert_allclose(found["layer_z_loss"], wanted, rtol=1e-4)
@@ -122,7 +122,7 @@ def test_balance_does_not_cancel_between_layers():
     rest = {"nll": jnp.array(0.0), "output_z": jnp.array(0.0), "correct": jnp.array(0.0)}
     sums = rest | {"encoder": layer, "decoder": layer}
     counts = {"encoder": jnp.array(1.0), "decoder": jnp.array(1.0)}
-    assert train_step.summarize(sums, counts, s)["balance_loss"] == 8.0
+    assert objective.summarize(sums, counts, s)["balance_loss"] == 8.0
 
 
 def test_accumulation_changes_nothing():
@@ -158,8 +158,8 @@ def test_padding_appended_to_the_batch_changes_no_metric():
     }
     params = first_state(s).params
     roomy = settings(moe=dict(eval_capacity_factor=4.0))
-    plain = train_step.summarize(*evaluated(params, data, roomy), roomy)
-    padded = train_step.summarize(*evaluated(params, wider, roomy), roomy)
+    plain = objective.summarize(*evaluated(params, data, roomy), roomy)
+    padded = objective.summarize(*evaluated(params, wider, roomy), roomy)
     assert_close(plain, padded)
 
 

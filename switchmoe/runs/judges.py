@@ -1,0 +1,67 @@
+"""Judges: what is measured on held-out data."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from switchmoe.data.batches import Batch
+from switchmoe.data.vocabulary import Vocabulary
+from switchmoe.inference import decoding
+from switchmoe.runs import placing
+from switchmoe.settings import Settings
+from switchmoe.training import train_step
+from switchmoe.training.objective import Objective
+
+NUM_EXAMPLES = 5
+
+
+class HeldOut:
+    """The objective's own metrics over batches that are the same each time."""
+
+    def __init__(
+        self,
+        name: str,
+        batches: Sequence[Batch],
+        objective: Objective,
+        settings: Settings,
+        mesh: Mesh,
+    ):
+        self.name = name
+        self._batches, self._objective, self._settings, self._mesh = batches, objective, settings, mesh
+
+    def compile(self, params: Any) -> None:
+        step = functools.partial(train_step.eval_step, settings=self._settings, objective=self._objective)
+        whole = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        batch = placing.whole(self._batches[0], self._mesh)
+        self._step = jax.jit(step, out_shardings=whole).lower(params, batch).compile()
+
+    def figures(self, params: Any) -> dict[str, Any]:
+        found = [self._step(params, placing.whole(batch, self._mesh)) for batch in self._batches]
+        sums, counts = jax.tree.map(lambda *values: sum(values), *jax.device_get(found))
+        return jax.device_get(self._objective.summarize(sums, counts, self._settings))
+
+
+class Examples:
+    """The model's own answers to the first held-out examples, one token after the other, each time the likeliest."""
+
+    def __init__(self, batch: Batch, vocabulary: Vocabulary, settings: Settings, mesh: Mesh):
+        self._vocabulary, self._mesh = vocabulary, mesh
+        shards = mesh.shape["data"] * mesh.shape["expert"]
+        # As many as divide among the shards of the tokens.
+        self._batch = {name: rows[: -(-NUM_EXAMPLES // shards) * shards] for name, rows in batch.items()}
+        length = batch["targets"].shape[1]
+        self._decode = functools.partial(decoding.greedy, length=length, settings=settings)
+
+    def __call__(self, params: Any) -> dict[str, list[dict[str, str]]]:
+        whole = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        decode = jax.jit(self._decode, out_shardings=whole)
+        answers = jax.device_get(decode(params, placing.whole(self._batch, self._mesh)["inputs"]))
+        rows = zip(self._batch["inputs"], self._batch["targets"], answers, strict=True)
+        return {"examples": [self._texts(row) for row in list(rows)[:NUM_EXAMPLES]]}
+
+    def _texts(self, row: tuple[np.ndarray, ...]) -> dict[str, str]:
+        return dict(zip(("input", "target", "prediction"), map(self._vocabulary.decode, row), strict=True))

@@ -1,0 +1,135 @@
+"""Where a run's first parameters come from: random numbers, or another run's checkpoint (`init`)."""
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from switchmoe.runs import buckets, integrity
+from switchmoe.runs.parts import Context, Start
+from switchmoe.settings import InitSettings, Settings
+from switchmoe.training import train_state
+from switchmoe.training.train_state import TrainState
+
+VOCABULARY_FILE = "vocabulary.model"
+ACCEPTED = "a run's directory, DIR|STEP, or a step's directory, DIR/checkpoints/STEP"
+
+
+class Beginning(NamedTuple):
+    start: Start
+    vocabulary: str = ""  # the file of the run that the parameters are from, if it has one
+
+
+def beginning(context: Context) -> Beginning:
+    """As ``init`` says; nothing is read of it where the run has a checkpoint of its own.
+
+    Raises:
+      ValueError: no checkpoint there, a damaged one, or one of another model; names the parameter.
+    """
+    init = context.settings.init
+    if not init.checkpoint or context.begun:
+        return Beginning(Start())
+    step = locate(init.checkpoint)
+    saved = _saved_shapes(init, step)
+    taken = _taken(context.settings, saved)
+    record = {"checkpoint": init.checkpoint, "step": int(step.name), "params": init.params}
+    context.note(
+        f"parameters from {step}: {len(taken)} of {len(_shapes(context.settings))} arrays"
+        + (f"; {len(saved) - len(taken)} there are not used" if len(saved) > len(taken) else "")
+    )
+    vocabulary = step.parent.parent / VOCABULARY_FILE
+
+    def load(state: TrainState) -> TrainState:
+        fresh = flatten_dict(state.params, sep="/")
+        read = _read(step, {name: fresh[name] for name in taken})
+        return state.replace(params=unflatten_dict(fresh | read, sep="/"))
+
+    return Beginning(Start(load, record), str(vocabulary) if vocabulary.exists() else "")
+
+
+def locate(text: str) -> epath.Path:
+    """The directory of the step that ``init.checkpoint`` names; of a run the newest complete one.
+
+    Raises:
+      ValueError: there is none.
+    """
+    directory, bar, number = text.partition("|")
+    path = epath.Path(directory).expanduser()
+    if directory.startswith("s3://"):
+        raise ValueError(f"init.checkpoint={text}: accepted is a directory or gs:// (Orbax reads no s3://)")
+    if bar and not number.isdecimal():
+        raise ValueError(f"init.checkpoint={text}: accepted is {ACCEPTED}")
+    if not bar and path.name.isdecimal() and (path / "state").exists():
+        return path
+    inner = path / buckets.CHECKPOINTS
+    steps = buckets.complete_steps(inner)
+    wanted = int(number) if bar else max(steps, default=None)
+    if wanted not in steps:
+        has = f"it has the steps {', '.join(map(str, sorted(steps)))}" if steps else "no checkpoint is there"
+        raise ValueError(f"init.checkpoint={text}: {has}; accepted is {ACCEPTED}")
+    return inner / str(wanted)
+
+
+def _saved_shapes(init: InitSettings, step: epath.Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters in a step, by name."""
+    damage = integrity.damage(step, "state")
+    if damage:
+        raise ValueError(
+            f"init.checkpoint={init.checkpoint}: {step} is damaged: {damage}; accepted is a good one"
+        )
+    try:
+        found = ocp.PyTreeCheckpointHandler().metadata(step / "state").tree["params"]
+    except Exception as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"init.checkpoint={init.checkpoint}: {step} can't be read ({line}); accepted is {ACCEPTED}"
+        ) from error
+    return {name: tuple(leaf.shape) for name, leaf in flatten_dict(found, sep="/").items()}
+
+
+def _shapes(settings: Settings) -> dict[str, tuple[int, ...]]:
+    """Shapes of the model's parameters, by name."""
+    shapes = flatten_dict(train_state.parameter_shapes(settings), sep="/")
+    return {name: leaf.shape for name, leaf in shapes.items()}
+
+
+def _taken(settings: Settings, saved: dict[str, tuple[int, ...]]) -> list[str]:
+    """The names of what is taken from the checkpoint.
+
+    Raises:
+      ValueError: there is nothing of that name, or it has another shape there.
+    """
+    ours, init = _shapes(settings), settings.init
+    taken = [name for name in ours if re.search(init.params, name)]
+    if not taken:
+        raise ValueError(
+            f"init.params={init.params}: no parameter has such a name; accepted is a regular expression that is"
+            f" found in one, such as {_some(ours)}"
+        )
+    different = [name for name in taken if saved.get(name) != ours[name]]
+    if different:
+        first = different[0]
+        raise ValueError(
+            f"init.checkpoint={init.checkpoint}: {first} has shape {saved.get(first, 'none')} there, {ours[first]} here"
+            f" ({len(different)} differ); accepted is a checkpoint of the same model, or in init.params a regular"
+            " expression of what is to be taken"
+        )
+    return taken
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(list(names)[:4])
+
+
+def _read(step: epath.Path, like: dict[str, jax.Array]) -> dict[str, Any]:
+    """The arrays of these names, with the types and places of ``like``."""
+    item = {"params": unflatten_dict(jax.tree.map(ocp.utils.to_shape_dtype_struct, like), sep="/")}
+    arguments = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    found = ocp.PyTreeCheckpointer().restore(step / "state", args=arguments)
+    return flatten_dict(found["params"], sep="/")

@@ -1,0 +1,89 @@
+"""What a step minimises: sums over tokens, the counts they are divided by, and the metrics that come of both.
+
+A batch is cut into microbatches, padded, and spread over devices; so an objective first sums over real tokens, and
+`train_step` divides by the totals of the whole batch. Auxiliary losses are defined per group of tokens
+(`moe.group_shape`) and averaged with the groups' real tokens as weights.
+
+Letters: B batch, L length, E experts.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from switchmoe.model.transformer import PAD_ID, STACKS, Transformer
+from switchmoe.settings import Settings
+
+Batch = dict[str, jax.Array]  # inputs_BL and targets_BL, int32, 0 where padded
+
+
+class Objective(NamedTuple):
+    """Three pure functions.
+
+    ``sums(params, batch, settings, key)`` is a dictionary of sums over the batch, in training with a key, held out with
+    None; sums of microbatches are added up. ``counts(batch)`` is what they are divided by, known before any pass.
+    ``summarize(sums, counts, settings)`` makes metrics of both; ``loss`` is minimised, the others are told.
+    """
+
+    sums: Callable[[Any, Batch, Settings, jax.Array | None], dict]
+    counts: Callable[[Batch], dict[str, jax.Array]]
+    summarize: Callable[[dict, dict[str, jax.Array], Settings], dict[str, jax.Array]]
+
+
+def token_sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | None = None) -> dict:
+    """Sums over the batch's real tokens: ``nll``, ``output_z``, ``correct``, and per stack its aux.
+
+    A key makes it a training pass, with the streams ``dropout`` and ``router``.
+    """
+    rngs = None if key is None else dict(zip(("dropout", "router"), jax.random.split(key), strict=True))
+    model = Transformer(settings, train=key is not None)
+    smoothing = 0.0 if key is None else settings.train.label_smoothing
+    (nll_BL, z_BL, correct_BL), aux = model.apply(
+        {"params": params}, batch["inputs"], batch["targets"], smoothing, rngs=rngs, method="token_losses"
+    )
+    real_BL = batch["targets"] != PAD_ID
+    sums = {
+        name: jnp.where(real_BL, value_BL, 0.0).sum()
+        for name, value_BL in (("nll", nll_BL), ("output_z", z_BL), ("correct", correct_BL))
+    }
+    counts = token_counts(batch)
+    return sums | {stack: jax.tree.map(lambda a, c=counts[stack]: a * c, aux[stack]) for stack in STACKS}
+
+
+def token_counts(batch: Batch) -> dict[str, jax.Array]:
+    """Real tokens of each stack, float32."""
+    return {
+        stack: (batch[name] != PAD_ID).sum().astype(jnp.float32)
+        for stack, name in zip(STACKS, ("inputs", "targets"), strict=True)
+    }
+
+
+def summarize(sums: dict, counts: dict[str, jax.Array], settings: Settings) -> dict[str, jax.Array]:
+    """Metrics of a batch (or several) from the sums and token counts over all of it.
+
+    ``loss`` is what is minimised: cross-entropy + output z-loss + the routers' losses summed over
+    layers, each with its weight. All others are unweighted: ``cross_entropy`` in nats per target
+    token, ``balance_loss`` and ``z_loss`` summed over layers; ``layer_*`` are arrays over the sparse
+    layers, the encoder's first.
+    """
+    scale = {stack: 1.0 / jnp.maximum(counts[stack], 1.0) for stack in STACKS}
+    tokens = scale["decoder"]
+    metrics = {
+        "cross_entropy": sums["nll"] * tokens,
+        "accuracy": sums["correct"] * tokens,
+        "output_z_loss": sums["output_z"] * tokens,
+    }
+    loss = metrics["cross_entropy"] + settings.train.output_z_loss_weight * metrics["output_z_loss"]
+    if settings.sparse:
+        # By name: a compiled function returns a dictionary's entries in alphabetical order.
+        per_stack = [jax.tree.map(lambda a, s=scale[stack]: a * s, sums[stack]) for stack in STACKS]
+        layers = jax.tree.map(lambda *a: jnp.concatenate(a), *per_stack)
+        loss += layers.pop("loss").sum()
+        metrics |= {name: layers[name].sum() for name in ("balance_loss", "z_loss")}
+        metrics |= {f"layer_{name}": value for name, value in layers.items()}
+    return metrics | {"loss": loss}
+
+
+CROSS_ENTROPY = Objective(token_sums, token_counts, summarize)
