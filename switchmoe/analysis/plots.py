@@ -58,24 +58,29 @@ def save_all(records: Sequence[Record], run: dict[str, Any], out_dir: str | os.P
 
 
 def loss_curves(records: Sequence[Record], unigram: float | None = None) -> Figure:
-    """Cross-entropy over steps: training raw and smoothed, validation, and the unigram baseline (nats)."""
+    """Cross-entropy over steps: training raw and smoothed, validation, and the unigram baseline (nats).
+
+    Of a run that has none, it is whatever its loss is.
+    """
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    steps, values = series(records, "train", "cross_entropy")
+    has_it = any("cross_entropy" in record for record in records)
+    name, label = ("cross_entropy", "cross-entropy (nats per target token)") if has_it else ("loss", "loss")
+    steps, values = series(records, "train", name)
     smooth = smoothed(values)
     if not np.array_equal(smooth, values, equal_nan=True):
         axes.plot(steps, values, color=BLUE, alpha=0.5, linewidth=0.8, label="training")
         axes.plot(steps, smooth, color=BLUE, linewidth=1.8, label="training, smoothed")
     elif len(steps):
         axes.plot(steps, values, color=BLUE, linewidth=1.8, label="training", **_marker(steps))
-    steps, values = series(records, "validation", "cross_entropy")
+    steps, values = series(records, "validation", name)
     if len(steps):
-        label = f"validation, last {values[-1]:.3f}"
-        axes.plot(steps, values, "o-", color=ORANGE, markersize=4, linewidth=1, label=label)
-    if unigram is not None:
-        label = f"unigram baseline {unigram:.3f}"
-        axes.axhline(unigram, color=GREY, linestyle="--", linewidth=1.2, label=label)
-    finish(axes, "cross-entropy (nats per target token)")
+        last = f"validation, last {values[-1]:.3f}"
+        axes.plot(steps, values, "o-", color=ORANGE, markersize=4, linewidth=1, label=last)
+    if unigram is not None and has_it:
+        baseline = f"unigram baseline {unigram:.3f}"
+        axes.axhline(unigram, color=GREY, linestyle="--", linewidth=1.2, label=baseline)
+    finish(axes, label)
     axes.set_xlabel("step")
     _legend(axes)
     return figure

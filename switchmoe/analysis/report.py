@@ -141,6 +141,7 @@ def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, A
         ("Unknown pieces, held out", _show(run.get("unknown_pieces"), lambda x: f"{x:.2%}")),
         ("Parameters", _show(run.get("parameters"), count)),
         ("Parameters a token uses", _show(run.get("parameters_active"), count)),
+        *_beginning(run),
         ("Steps", f"{steps:,}" + (f" of {asked:,}" if asked else "")),
         ("Median speed", _speed(records)),
         ("Median step time", _show(_median(records, "step_seconds"), _seconds)),
@@ -155,6 +156,16 @@ def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, A
         ("Tokens per routing group", ", ".join(groups) if groups else MISSING),
         ("Platform", ", ".join(str(run[key]) for key in ("platform", "device") if key in run) or MISSING),
     ]
+
+
+def _beginning(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where a run began and what it trains, if that is not random parameters and all of them."""
+    found, init = [], run.get("init")
+    if init:
+        found.append(("Parameters from", f"{init['checkpoint']}, step {init['step']:,}"))
+    if run.get("parameters_trained", run.get("parameters")) != run.get("parameters"):
+        found.append(("Parameters trained", count(run["parameters_trained"])))
+    return found
 
 
 def _speed(records: Sequence[Record]) -> str:

@@ -28,7 +28,7 @@ from switchmoe.runs.signals import Stop, Stopped, stop_signals
 from switchmoe.runs.skipping import Skips
 from switchmoe.runs.telling import Teller, versions
 from switchmoe.settings import Settings, to_dict
-from switchmoe.training import optimizers
+from switchmoe.training import optimizers, train_state
 from switchmoe.training.train_state import TrainState
 
 
@@ -65,6 +65,7 @@ def run(
         teller = Teller(settings, place, progress)
         mesh, lengths = sharding.make_mesh(settings.mesh), kind.lengths(settings)
         group_tokens = sharding.check(settings, lengths, mesh.shape)
+        tx = train_state.optimizer(settings)
         parts = _make(kind, settings, place, mesh, teller, lock)
         rows = Rows(settings.data, mesh)
         iterator = held.enter_context(contextlib.closing(parts.data.batches(rows.streams)))
@@ -73,7 +74,7 @@ def run(
         held.enter_context(sharding.rules(settings))
         saved = checkpoints.Checkpoints(place.checkpoints, settings.checkpoint, teller.note)
         held.enter_context(contextlib.closing(saved))
-        programs = Programs(settings, parts, mesh, rows.shapes(parts.data.lengths))
+        programs = Programs(settings, tx, parts, mesh, rows.shapes(parts.data.lengths))
         goes_on = saved.latest() is not None
         state = saved.restore(programs.abstract, iterator) if goes_on else parts.start.load(programs.init())
         start, peak = int(state.step), flops.matmul_peak(settings.model.dtype)

@@ -24,8 +24,14 @@ class Programs:
       batch: a global batch's shapes and places.
     """
 
-    def __init__(self, settings: Settings, parts: Parts, mesh: Mesh, batch: dict[str, jax.ShapeDtypeStruct]):
-        tx = train_state.optimizer(settings)
+    def __init__(
+        self,
+        settings: Settings,
+        tx: optax.GradientTransformation,
+        parts: Parts,
+        mesh: Mesh,
+        batch: dict[str, jax.ShapeDtypeStruct],
+    ):
         self.abstract: train_state.TrainState = train_state.sharded_state(settings, tx, mesh)
         where = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         started = time.monotonic()

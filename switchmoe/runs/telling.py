@@ -62,7 +62,8 @@ class Teller:
 
     def record(self, step: int, split: str, figures: dict[str, Any]) -> dict[str, Any]:
         """Writes a line of `metrics.jsonl`, and shows it."""
-        record = {"step": step, "split": split, "layers": self.layers}
+        routed = any(name.startswith("layer_") for name in figures)
+        record = {"step": step, "split": split, "layers": self.layers if routed else []}
         record |= {name: np.asarray(value).tolist() for name, value in figures.items()}
         if "cross_entropy" in record:
             # Capped: an untrained model's perplexity is no use, and exp overflows.

@@ -42,7 +42,13 @@ def test_a_prefix_by_hand():
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"target_length": 3}, {"target_length": 9}, {"prefix": "full"}, {"prefix": "full", "target_length": 4}],
+    [
+        {},
+        {"target_length": 3},
+        {"target_length": 9},
+        {"prefix": "full"},
+        {"prefix": "full", "target_length": 4},
+    ],
 )
 def test_every_token_is_in_one_of_both_and_lengths_are_as_said(fields):
     data = settings(**fields)
@@ -70,9 +76,13 @@ def test_a_row_does_not_depend_on_those_after_it():
 
 
 def test_a_length_that_leaves_no_room():
-    with pytest.raises(DataError, match="data.target_length=1: accepted with data.objective=prefix_lm is 0 or"):
+    with pytest.raises(
+        DataError, match="data.target_length=1: accepted with data.objective=prefix_lm is 0 or"
+    ):
         batches.target_length(settings(target_length=1))
-    with pytest.raises(ValueError, match="data.objective=rotate: accepted is one of span_corruption, prefix_lm"):
+    with pytest.raises(
+        ValueError, match="data.objective=rotate: accepted is one of span_corruption, prefix_lm"
+    ):
         DataSettings(objective="rotate")
     with pytest.raises(ValueError, match="data.prefix=half: accepted is one of random, full"):
         DataSettings(prefix="half")

@@ -229,6 +229,14 @@ def run(capsys, *arguments):
     return code, capsys.readouterr()
 
 
+def test_what_is_frozen_has_neither_gradients_nor_moments():
+    part = small(train=dict(trainable="experts|router"))
+    all_of_it, less = (memory.estimate(s, LENGTHS, dict(data=1, expert=1, model=1)) for s in (small(), part))
+    assert less.parameters == all_of_it.parameters == all_of_it.gradients
+    assert less.gradients == 4 * train_state.trained_count(part) < all_of_it.gradients
+    assert less.optimizer < all_of_it.optimizer and less.peak < all_of_it.peak
+
+
 def test_a_plan_says_by_how_much_it_does_not_fit(capsys):
     few = ["--config.data.batch_size=256", "--config.model.num_layers=2", "--layout=data_expert"]
     code, output = run(capsys, BASE, "--hbm=1TiB", "--devices=8", *few)

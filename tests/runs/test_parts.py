@@ -15,7 +15,6 @@ from switchmoe.runs.parts import Kind
 from switchmoe.runs.reporting import Progress, read_metrics
 from switchmoe.training.objective import Objective
 
-
 # Draws the embeddings to a length, and judges how far they are from it.
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from test_transformer import DATA, MODEL, MOE, apply, example
 
 from switchmoe.model import output_loss
@@ -242,3 +243,35 @@ def test_seeds_share_a_program_whose_key_is_an_argument_and_changes_nothing():
 def test_a_seed_as_an_argument_is_the_same_key(seed):
     key = jax.jit(jax.random.key)(np.uint32(seed))
     assert np.array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.key(seed)))
+
+
+@pytest.mark.parametrize("name, accumulate", [("adafactor", 1), ("adamw", 2)])
+def test_what_is_frozen_stays_and_the_rest_moves_as_if_all_were_trained(name, accumulate):
+    """The optimizer sees each matrix for itself, so that what is trained moves as it would with the others."""
+    fields = {"train": {"accumulate": accumulate}, "optimizer": {"name": name}}
+    whole = settings(**fields)
+    part = settings(**(fields | {"train": {"accumulate": accumulate, "trainable": "experts|router"}}))
+    after, norms = {}, {}
+    for s in (whole, part):
+        tx = train_state.optimizer(s)
+        state = jax.jit(functools.partial(train_state.init_state, s, tx))()
+        before = flatten_dict(state.params, sep="/")
+        step = jax.jit(functools.partial(train_step.train_step, settings=s, tx=tx))
+        state, metrics = step(state, batch())
+        after[s], norms[s] = flatten_dict(state.params, sep="/"), metrics["grad_norm"]
+    assert 0 < norms[part] < norms[whole]
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments <= 2 * train_state.trained_count(part)
+    for parameter, value in before.items():
+        trained = "experts" in parameter or "router" in parameter
+        assert np.array_equal(after[part][parameter], value) != trained, parameter
+        if trained:
+            np.testing.assert_allclose(after[part][parameter], after[whole][parameter], rtol=1e-5, atol=1e-7)
+
+
+def test_parts_of_the_parameters_are_put_together_again():
+    s = settings(train={"trainable": "decoder"})
+    params = train_state.init_state(s, train_state.optimizer(s)).params
+    trained, frozen = train_state.split(params, s)
+    assert not jax.tree.leaves(trained["encoder"]) and not jax.tree.leaves(frozen["decoder"])
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, train_state.merge(trained, frozen), params))
