@@ -90,6 +90,8 @@ def test_nothing_imports_tensorflow(user_environment):
 def test_model_code_imports_without_the_data_stack(user_environment):
     data_stack = ["grain", "tensorflow_datasets", "ml_collections", "array_record"]
     import_without(data_stack, MODEL_MODULES, user_environment)
+    bench = ["experiments.bench.accelerator", "experiments.bench.accelerator_parts"]
+    import_without([*data_stack, "orbax", "sentencepiece", "tensorboardX"], bench, user_environment)
 
 
 def test_installed_versions_satisfy_the_floors():

@@ -1,10 +1,11 @@
-"""Measures the MoE layer and the training step: ``python -m experiments.bench [layer|step] [--OPTION=VALUE ...]``
+"""Measures the MoE layer and the training step: ``python -m experiments.bench [layer|step|accelerator] [--OPTION=VALUE ...]``
 
 ``layer``: forward, and forward + backward, of each back end against a dense feed-forward with the same
 FLOPs per token and, with transformers and torch installed (extra `hf`), Hugging Face's Switch layer.
 ``step``: the whole training step in tokens/s, against Hugging Face's model of the same shape, with its
 budget by part. Random data, one process, interleaved repeats, medians of the ratios within rounds. Writes
 NAME.json and NAME.png into --out and prints a table.
+``accelerator``: all that is to be known of a GPU or TPU, within ``--budget=480`` seconds (see its --help).
 
 Exit codes: 0 done; 2 bad input.
 """
@@ -12,7 +13,6 @@ Exit codes: 0 done; 2 bad input.
 import argparse
 import json
 from pathlib import Path
-from typing import NoReturn
 
 from experiments import exits, process
 from experiments.bench import tools
@@ -20,30 +20,17 @@ from switchmoe.analysis import timing
 from switchmoe.planning import flops
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"experiments.bench: {message}; see --help\n")
-
-
-def _at_least(least: int):
-    def convert(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value}: accepted is an integer >= {least}")
-        return value
-
-    return convert
-
-
 def _list_of(convert):
     return lambda text: [convert(part) for part in text.split(",")]
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser("experiments.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    positive = _at_least(1)
+    parser = tools.Parser(
+        "experiments.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    positive = tools.at_least(1)
     parser.add_argument("what", nargs="?", choices=("layer", "step"), default="layer")
-    parser.add_argument("--experts", type=_list_of(_at_least(2)), help="layer: 2,8,...,512; step: 8,64")
+    parser.add_argument("--experts", type=_list_of(tools.at_least(2)), help="layer: 2,8,...,512; step: 8,64")
     parser.add_argument(
         "--dispatch", type=lambda text: text.split(","), default=["einsum", "gather", "ragged"]
     )
@@ -56,8 +43,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--vocab", type=positive, default=8192, help="step: vocabulary rows (8192)")
     parser.add_argument("--batch", type=positive, default=16, help="step: sequences (16)")
     parser.add_argument("--lengths", type=_list_of(positive), default=[256, 64], help="step: 256,64")
-    parser.add_argument("--repeats", type=_at_least(3), default=9)
-    parser.add_argument("--seed", type=_at_least(0), default=0)
+    parser.add_argument("--repeats", type=tools.at_least(3), default=9)
+    parser.add_argument("--seed", type=tools.at_least(0), default=0)
     parser.add_argument("--hf", choices=("auto", "no"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(argv)
@@ -80,6 +67,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["accelerator"]:
+        from experiments.bench import accelerator
+
+        return accelerator.main(argv[1:])
     options = _parse(argv)
     process.keep_memory()
     try:

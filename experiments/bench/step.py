@@ -23,9 +23,9 @@ HEADS = 4
 def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) -> tools.Rows:
     """A row for our step, one for Hugging Face's, and one for each part of ours."""
     settings = _settings(experts, options)
-    steps = {"switchmoe": _step(settings, _batch(options))}
+    steps = {"switchmoe": compiled_step(settings, _batch(options))}
     if options.hf == "auto" and options.dtype == "float32":
-        steps |= tools.torch_cases(_hugging_face, experts, options)
+        steps |= tools.torch_cases(hugging_face, experts, options)
     # Before the parts are there: among a dozen programs' buffers on the heap the step took 13 % longer.
     seconds = timing.measure(steps, options.repeats)
     tokens = options.batch * sum(options.lengths)
@@ -83,7 +83,8 @@ def _batch(options: argparse.Namespace) -> objective.Batch:
     }
 
 
-def _step(settings: Settings, batch: objective.Batch) -> timing.Case:
+def compiled_step(settings: Settings, batch: objective.Batch) -> timing.Case:
+    """The training step on a batch, from the first state on."""
     tx = optimizers.create(settings.optimizer, 1000, train_state.axis_names(settings))
     state = [jax.jit(lambda: train_state.init_state(settings, tx))()]
     step = train_step.compile_step(settings, tx, state[0], batch)
@@ -166,8 +167,8 @@ def _optimizer(settings: Settings) -> timing.Case:
     return timing.Case(run)
 
 
-def _hugging_face(experts: int, options: argparse.Namespace) -> dict[str, timing.Case]:
-    """Its model, slots for each sequence by the same factor, torch's fused AdamW."""
+def hugging_face(experts: int, options: Any, heads: int = HEADS) -> dict[str, timing.Case]:
+    """Its model, slots for each sequence by the same factor, torch's fused AdamW; bfloat16 as torch's autocast has it."""
     import torch
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
@@ -178,8 +179,8 @@ def _hugging_face(experts: int, options: argparse.Namespace) -> dict[str, timing
         vocab_size=options.vocab,
         d_model=options.d_model,
         d_ff=options.d_ff,
-        d_kv=options.d_model // HEADS,
-        num_heads=HEADS,
+        d_kv=options.d_model // heads,
+        num_heads=heads,
         num_layers=options.layers,
         num_decoder_layers=options.layers,
         num_sparse_encoder_layers=options.layers // 2,
@@ -192,14 +193,21 @@ def _hugging_face(experts: int, options: argparse.Namespace) -> dict[str, timing
         pad_token_id=0,
         decoder_start_token_id=0,
     )
-    model = SwitchTransformersForConditionalGeneration(config)
+    device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+    model = SwitchTransformersForConditionalGeneration(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    inputs, labels = (torch.randint(1, options.vocab, (options.batch, length)) for length in options.lengths)
+    inputs, labels = (
+        torch.randint(1, options.vocab, (options.batch, length), device=device) for length in options.lengths
+    )
 
     def run() -> None:
         optimizer.zero_grad()
-        model(input_ids=inputs, labels=labels).loss.backward()
+        with torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            loss = model(input_ids=inputs, labels=labels).loss
+        loss.backward()
         optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return {"Hugging Face": timing.Case(run)}
 

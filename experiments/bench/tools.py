@@ -1,10 +1,11 @@
-"""What the benchmarks share: the machine's description, and whether Hugging Face's cases can be measured."""
+"""What the benchmarks share: options, the machine's description, whether Hugging Face's cases can be measured."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -15,6 +16,21 @@ COLOURS = (
     "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#F0E442", "#CC79A7", "#8c6d31", "#999999", "#333333",
 )  # fmt: skip
 VERSIONS_OF = ("jax", "jaxlib", "flax", "torch", "transformers")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"experiments.bench: {message}; see --help\n")
+
+
+def at_least(least: int):
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value}: accepted is an integer >= {least}")
+        return value
+
+    return convert
 
 
 def machine() -> dict[str, Any]:

@@ -8,6 +8,8 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
+KERNELS = "tokamax"  # the package whose kernels are used, where it is installed
+
 
 def grouped_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """y_NF with y_n = x_n @ kernel_e for the sizes_0 rows of expert 0, then those of expert 1, ...
@@ -28,7 +30,7 @@ def _library_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) 
 
 
 def _library_product(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    if importlib.util.find_spec("tokamax"):
+    if importlib.util.find_spec(KERNELS):
         import tokamax
         from absl import flags
 
