@@ -105,6 +105,29 @@ def _check(argument: str) -> str:
     return argument
 
 
+def overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(values of ``--config.GROUP.FIELD=VALUE`` by ``group.field``, the other arguments).
+
+    Raises:
+      ValueError: a field that does not exist, or a value that is not of its type.
+    """
+    found, others = {}, []
+    for argument in joined(arguments):
+        name, equals, value = _check(argument).lstrip("-").partition("=")
+        if not name.startswith("config."):
+            others.append(argument)
+            continue
+        _, group, field = name.split(".")
+        kind = GROUPS[group][field].type
+        try:
+            if kind is bool and value not in ("", "True", "False", "true", "false"):
+                raise ValueError
+            found[f"{group}.{field}"] = value.lower() != "false" if kind is bool else kind(value)
+        except ValueError as error:
+            raise ValueError(f"--{name}={value}: accepted is a value of type {kind.__name__}") from error
+    return found, others
+
+
 def resolve(value: str) -> str:
     """FILE.py[:ARGS], where FILE.py is looked for here, then among the configs that came with the package."""
     path, colon, arguments = value.partition(":")

@@ -8,6 +8,7 @@ Letters: B sequences a batch, N sequences in all, L tokens, V vocabulary.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -127,35 +128,46 @@ def joined_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def eval_batches(
-    settings: DataSettings, vocabulary: Vocabulary, documents: Sequence[str], num_batches: int
+    settings: DataSettings,
+    vocabulary: Vocabulary,
+    documents: Sequence[str],
+    num_batches: int = 0,
+    padded: bool = False,
 ) -> list[Batch]:
     """The first ``num_batches`` full batches of the documents, in their order: always the same ones.
 
     All processes get the same, global batches. Fewer come back where the documents hold no more.
 
+    Args:
+      num_batches: 0: all that the documents hold.
+      padded: fills the last batch up with rows of padding.
+
     Raises:
-      DataError: the documents do not fill one batch.
+      DataError: the documents do not fill one batch, or where it is padded one sequence.
     """
     raw_length = objectives.lengths(settings).raw
-    wanted = num_batches * settings.batch_size * raw_length
+    wanted = num_batches * settings.batch_size * raw_length or math.inf
     parts, total = [], 0
     for text in _items(documents):
         parts.append(vocabulary.encode(text))
         total += len(parts[-1])
         if total >= wanted:
             break
-    sequences = min(total, wanted) // raw_length
+    sequences = int(min(total, wanted) // raw_length)
     full = sequences // settings.batch_size
-    if not full:
+    if not (sequences if padded else full):
         raise DataError(
             f"data.batch_size={settings.batch_size}: the {len(documents)} validation documents of "
             f"{settings.source} fill {sequences} sequences of {raw_length} tokens; accepted is "
             + (f"at most {sequences}" if sequences else "a smaller data.input_length, or more text")
         )
-    pieces_NL = np.concatenate(parts)[: full * settings.batch_size * raw_length].reshape(-1, raw_length)
+    rows = sequences if padded else full * settings.batch_size
+    pieces_NL = np.concatenate(parts)[: rows * raw_length].reshape(-1, raw_length)
     objective = objectives.OBJECTIVES[settings.objective]
     draws = objective.draws(len(pieces_NL), settings, np.random.default_rng(EVAL_SEED))
     joined = _example(pieces_NL, draws, settings, vocabulary)
+    missing = -len(pieces_NL) % settings.batch_size
+    joined = {name: np.pad(rows, ((0, missing), (0, 0))) for name, rows in joined.items()}
     starts = range(0, len(pieces_NL), settings.batch_size)
     return [{name: rows[n : n + settings.batch_size] for name, rows in joined.items()} for n in starts]
 

@@ -14,7 +14,7 @@ import pathlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,20 @@ def load_splits(settings: DataSettings, note: Note = lambda _: None) -> dict[str
     if local_files.is_local(settings.source):
         return _checked(_local(settings, note), settings)
     return {split: _load_tfds(settings, split, note) for split in prepared.SPLITS}
+
+
+def load_whole(settings: DataSettings, note: Note = lambda _: None) -> Sequence[str]:
+    """All documents of ``settings.source``, held out or not, the held-out ones last: a text to measure a model on.
+
+    Raises:
+      DataError: as `load_splits`; there is no document.
+    """
+    parts = _local(settings, note) if local_files.is_local(settings.source) else load_splits(settings, note)
+    return [document for part in parts.values() for document in _each(part)]
+
+
+def _each(documents: Documents) -> Iterator[str]:
+    return (documents[index] for index in range(len(documents)))
 
 
 def _local(settings: DataSettings, note: Note) -> dict[str, Documents]:

@@ -126,6 +126,15 @@ class Vocabulary:
         return np.array(found, np.int32)
 
     @functools.cached_property
+    def bytes_of_ids(self) -> np.ndarray:
+        """Bytes of UTF-8 that each id stands for, [size]: of text as the model sees it, normalised; 0 of what is no text."""
+        pieces = (self._processor.id_to_piece(i).replace(_BLANK, " ") for i in range(self.pieces))
+        found = np.array([len(piece.encode()) for piece in pieces] + [0] * NUM_SENTINELS, np.int64)
+        found[self.byte_ids] = 1
+        found[[self.pad_id, self.eos_id]] = 0
+        return found
+
+    @functools.cached_property
     def blank_ids(self) -> list[int]:
         """The ids of pieces that are nothing but blanks."""
         return [i for i in range(self.pieces) if not self._processor.id_to_piece(i).strip(_BLANK)]

@@ -20,7 +20,7 @@ NUM_EXAMPLES = 5
 
 
 class HeldOut:
-    """The objective's own metrics over batches that are the same each time."""
+    """The objective's own metrics over batches that are the same each time; ``done`` of them so far."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class HeldOut:
         settings: Settings,
         mesh: Mesh,
     ):
-        self.name = name
+        self.name, self.done = name, 0
         self._batches, self._objective, self._settings, self._mesh = batches, objective, settings, mesh
 
     def compile(self, params: Any) -> None:
@@ -40,7 +40,10 @@ class HeldOut:
         self._step = jax.jit(step, out_shardings=whole).lower(params, batch).compile()
 
     def figures(self, params: Any) -> dict[str, Any]:
-        found = [self._step(params, placing.whole(batch, self._mesh)) for batch in self._batches]
+        found = []
+        for number, batch in enumerate(self._batches):
+            self.done = number
+            found.append(self._step(params, placing.whole(batch, self._mesh)))
         sums, counts = jax.tree.map(lambda *values: sum(values), *jax.device_get(found))
         return jax.device_get(self._objective.summarize(sums, counts, self._settings))
 

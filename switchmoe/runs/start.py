@@ -45,14 +45,14 @@ def beginning(context: Context) -> Beginning:
 
     def load(state: TrainState) -> TrainState:
         fresh = flatten_dict(state.params, sep="/")
-        read = _read(step, {name: fresh[name] for name in taken})
+        read = read_parameters(step, {name: fresh[name] for name in taken})
         return state.replace(params=unflatten_dict(fresh | read, sep="/"))
 
     return Beginning(Start(load, record), str(vocabulary) if vocabulary.exists() else "")
 
 
-def locate(text: str) -> epath.Path:
-    """The directory of the step that ``init.checkpoint`` names; of a run the newest complete one.
+def locate(text: str, field: str = "init.checkpoint") -> epath.Path:
+    """The directory of the step that ``init.checkpoint`` (or another field) names; of a run the newest complete one.
 
     Raises:
       ValueError: there is none.
@@ -60,9 +60,9 @@ def locate(text: str) -> epath.Path:
     directory, bar, number = text.partition("|")
     path = epath.Path(directory).expanduser()
     if directory.startswith("s3://"):
-        raise ValueError(f"init.checkpoint={text}: accepted is a directory or gs:// (Orbax reads no s3://)")
+        raise ValueError(f"{field}={text}: accepted is a directory or gs:// (Orbax reads no s3://)")
     if bar and not number.isdecimal():
-        raise ValueError(f"init.checkpoint={text}: accepted is {ACCEPTED}")
+        raise ValueError(f"{field}={text}: accepted is {ACCEPTED}")
     if not bar and path.name.isdecimal() and (path / "state").exists():
         return path
     inner = path / buckets.CHECKPOINTS
@@ -70,7 +70,7 @@ def locate(text: str) -> epath.Path:
     wanted = int(number) if bar else max(steps, default=None)
     if wanted not in steps:
         has = f"it has the steps {', '.join(map(str, sorted(steps)))}" if steps else "no checkpoint is there"
-        raise ValueError(f"init.checkpoint={text}: {has}; accepted is {ACCEPTED}")
+        raise ValueError(f"{field}={text}: {has}; accepted is {ACCEPTED}")
     return inner / str(wanted)
 
 
@@ -125,8 +125,8 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(list(names)[:4])
 
 
-def _read(step: epath.Path, like: dict[str, jax.Array]) -> dict[str, Any]:
-    """The arrays of these names, with the types and places of ``like``."""
+def read_parameters(step: epath.Path, like: dict[str, Any]) -> dict[str, Any]:
+    """The step's parameters of these names, with the types and places of ``like``, arrays or their shapes."""
     item = {"params": unflatten_dict(jax.tree.map(ocp.utils.to_shape_dtype_struct, like), sep="/")}
     arguments = ocp.args.PyTreeRestore(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True

@@ -1,0 +1,95 @@
+"""A trained model: settings, parameters and vocabulary of a run, or of one of its steps."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from switchmoe.data.vocabulary import Vocabulary
+from switchmoe.runs import integrity, start
+from switchmoe.settings import Settings, from_config, to_dict
+from switchmoe.training import train_state
+
+# What a model's reader may choose; all else is the model itself, or what it was trained with.
+READERS = {
+    "model": ("dtype", "scan_unroll", "remat"),
+    "moe": ("dispatch", "eval_capacity_factor", "eval_group_size"),
+    "data": (
+        *("source", "data_dir", "text_field", "documents", "validation_share", "train_split", "validation_split"),
+        *("batch_size", "input_length", "target_length", "objective", "prefix", "noise_density"),
+        *("mean_span_length",),
+    ),
+    "mesh": tuple(field.name for field in dataclasses.fields(Settings().mesh)),
+}  # fmt: skip
+
+
+class Source(NamedTuple):
+    """Where a model is."""
+
+    step: epath.Path  # the directory of the checkpoint's step
+    settings: Settings  # that it was trained with
+    vocabulary: Vocabulary | None
+
+
+def find(text: str) -> Source:
+    """The model of ``--source``: a run's directory, DIR|STEP or DIR/checkpoints/STEP.
+
+    Raises:
+      ValueError: there is none, or its settings or vocabulary can't be read.
+    """
+    step = start.locate(text, "--source")
+    directory = step.parent.parent
+    file = directory / "config.json"
+    try:
+        settings = from_config(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--source={text}: {file} is not a run's ({error}); accepted is {start.ACCEPTED}"
+        ) from error
+    path = directory / start.VOCABULARY_FILE
+    found = Vocabulary.from_bytes(path.read_bytes(), str(path)) if path.exists() else None
+    return Source(step, settings, found)
+
+
+def changed(settings: Settings, overrides: Mapping[str, Any]) -> Settings:
+    """The settings with other values, of those that a model's reader may choose.
+
+    Args:
+      overrides: by ``group.field``.
+
+    Raises:
+      ValueError: another field, or a value that is not accepted.
+    """
+    groups = to_dict(settings)
+    for name, value in overrides.items():
+        group, _, field = name.partition(".")
+        if field not in READERS.get(group, ()):
+            known = ", ".join(f"{group}.{field}" for group, fields in READERS.items() for field in fields)
+            raise ValueError(
+                f"--config.{name}={value}: it is of the model or its training; accepted are {known}"
+            )
+        groups[group][field] = value
+    # A stream more or less, and steps of the optimizer, are nothing to a reader.
+    groups["data"]["streams"], groups["train"]["accumulate"] = 0, 1
+    return from_config(groups)
+
+
+def parameters(source: Source, settings: Settings, mesh: Mesh) -> Any:
+    """The model's parameters, where the layout has them.
+
+    Raises:
+      ValueError: the step is damaged.
+    """
+    damage = integrity.damage(source.step, "state")
+    if damage:
+        raise ValueError(f"--source={source.step}: it is damaged: {damage}; accepted is a good one")
+    shapes = train_state.parameter_shapes(settings)
+    boxes = train_state.abstract_variables(settings)["params"]
+    where = train_state.state_shardings(shapes, boxes, settings, mesh)
+    like = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, where)
+    return unflatten_dict(start.read_parameters(source.step, flatten_dict(like, sep="/")), sep="/")
