@@ -48,7 +48,7 @@ def test_every_part_is_measured_and_written(tiny):
     assert run["steps"] == 2 and 6 < run["cross_entropy"] < 8
     assert (directory / "layer.png").read_bytes().startswith(b"\x89PNG")
     text = (directory / "table.md").read_text()
-    assert all(f"## {name}" in text for name in accelerator.NAMES) and "runs: experiments 2" in out
+    assert all(f"## {name}" in text for name in accelerator.NAMES) and "runs: experts 2" in out
     assert not list(directory.glob("*.tmp"))
 
 
