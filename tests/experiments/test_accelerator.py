@@ -24,9 +24,9 @@ def tiny(tmp_path_factory, user_environment):
         "accelerator",
         "--tiny",
         f"--out={out}",
-        "--budget=480",
+        "--budget=1200",
     ]
-    done = subprocess.run(command, env=user_environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=user_environment, capture_output=True, text=True, timeout=1300)
     assert done.returncode == 0, done.stderr
     return out / "cpu", json.loads((out / "cpu" / "results.json").read_text()), done.stdout
 

@@ -83,6 +83,15 @@ def assert_same_losses(workdir, whole):
 
 
 @pytest.mark.long
+def test_a_job_starts_from_another_runs_checkpoint_with_a_part_frozen(tmp_path, whole, user_environment):
+    given = [EXPERTS, f"--config.init.checkpoint={whole}|8", "--config.train.trainable=experts|router"]
+    assert command.main(["run", f"--workdir={tmp_path / 'alone'}", *SMALL, *given]) == 0
+    Job(tmp_path / "job", user_environment, 2, *given).finish(0, 0)
+    assert_same_losses(tmp_path / "job", tmp_path / "alone")
+    assert losses(tmp_path / "job")[0]["loss"] < losses(whole)[0]["loss"]
+
+
+@pytest.mark.long
 @pytest.mark.faults
 def test_a_job_killed_and_stopped_and_moved_ends_like_one_undisturbed_process(
     tmp_path, whole, user_environment, capsys, table
