@@ -181,33 +181,20 @@ def compare(
     module: nn.Module, params: dict, x_GSD: jax.Array, d_GSD: jax.Array, dtype: str, idle: tuple[int, ...]
 ) -> Row:
     """Relative errors (norms) of the output and of each gradient; whether all is finite, and idle experts' are 0."""
-    key = jax.random.key(0)
 
-    def ours(params: dict, x_GSD: jax.Array) -> jax.Array:
-        return module.apply(params, x_GSD.astype(dtype), rngs={"router": key})[0].astype(jnp.float32)
+    @jax.jit
+    def ours(params: dict, x_GSD: jax.Array, d_GSD: jax.Array) -> tuple:
+        def output(params: dict, x_GSD: jax.Array) -> jax.Array:
+            rngs = {"router": jax.random.key(0)}
+            return module.apply({"params": params}, x_GSD.astype(dtype), rngs=rngs)[0].astype(jnp.float32)
 
-    def loop(params: dict, x_GSD: jax.Array) -> jax.Array:
-        p = jax.tree.map(lambda k: k.astype(dtype).astype(jnp.float32), params["params"]["experts"])
-        prob_GSE = jax.nn.softmax(jnp.einsum("GSD,DE->GSE", x_GSD, params["params"]["router"]), axis=-1)
-        y_GSD = jnp.zeros_like(x_GSD)
-        for e in range(prob_GSE.shape[-1]):
-            mine_GS = prob_GSE.argmax(-1) == e
-            h = nn.relu(jnp.einsum("GSD,DF->GSF", x_GSD, p["wi"][e]))
-            gate_GS = jnp.where(mine_GS, prob_GSE[..., e], 0.0)
-            y_GSD += gate_GS[..., None] * jnp.einsum("GSF,FD->GSD", h, p["wo"][e])
-        return y_GSD
+        return _with_gradients(output, params, x_GSD, d_GSD)
 
-    def both(function: Callable) -> tuple:
-        y, pull = jax.vjp(function, params, x_GSD)
-        of_params, of_x = pull(d_GSD)
-        return y, of_params["params"], of_x
-
-    found = jax.jit(lambda: both(ours))()
-    with jax.default_matmul_precision("highest"):
-        wanted = jax.jit(lambda: both(loop))()
-    names = ("output", "params", "x")
+    rounded = jax.tree.map(lambda k: k.astype(dtype).astype(jnp.float32), params["params"]["experts"])
+    found = ours(params["params"], x_GSD, d_GSD)
+    wanted = loop_over_experts(params["params"] | {"experts": rounded}, x_GSD, d_GSD)
     errors = {}
-    for name, a, b in zip(names, found, wanted, strict=True):
+    for name, a, b in zip(("output", "params", "x"), found, wanted, strict=True):
         flat_a, flat_b = jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)
         for (path, leaf), other in zip(flat_a, flat_b, strict=True):
             label = name + jax.tree_util.keystr(path)
@@ -219,6 +206,28 @@ def compare(
     largest = errors[worst] if math.isfinite(errors[worst]) else None
     right = largest is not None and largest < limit and zero
     return {"worst": worst, "relative_error": largest, "idle_are_zero": zero, "right": right}
+
+
+@jax.jit
+def loop_over_experts(params: dict, x_GSD: jax.Array, d_GSD: jax.Array) -> tuple:
+    """(output, gradients of the parameters, of x) of the layer as a plain loop, in float32."""
+
+    def output(params: dict, x_GSD: jax.Array) -> jax.Array:
+        experts, y_GSD = params["experts"], jnp.zeros_like(x_GSD)
+        prob_GSE = jax.nn.softmax(jnp.einsum("GSD,DE->GSE", x_GSD, params["router"]), axis=-1)
+        for e in range(prob_GSE.shape[-1]):
+            gate_GS = jnp.where(prob_GSE.argmax(-1) == e, prob_GSE[..., e], 0.0)
+            h_GSF = nn.relu(jnp.einsum("GSD,DF->GSF", x_GSD, experts["wi"][e]))
+            y_GSD += gate_GS[..., None] * jnp.einsum("GSF,FD->GSD", h_GSF, experts["wo"][e])
+        return y_GSD
+
+    with jax.default_matmul_precision("highest"):
+        return _with_gradients(output, params, x_GSD, d_GSD)
+
+
+def _with_gradients(output: Callable, params: dict, x_GSD: jax.Array, d_GSD: jax.Array) -> tuple:
+    y_GSD, pull = jax.vjp(output, params, x_GSD)
+    return y_GSD, *pull(d_GSD)
 
 
 def step(sizes: Sizes, until: float) -> Iterator[Row]:

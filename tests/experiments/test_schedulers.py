@@ -33,7 +33,7 @@ def test_mpirun_within_a_step_of_slurm_tells_of_more_than_the_step_does():
 
 JOIN = """
 import jax
-from switchmoe import distributed
+from switchmoe.parallel import distributed
 from switchmoe.settings import MeshSettings
 distributed.initialize(MeshSettings())
 visible = jax.config.values["jax_cuda_visible_devices"]
