@@ -251,7 +251,8 @@ def test_a_claim_from_runs_to_verdict(tmp_path, monkeypatch, environment):
     out = tmp_path / "out"
     program = (
         "import dataclasses, sys\n"
-        "from experiments import claims, paper\n"
+        "from experiments import claims\n"
+        "from experiments.paper import __main__ as paper\n"
         "claims.CLAIMS['z_loss'] = dataclasses.replace(claims.CLAIMS['z_loss'], seeds=1)\n"
         "sys.exit(paper.main(sys.argv))"
     )
