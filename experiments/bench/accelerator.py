@@ -33,7 +33,6 @@ from experiments.bench import tools
 
 NAMES = ("layer", "gradients", "step", "transformers", "runs")
 RESERVE = 5.0  # seconds for the last picture and table
-Rows = dict[str, list[dict[str, Any]]]
 
 
 def main(argv: list[str]) -> int:
@@ -141,12 +140,12 @@ SHARES = ("peak_share", "input_wait_share")
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, bool) or value is None or isinstance(value, (str, list)):
-        return (
-            {True: "yes", False: "no", None: "-"}.get(value, value)
-            if not isinstance(value, list)
-            else str(value)
-        )
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (str, list)):
+        return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if value < 1e4 else f"{value:,.0f}"
 
 

@@ -14,7 +14,7 @@ import pathlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -100,11 +100,7 @@ def load_whole(settings: DataSettings, note: Note = lambda _: None) -> Sequence[
       DataError: as `load_splits`; there is no document.
     """
     parts = _local(settings, note) if local_files.is_local(settings.source) else load_splits(settings, note)
-    return [document for part in parts.values() for document in _each(part)]
-
-
-def _each(documents: Documents) -> Iterator[str]:
-    return (documents[index] for index in range(len(documents)))
+    return [part[index] for part in parts.values() for index in range(len(part))]
 
 
 def _local(settings: DataSettings, note: Note) -> dict[str, Documents]:
