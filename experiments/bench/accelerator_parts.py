@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.bench import layer as bench_layer
 from experiments.bench import step as bench_step
 from switchmoe.analysis import timing
 from switchmoe.dispatch import grouped
@@ -111,16 +112,7 @@ def layer(sizes: Sizes, until: float) -> Iterator[Row]:
     def case(module: nn.Module) -> timing.Case:
         rngs = {"params": keys[2], "router": keys[2]}
         params = nn.unbox(jax.jit(module.init)(rngs, x_GSD))
-
-        def both(params: Any, x_GSD: jax.Array, d_GSD: jax.Array) -> Any:
-            def forward(params: Any, x_GSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-                out = module.apply(params, x_GSD, rngs={"router": keys[2]})
-                return (out[0], out[1]["loss"]) if isinstance(out, tuple) else (out, jnp.zeros(()))
-
-            y, pull = jax.vjp(forward, params, x_GSD)
-            return y, pull((d_GSD, jnp.ones(())))
-
-        return timing.compiled(both, params, x_GSD, d_GSD)
+        return bench_layer.compiled(module, params, x_GSD, d_GSD, keys[2])
 
     def told(row: Row, dense_ms: float | None) -> Row:
         if "error" not in row:

@@ -46,17 +46,7 @@ def _cases(experts: int, options: argparse.Namespace, mode: str) -> dict[str, ti
     )
 
     def case(module: nn.Module, params: Any) -> timing.Case:
-        def forward(params: Any, x_GSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            out = module.apply(params, x_GSD, rngs={"router": key_p})
-            return (out[0], out[1]["loss"]) if isinstance(out, tuple) else (out, jnp.zeros(()))
-
-        def both(params: Any, x_GSD: jax.Array, d_GSD: jax.Array) -> Any:
-            y, pull = jax.vjp(forward, params, x_GSD)
-            return y, pull((d_GSD, jnp.ones(())))
-
-        if mode == "forward":
-            return timing.compiled(forward, params, x_GSD)
-        return timing.compiled(both, params, x_GSD, d_GSD)
+        return compiled(module, params, x_GSD, d_GSD, key_p, mode)
 
     dense = FeedForward(model)
     cases = {"dense": case(dense, nn.unbox(jax.jit(dense.init)(key_p, x_GSD)))}
@@ -70,6 +60,29 @@ def _cases(experts: int, options: argparse.Namespace, mode: str) -> dict[str, ti
     if options.hf == "auto" and options.dtype == "float32":
         cases |= tools.torch_cases(_hugging_face, experts, options, mode)
     return cases
+
+
+def compiled(
+    module: nn.Module,
+    params: Any,
+    x_GSD: jax.Array,
+    d_GSD: jax.Array,
+    key: jax.Array,
+    mode: str = MODES[1],
+) -> timing.Case:
+    """A layer, dense or sparse, in a mode; ``d_GSD`` is its output's gradient, ``key`` the router's."""
+
+    def forward(params: Any, x_GSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = module.apply(params, x_GSD, rngs={"router": key})
+        return (out[0], out[1]["loss"]) if isinstance(out, tuple) else (out, jnp.zeros(()))
+
+    def both(params: Any, x_GSD: jax.Array, d_GSD: jax.Array) -> Any:
+        y, pull = jax.vjp(forward, params, x_GSD)
+        return y, pull((d_GSD, jnp.ones(())))
+
+    if mode == MODES[0]:
+        return timing.compiled(forward, params, x_GSD)
+    return timing.compiled(both, params, x_GSD, d_GSD)
 
 
 def _hugging_face(experts: int, options: argparse.Namespace, mode: str) -> dict[str, timing.Case]:
