@@ -197,6 +197,7 @@ def table(found: dict[str, Any]) -> str:
 def picture(rows: list[dict[str, Any]]) -> Any:
     """Time of the layer by experts, a line a back end, the dense layer's as a dashed one."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -210,7 +211,9 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     experts = sorted({row["experts"] for row in rows if row["case"] != "dense"})
     axes.set(xscale="log", yscale="log", xlabel="experts", title="MoE layer, forward + backward, ms")
     axes.set_xticks(experts, [str(e) for e in experts])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    for setter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        setter(ScalarFormatter())  # within a decade there may be one power of ten, or none
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
     return figure
