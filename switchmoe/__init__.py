@@ -41,6 +41,7 @@ PUBLIC = {  # a name: where it lives
     "FeedForward": "switchmoe.model.layers",
     "MoELayer": "switchmoe.model.moe",
     "Transformer": "switchmoe.model.transformer",
+    "Generator": "switchmoe.inference.generation",
     "LAYOUTS": "switchmoe.parallel.sharding",
 }
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 NUM_SENTINELS = 100
-ACTIVATIONS = ("relu", "geglu")
+ACTIVATIONS = ("relu", "geglu", "swiglu")
 DTYPES = ("float32", "bfloat16")
-OBJECTIVES = ("span_corruption", "prefix_lm")
+OBJECTIVES = ("span_corruption", "prefix_lm", "causal_lm")
+STACKS = {"encoder_decoder": ("encoder", "decoder"), "decoder_only": ("decoder",)}
 LOSS_WEIGHTS = {  # a router's loss: the field of its weight
     "balance": "balance_loss_weight",
     "importance": "importance_loss_weight",
@@ -60,18 +61,35 @@ def _expression(group: str, settings: Any, field: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """A T5 encoder-decoder (Raffel et al. 2020), version 1.1 feed-forwards with `geglu`."""
+    """A T5 encoder-decoder (Raffel et al. 2020), version 1.1 feed-forwards with `geglu`; or a decoder alone."""
 
     d_model: int = 768  # width of embeddings and residuals
+    stacks: str = "encoder_decoder"  # encoder_decoder | decoder_only (with data.objective=causal_lm)
     d_ff: int = 2048  # width of a feed-forward and of each expert
     d_kv: int = 64  # width of one attention head
     num_heads: int = 12  # num_heads x d_kv need not be d_model (T5 1.1 small: 6 x 64 of 512)
+    num_kv_heads: int = (
+        0  # heads of keys and values, each read by as many of queries (grouped-query); 0: num_heads
+    )
     num_layers: int = 12  # per stack
-    activation: str = "geglu"  # relu | geglu
+    num_decoder_layers: int = 0  # of an encoder-decoder's decoder, where it differs; 0: num_layers
+    activation: str = "geglu"  # relu | geglu | swiglu
     dtype: str = "bfloat16"  # activations; parameters, router, softmax, losses are float32
     dropout_rate: float = 0.0  # of embeddings, attention and feed-forwards, in training
     tie_embeddings: bool = True  # share input and output embeddings, logits scaled by d_model**-0.5
     init_scale: float = 0.1  # s of the truncated normal with variance s / fan_in (Switch, 2.4)
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    qk_norm: str = (
+        "none"  # RMSNorm of queries and keys: none | head (each head's) | all (over all heads' width)
+    )
+    qkv_bias: bool = False  # biases on queries, keys and values
+    attention_scale: float = (
+        1.0  # of the attention's logits; 1: T5's, folded into the first queries; 0: d_kv**-0.5
+    )
+    positions: str = (
+        "relative"  # relative (T5's learned biases) | rotary (halves of a head's width turned, RoFormer)
+    )
+    rotary_theta: float = 10000.0  # the longest wavelength over 2 pi, in tokens
     relative_buckets: int = 32  # of relative positions, each with a learned bias
     relative_max_distance: int = 128  # tokens from which on all distances share a bucket
     scan: bool = True  # False: a loop, parameters for each repeat; compiles longer, copies less on a CPU
@@ -81,12 +99,41 @@ class ModelSettings:
     def __post_init__(self) -> None:
         for field in ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "scan_unroll"):
             _at_least("model", self, field, 1)
+        for field in ("num_kv_heads", "num_decoder_layers"):
+            _at_least("model", self, field, 0)
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise _bad(
+                "model.num_kv_heads", self.num_kv_heads, f"0, or a divisor of num_heads={self.num_heads}"
+            )
+        _one_of("model", self, "stacks", tuple(STACKS))
+        if self.stacks == "decoder_only" and self.num_decoder_layers:
+            raise _bad("model.num_decoder_layers", self.num_decoder_layers, "0 with decoder_only: num_layers")
         _at_least("model", self, "relative_buckets", 4)
         _at_least("model", self, "relative_max_distance", self.relative_buckets)
         _one_of("model", self, "activation", ACTIVATIONS)
         _one_of("model", self, "dtype", DTYPES)
         _rate("model", self, "dropout_rate")
-        _positive("model", self, "init_scale")
+        _one_of("model", self, "qk_norm", ("none", "head", "all"))
+        _one_of("model", self, "positions", ("relative", "rotary"))
+        if self.positions == "rotary" and self.d_kv % 2:
+            raise _bad("model.d_kv", self.d_kv, "an even number with model.positions=rotary")
+        for field in ("init_scale", "norm_eps", "rotary_theta"):
+            _positive("model", self, field)
+        _not_negative("model", self, "attention_scale")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def logit_scale(self) -> float:
+        """What the attention's products of queries and keys are multiplied by."""
+        return self.attention_scale or self.d_kv**-0.5
+
+    @property
+    def gated(self) -> bool:
+        """Whether a feed-forward has a gate beside its first kernel."""
+        return self.activation != "relu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,18 +142,26 @@ class MoESettings:
 
     num_experts: int = 8  # 1: a dense model; no other field of moe has an effect then
     every: int = 2  # the last of each `every` blocks is sparse
+    offset: int = (
+        -1
+    )  # or another of them: from 0 on, or from the end, -1 being the last; with every=0 there is none
+    decoder_every: int = -1  # an encoder-decoder's decoder's own `every`; -1: as the encoder, offset included
+    decoder_offset: int = -1  # read with decoder_every
     router: str = "switch"  # a name in routing.ROUTERS
     decoder_router: str = ""  # the decoder's, where it differs: expert_choice and soft are not causal
     choices: int = 1  # experts a token goes to; 1 with switch, hash and soft
     granularity: int = 1  # each expert split into so many narrower ones, so many times the choices
     num_shared: int = 0  # experts, of the split ones' width, that every token passes through
+    shared_gate: bool = False  # the shared experts' output times a sigmoid of x (Qwen2)
     attention: bool = False  # experts in the sparse blocks' self-attention, too (Switch, app. A)
     dispatch: str = "auto"  # auto | einsum | gather | ragged
     dropless: bool = False  # no capacity at all; with ragged (or auto)
     capacity_factor: float = 1.25  # slots over choices in training; what finds no slot is dropped
     eval_capacity_factor: float = 2.0  # the same at evaluation
     group_size: int = 4096  # at most so many tokens compete for capacity: whole sequences, or parts
-    eval_group_size: int = 0  # the same at evaluation; 0: a sequence, so neighbours never matter
+    # The same at evaluation; 0: a sequence, so neighbours never matter (nothing is dropped in a decoder alone, whose
+    # rows hold several documents)
+    eval_group_size: int = 0
     balance_loss_weight: float = 1e-2  # alpha, for each sparse layer; the layers are summed
     z_loss_weight: float = 1e-3  # ST-MoE's router z-loss, likewise; 0 leaves it out
     importance_loss_weight: float = 0.1  # noisy_top_k's
@@ -131,10 +186,15 @@ class MoESettings:
     )
 
     def __post_init__(self) -> None:
-        for field in ("num_experts", "every", "group_size", "choices", "granularity", "branches", "slots"):
+        for field in ("num_experts", "group_size", "choices", "granularity", "branches", "slots"):
             _at_least("moe", self, field, 1)
-        for field in ("eval_group_size", "num_shared", "reroute"):
+        for field in ("eval_group_size", "num_shared", "reroute", "every"):
             _at_least("moe", self, field, 0)
+        _at_least("moe", self, "decoder_every", -1)
+        for every, field in ((self.every, "offset"), (self.decoder_every, "decoder_offset")):
+            last = max(every, 1) - 1
+            if not -last - 1 <= getattr(self, field) <= last:
+                raise _bad(f"moe.{field}", getattr(self, field), f"an integer from {-last - 1} to {last}")
         for field in ("capacity_factor", "eval_capacity_factor", "router_init_stddev"):
             _positive("moe", self, field)
         for field in (*LOSS_WEIGHTS.values(), "choice_threshold", "bias_rate"):
@@ -175,14 +235,14 @@ class DataSettings:
     validation_split: str = ""  # likewise; "": validation, or test, or else a share of train
     batch_size: int = 128  # sequences a step, over all devices
     input_length: int = 512  # encoder tokens, all of them used
-    target_length: int = (
-        0  # decoder tokens; 0: what the objective writes (prefix=full: as many as in the encoder)
-    )
+    # decoder tokens; 0: what the objective writes (prefix=full and causal_lm: input_length)
+    target_length: int = 0
     vocab: str = ""  # a SentencePiece model file such as T5's spiece.model; "": train one
     vocab_size: int = 32000  # SentencePiece pieces; 100 sentinels join them at the top
     # nmt_nfkc (T5's): blanks and line breaks are joined, letters unified. identity: every character comes back
     normalization: str = "nmt_nfkc"
-    # span_corruption (T5, 3.1.4), or prefix_lm: a text's beginning in, its continuation out
+    # span_corruption (T5, 3.1.4); prefix_lm: a text's beginning in, its continuation out; causal_lm: documents side by
+    # side, a loss at every token
     objective: str = "span_corruption"
     prefix: str = "random"  # of prefix_lm: random (T5's: where a piece is cut is drawn), or full (no padding)
     noise_density: float = 0.15  # share of the tokens that span corruption takes out
@@ -354,8 +414,17 @@ class Settings:
     init: InitSettings = InitSettings()
 
     def __post_init__(self) -> None:
-        if self.sparse and self.model.num_layers % self.moe.every:
-            raise _bad("moe.every", self.moe.every, f"a divisor of model.num_layers={self.model.num_layers}")
+        if (self.data.objective == "causal_lm") != (self.model.stacks == "decoder_only"):
+            raise _bad("data.objective", self.data.objective, f"{self._objectives} with {self.model.stacks}")
+        if self.model.stacks == "decoder_only" and self.moe.decoder_every >= 0:
+            raise _bad("moe.decoder_every", self.moe.decoder_every, "-1 with model.stacks=decoder_only")
+        for stack in self.stacks if self.moe.num_experts > 1 else ():
+            every, _ = self._every(stack)
+            if every and self.layers(stack) % every:
+                decoders = stack == "decoder"
+                field = "decoder_every" if decoders and self.moe.decoder_every > 0 else "every"
+                of = "num_decoder_layers" if decoders and self.model.num_decoder_layers else "num_layers"
+                raise _bad(f"moe.{field}", every, f"a divisor of model.{of}={self.layers(stack)}")
         if self.sparse and self.model.d_ff % self.moe.granularity:
             raise _bad("moe.granularity", self.moe.granularity, f"a divisor of model.d_ff={self.model.d_ff}")
         if self.data.batch_size % self.train.accumulate:
@@ -366,8 +435,43 @@ class Settings:
             )
 
     @property
+    def _objectives(self) -> str:
+        alone = self.model.stacks == "decoder_only"
+        return ", ".join(name for name in OBJECTIVES if (name == "causal_lm") == alone)
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """``encoder`` and ``decoder``, or the decoder alone; per-layer metrics have this order."""
+        return STACKS[self.model.stacks]
+
+    def layers(self, stack: str) -> int:
+        """Blocks of a stack."""
+        return (stack == "decoder" and self.model.num_decoder_layers) or self.model.num_layers
+
+    def _every(self, stack: str) -> tuple[int, int]:
+        if stack == "decoder" and self.moe.decoder_every >= 0:
+            return self.moe.decoder_every, self.moe.decoder_offset
+        return self.moe.every, self.moe.offset
+
+    def period(self, stack: str) -> int:
+        """Blocks after which a stack repeats itself: one of them is sparse, or it is a dense stack's single one."""
+        every, _ = self._every(stack)
+        return every if self.moe.num_experts > 1 and every else 1
+
+    def sparse_blocks(self, stack: str) -> range:
+        """The numbers of a stack's sparse blocks."""
+        every, offset = self._every(stack)
+        if self.moe.num_experts == 1 or not every:
+            return range(0)
+        return range(offset % every, self.layers(stack), every)
+
+    @property
+    def sparse_stacks(self) -> tuple[str, ...]:
+        return tuple(stack for stack in self.stacks if self.sparse_blocks(stack))
+
+    @property
     def sparse(self) -> bool:
-        return self.moe.num_experts > 1
+        return bool(self.sparse_stacks)
 
     @property
     def embedding_rows(self) -> int:

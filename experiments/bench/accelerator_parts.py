@@ -237,7 +237,10 @@ def step(sizes: Sizes, until: float) -> Iterator[Row]:
         row = {"experts": experts, "case": "switchmoe"}
         make = lambda settings=settings, batch=batch: bench_step.compiled_step(settings, batch)  # noqa: E731
         yield _speed(
-            measured(row, make, sizes.repeats), sizes, flops.train_flops(settings, sizes.lengths[1]), peak
+            measured(row, make, sizes.repeats),
+            sizes,
+            flops.train_flops(settings, bench_step.stack_lengths(sizes.lengths)),
+            peak,
         )
 
 
@@ -250,7 +253,7 @@ def transformers(sizes: Sizes, until: float) -> Iterator[Row]:
         if importlib.util.find_spec(package) is None:
             yield row | {"error": f"{package} is not installed"}
             return
-    work = flops.train_flops(_settings(sizes, experts), sizes.lengths[1])
+    work = flops.train_flops(_settings(sizes, experts), bench_step.stack_lengths(sizes.lengths))
     make = lambda: bench_step.hugging_face(experts, sizes, sizes.heads)["Hugging Face"]  # noqa: E731
     yield _speed(measured(row, make, max(3, sizes.repeats // 2)), sizes, work, peak)
 

@@ -1,6 +1,7 @@
 """The whole training step, its budget by part, and Hugging Face's. See `experiments.bench`."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,9 @@ from matplotlib.figure import Figure
 from experiments.bench import tools
 from switchmoe.analysis import timing
 from switchmoe.model import output_loss
-from switchmoe.model.layers import Attention, FeedForward
+from switchmoe.model.attend import Seen
+from switchmoe.model.attention import Attention
+from switchmoe.model.layers import FeedForward
 from switchmoe.model.moe import MoELayer, group_shape
 from switchmoe.planning import flops
 from switchmoe.settings import Settings, from_config
@@ -29,7 +32,7 @@ def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) ->
     # Before the parts are there: among a dozen programs' buffers on the heap the step took 13 % longer.
     seconds = timing.measure(steps, options.repeats)
     tokens = options.batch * sum(options.lengths)
-    work = flops.train_flops(settings, options.lengths[1])
+    work = flops.train_flops(settings, stack_lengths(options.lengths))
     rows = []
     for name in steps:
         row = {"experts": experts, "case": name, "part": False}
@@ -75,6 +78,10 @@ def _settings(experts: int, options: argparse.Namespace) -> Settings:
     )
 
 
+def stack_lengths(lengths: Sequence[int]) -> dict[str, int]:
+    return dict(zip(("encoder", "decoder"), lengths, strict=True))
+
+
 def _batch(options: argparse.Namespace) -> objective.Batch:
     keys = jax.random.split(jax.random.key(options.seed))
     return {
@@ -110,24 +117,23 @@ def _parts(settings: Settings, options: argparse.Namespace) -> dict[str, tuple[t
 
         def value(params: Any, inputs: tuple) -> jax.Array:
             out = module.apply(params, *inputs, rngs={"router": key})
-            y, loss = (out[0], out[1]["loss"]) if isinstance(out, tuple) else (out, 0.0)
-            return (y * y).sum() + loss
+            y, beside = out if isinstance(out, tuple) else (out, {})
+            return (y * y).sum() + (beside["loss"] if "loss" in beside else 0.0)
 
         return timing.compiled(jax.grad(value, (0, 1)), params, inputs)
 
     parts = {}
-    x = {
-        stack: random(options.batch, length, model.d_model)
-        for stack, length in zip(("encoder", "decoder"), options.lengths, strict=True)
-    }
+    lengths = stack_lengths(options.lengths)
+    x = {stack: random(options.batch, length, model.d_model) for stack, length in lengths.items()}
     for name, query, memory in (
         ("encoder attention", "encoder", "encoder"),
         ("decoder attention", "decoder", "decoder"),
         ("cross attention", "decoder", "encoder"),
     ):
-        mask = jnp.zeros((1, 1, 1, x[memory].shape[1]))
-        biases = [random(HEADS, *[x[query].shape[1]] * 2).astype(jnp.float32)] if query == memory else []
-        parts[name] = both(Attention(model, True), x[query], x[memory], mask, *biases), layers
+        seen = Seen(jnp.zeros((1, 1, 1, x[memory].shape[1])))
+        if query == memory:
+            seen = seen.replace(bias=random(HEADS, *[x[query].shape[1]] * 2).astype(jnp.float32))
+        parts[name] = both(Attention(model, True), x[query], x[memory], seen), layers
     for stack, x_BLD in x.items():
         groups = group_shape(*x_BLD.shape[:2], moe.group_size)
         parts[f"{stack} dense"] = both(FeedForward(model, True), x_BLD), layers - sparse

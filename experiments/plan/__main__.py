@@ -109,7 +109,7 @@ def _plan(what: str, settings: Any, options: dict[str, str], compiles: bool) -> 
     layout = options["layout"]
     if layout not in ("", "all", *sharding.LAYOUTS):
         raise ValueError(f"--layout={layout}: accepted is all, or one of {', '.join(sharding.LAYOUTS)}")
-    lengths = {"encoder": settings.data.input_length, "decoder": batches.target_length(settings.data)}
+    lengths = batches.lengths(settings.data)
     if layout in ("", "all") or what == "smallest":
         if compiles:
             raise ValueError("--compile: accepted with one --layout")
@@ -130,10 +130,9 @@ def _table(what: str, settings: Any, lengths: dict, names: Any, target: tuple, n
     devices, slices, device, hbm = target
     where = f"{devices} x {name}, {slices} slice{'s' * (slices > 1)}" if what == "plan" else name
     print(
-        f"{where}, {_bytes(hbm)} each; {settings.data.batch_size} sequences of {lengths['encoder']} / ",
-        end="",
+        f"{where}, {_bytes(hbm)} each; {settings.data.batch_size} sequences of {_tokens(lengths)},"
+        f" remat {settings.model.remat}"
     )
-    print(f"{lengths['decoder']} tokens, remat {settings.model.remat}")
     head = "devices" if what == "smallest" else "fits"
     print(
         f"{'layout':<18} {'fsdp':<5} {head:<8} {'mesh':>12} {'state':>10} {'peak':>10} {'bound':>9} {'step':>9}"
@@ -172,7 +171,7 @@ def _report(plan: Any, name: str, lengths: dict[str, int], hbm: float) -> list[s
     lines = [
         f"{mesh.layout}{' with fsdp' if mesh.fsdp else ''} on {plan.devices} x {name}: {axes}"
         + (f"; slices: {slices}" if slices else ""),
-        f"{settings.data.batch_size} sequences of {lengths['encoder']} / {lengths['decoder']} tokens,"
+        f"{settings.data.batch_size} sequences of {_tokens(lengths)},"
         f" {settings.model.dtype}, remat {settings.model.remat}, {settings.optimizer.name}",
         "",
         f"memory of a device: {fits}",
@@ -225,6 +224,10 @@ def _compiled(plan: Any, lengths: dict[str, int]) -> list[str]:
 
 def _line(name: str, value: str, remark: str = "") -> str:
     return f"  {name:<18} {value:>12}  {remark}".rstrip()
+
+
+def _tokens(lengths: dict[str, int]) -> str:
+    return f"{' / '.join(map(str, lengths.values()))} tokens"
 
 
 def _bytes(size: float) -> str:

@@ -203,20 +203,20 @@ def survey(runs: Sequence[Run], measure: bool, here: bool = True) -> tuple[list[
     for run in runs:
         data = run.settings.data
         try:
-            target = batches.target_length(data)
+            lengths = batches.lengths(data)
             if here:
                 mesh = sharding.make_mesh(run.settings.mesh)
-                sharding.check(run.settings, {"encoder": data.input_length, "decoder": target}, mesh.shape)
+                sharding.check(run.settings, lengths, mesh.shape)
         except ValueError as error:
             raise ValueError(f"run {run.name}: {error}") from None
         counts = train_state.parameter_counts(run.settings)
-        work = flops.train_flops(run.settings, target)
+        work = flops.train_flops(run.settings, lengths)
         costs.append(
             Cost(
                 *counts,
                 work,
                 data.batch_size * batches.real_tokens(data),
-                data.batch_size * (data.input_length + target),
+                data.batch_size * sum(lengths.values()),
             )
         )
     peak = flops.matmul_peak(runs[0].settings.model.dtype) * jax.device_count() if measure else 0.0

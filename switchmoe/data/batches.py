@@ -1,12 +1,14 @@
 """Batches of text: an endless, resumable iterator for training, a fixed list to evaluate.
 
 Documents are tokenised, joined without a separator and cut into pieces of the raw length of which the objective
-(`objectives`) makes inputs and targets, as T5 does. A batch is ``dict(inputs_BL, targets_BL)`` under the
-names `inputs` and `targets`, int32.
+(`objectives`) makes inputs and targets, as T5 does; for a decoder alone (causal_lm) they are joined with EOS after each, so
+that rows are packed without padding. A batch is a dictionary of int32 arrays [B, L]: `inputs` and `targets`, or `targets`,
+`segments` and `positions`.
 
 Letters: B sequences a batch, N sequences in all, L tokens, V vocabulary.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +34,23 @@ def lengths(settings: DataSettings) -> dict[str, int]:
     Raises:
       DataError: as `objectives.lengths`.
     """
-    return {"encoder": settings.input_length, "decoder": objectives.lengths(settings).targets}
+    found = objectives.lengths(settings)
+    return ({"encoder": found.inputs} if found.inputs else {}) | {"decoder": found.targets}
+
+
+def array_lengths(lengths: dict[str, int]) -> dict[str, int]:
+    """Of a batch's arrays, by their names, from those of the stacks."""
+    if "encoder" in lengths:
+        return {"inputs": lengths["encoder"], "targets": lengths["decoder"]}
+    return dict.fromkeys(("targets", "segments", "positions"), lengths["decoder"])
+
+
+def tokens_of(text: str, settings: DataSettings, vocabulary: Vocabulary) -> np.ndarray:
+    """A document's tokens, as they are joined; none of an empty one."""
+    tokens = vocabulary.encode(text)
+    if not (len(tokens) and objectives.OBJECTIVES[settings.objective].ends):
+        return tokens
+    return np.append(tokens, np.asarray(vocabulary.eos_id, tokens.dtype))
 
 
 def target_length(settings: DataSettings) -> int:
@@ -41,7 +59,7 @@ def target_length(settings: DataSettings) -> int:
 
 
 def real_tokens(settings: DataSettings) -> int:
-    """Tokens of a sequence, of both stacks, that are no padding."""
+    """Tokens of a sequence, of all stacks, that are no padding."""
     return objectives.lengths(settings).real
 
 
@@ -93,13 +111,14 @@ def train_batches(
       streams: None: all of them.
 
     Returns:
-      an iterator of dict(inputs=[rows, input_length], targets=[rows, target_length(settings)]), of the
+      an iterator of batches, with the lengths of `array_lengths`, of the
       rows `stream_rows(settings)[streams]`.
 
     Raises:
       DataError: no document has any token, or as `objectives.lengths`.
     """
     rows, objective = stream_rows(settings), objectives.OBJECTIVES[settings.objective]
+    encode = functools.partial(tokens_of, settings=settings, vocabulary=vocabulary)
     count, raw_length = len(rows), objectives.lengths(settings).raw
     if not any(len(vocabulary.encode(text)) for text in _items(documents)):
         raise DataError(f"data.source={settings.source}: none of its {len(documents)} documents has any text")
@@ -108,7 +127,7 @@ def train_batches(
         # Threads hide a bucket's latency; on a local disk they only get in one another's way.
         threads = -(-16 // count) if "://" in settings.data_dir else 0
         read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
-        tokens = document_order(documents, seed, stream, count).map(vocabulary.encode)
+        tokens = document_order(documents, seed, stream, count).map(encode)
         return _Pieces(tokens.to_iter_dataset(read_options), raw_length)
 
     mine = list(range(count) if streams is None else streams)
@@ -116,7 +135,7 @@ def train_batches(
     def batch(number: int, tokens_BL: np.ndarray) -> Batch:
         # What is drawn is of the global batch, so that it does not depend on who reads which rows.
         draws = objective.draws(settings.batch_size, settings, np.random.default_rng((seed, number)))
-        return _example(tokens_BL, draws[rows[mine].ravel()], settings, vocabulary)
+        return objective.example(tokens_BL, draws[rows[mine].ravel()], settings, vocabulary)
 
     batches = _Streams({stream: pieces(stream) for stream in mine}, rows.shape[1], batch)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=settings.prefetch))
@@ -149,7 +168,7 @@ def eval_batches(
     wanted = num_batches * settings.batch_size * raw_length or math.inf
     parts, total = [], 0
     for text in _items(documents):
-        parts.append(vocabulary.encode(text))
+        parts.append(tokens_of(text, settings, vocabulary))
         total += len(parts[-1])
         if total >= wanted:
             break
@@ -165,7 +184,7 @@ def eval_batches(
     pieces_NL = np.concatenate(parts)[: rows * raw_length].reshape(-1, raw_length)
     objective = objectives.OBJECTIVES[settings.objective]
     draws = objective.draws(len(pieces_NL), settings, np.random.default_rng(EVAL_SEED))
-    joined = _example(pieces_NL, draws, settings, vocabulary)
+    joined = objective.example(pieces_NL, draws, settings, vocabulary)
     missing = -len(pieces_NL) % settings.batch_size
     joined = {name: np.pad(rows, ((0, missing), (0, 0))) for name, rows in joined.items()}
     starts = range(0, len(pieces_NL), settings.batch_size)
@@ -200,7 +219,7 @@ def rare_shares(evaluation: Iterable[Batch], vocabulary: Vocabulary) -> dict[str
     """
     counts_V = np.zeros(vocabulary.size, np.int64)
     for batch in evaluation:
-        for tokens in batch.values():
+        for tokens in (batch[name] for name in ("inputs", "targets") if name in batch):
             counts_V += np.bincount(tokens.ravel(), minlength=vocabulary.size)
     counts_V[[vocabulary.pad_id, vocabulary.eos_id, *vocabulary.blank_ids]] = 0
     counts_V = counts_V[: vocabulary.pieces]
@@ -216,15 +235,6 @@ def _target_counts(batch: Batch, vocab_size: int) -> np.ndarray:
 
 def _items(documents: Sequence[str]) -> Iterator[str]:
     return (documents[position] for position in range(len(documents)))
-
-
-def _example(
-    tokens_BL: np.ndarray, draws: np.ndarray, settings: DataSettings, vocabulary: Vocabulary
-) -> Batch:
-    inputs, targets = objectives.OBJECTIVES[settings.objective].example(
-        tokens_BL, draws, settings, vocabulary
-    )
-    return {"inputs": inputs, "targets": targets}
 
 
 class _Streams(grain.IterDataset):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from switchmoe.dispatch.grouped import grouped_matmul
+from switchmoe.dispatch.grouped import apart_matmul, grouped_matmul
 from switchmoe.products import buffers_matmul
 from switchmoe.routing import Routing
 
@@ -74,6 +74,7 @@ class IndexDispatcher:
     choice: jax.Array  # int32 [E, G, C] or [N], the row's index among the T * K choices; T * K if empty
     gate_GSK: jax.Array
     sizes_E: jax.Array | None = None  # int32, rows of each expert; None: buffers
+    apart: bool = struct.field(pytree_node=False, default=False)  # products by `grouped.apart_matmul`
 
     def dispatch(self, x_GSD: jax.Array) -> jax.Array:
         x_TD = x_GSD.reshape(-1, x_GSD.shape[-1])
@@ -83,6 +84,8 @@ class IndexDispatcher:
     def matmul(self, rows: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
         if self.sizes_E is None:
             return buffers_matmul(rows, kernel_EDF)
+        if self.apart:
+            return apart_matmul(rows, kernel_EDF, self.sizes_E)
         return grouped_matmul(rows, kernel_EDF, self.sizes_E)
 
     def combine(self, rows: jax.Array) -> jax.Array:
@@ -112,6 +115,11 @@ def ragged_dispatcher(routing: Routing) -> IndexDispatcher:
     rows = groups * min(tokens * choices, routing.num_experts * routing.capacity)
     row_GSK, choice_N = row_maps(routing, first_EG, rows)
     return IndexDispatcher(row_GSK, choice_N, routing.gate_SK, kept_EG.sum(axis=1))
+
+
+def apart_dispatcher(routing: Routing) -> IndexDispatcher:
+    """The ragged one for decoding: without a gradient, on one device."""
+    return ragged_dispatcher(routing).replace(apart=True)
 
 
 def kept_choices(routing: Routing) -> jax.Array:
@@ -187,3 +195,4 @@ spread.defvjp(lambda x, row, choice: (spread(x, row, choice), (row, choice)), _s
 _gather_up.defvjp(lambda *saved: (_gather_up(*saved), saved), _gather_up_backward)
 
 DISPATCHERS = {"einsum": einsum_dispatcher, "gather": gather_dispatcher, "ragged": ragged_dispatcher}
+DECODING = "apart"  # what decoding asks for instead; nobody else

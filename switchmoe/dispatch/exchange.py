@@ -18,9 +18,11 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from switchmoe.dispatch.dispatchers import (
+    DECODING,
     DISPATCHERS,
     EinsumDispatcher,
     IndexDispatcher,
+    apart_dispatcher,
     einsum_dispatcher,
     kept_choices,
     row_maps,
@@ -38,6 +40,8 @@ def dispatcher(name: str, routing: Routing) -> Any:
     axes, experts = _axes("group"), _axes("expert")
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     shards = math.prod(sizes.get(axis, 1) for axis in axes)
+    if name == DECODING:
+        return apart_dispatcher(routing)
     if shards == 1 or len(routing.expert_SK) % shards:
         return DISPATCHERS[name](routing)
     if name == "ragged":

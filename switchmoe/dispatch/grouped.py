@@ -8,6 +8,8 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
+from switchmoe.products import BF16_ROWS, few_rows
+
 KERNELS = "tokamax"  # the package whose kernels are used, where it is installed
 
 
@@ -58,6 +60,36 @@ def _library_backward(saved: tuple[jax.Array, ...], d_NF: jax.Array) -> tuple:
 _library_matmul.defvjp(_library_forward, _library_backward)
 
 
+def apart_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """The product as a loop over blocks of rows for each expert, all of them written out; without a gradient.
+
+    For decoding, where reading kernels is what a step costs: none is copied, and that of an expert without rows is not
+    read. The code grows with the experts.
+    """
+    experts, size = len(kernel_EDF), _few(len(x_ND), len(kernel_EDF), x_ND.dtype)
+    x_ND, rows = jnp.pad(x_ND, ((0, size), (0, 0))), len(x_ND)
+    start_E, blocks_E = jnp.cumsum(sizes_E) - sizes_E, -(-sizes_E // size)
+    y_NF = jnp.zeros((len(x_ND), kernel_EDF.shape[2]), x_ND.dtype)
+    for e in range(experts):  # in order: an expert's surplus rows are overwritten by the next one's
+        kernel_FD = kernel_EDF[e].T
+
+        def block(n: jax.Array, y_NF: jax.Array, e: int = e, kernel_FD: jax.Array = kernel_FD) -> jax.Array:
+            start = start_E[e] + n * size
+            y_BF = few_rows(jax.lax.dynamic_slice_in_dim(x_ND, start, size), kernel_FD)
+            return jax.lax.dynamic_update_slice_in_dim(y_NF, y_BF, start, axis=0)
+
+        y_NF = jax.lax.fori_loop(0, blocks_E[e], block, y_NF)
+    return y_NF[:rows]
+
+
+def _few(rows: int, experts: int, dtype: jnp.dtype) -> int:
+    """Rows of a block of `apart_matmul`: as an expert has on average, or a few more, which cost little."""
+    if rows == 1:
+        return 1
+    least = BF16_ROWS if dtype == jnp.bfloat16 else 4
+    return next(size for size in (least, 16, 64, 256) if size >= min(rows / experts, 256))
+
+
 @jax.custom_vjp
 def blocked_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """The product as loops over experts and over blocks of an expert's rows.
@@ -66,7 +98,7 @@ def blocked_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -
     overwrites. So the work is that of the rows, rounded up to a block for each expert, and memory
     beyond rows and kernels is that of one block and one kernel.
     """
-    return _product("BD,DF->BF", x_ND, kernel_EDF, sizes_E, kernel_EDF.shape[2])
+    return _forward(x_ND, kernel_EDF, sizes_E)[0]
 
 
 def _product(spec: str, x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array, width: int) -> jax.Array:
@@ -83,7 +115,8 @@ def _product(spec: str, x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Arr
         return _blocks(sizes_E, e, size, block, y_NF)
 
     y_NF = jnp.zeros((len(x_ND), width), x_ND.dtype)
-    return jax.lax.fori_loop(0, len(kernel_EDF), expert, y_NF)[:rows]
+    used_E = jnp.argsort(sizes_E == 0)  # those with rows first, in their order: no other's kernel is read
+    return jax.lax.fori_loop(0, (sizes_E > 0).sum(), lambda n, y_NF: expert(used_E[n], y_NF), y_NF)[:rows]
 
 
 def _kernel_gradient(x_ND: jax.Array, d_NF: jax.Array, sizes_E: jax.Array, good_N1: jax.Array) -> jax.Array:
@@ -133,7 +166,7 @@ def _backward(saved: tuple[jax.Array, ...], d_NF: jax.Array) -> tuple:
 
 
 def _forward(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> tuple:
-    y_NF = blocked_matmul(x_ND, kernel_EDF, sizes_E)
+    y_NF = _product("BD,DF->BF", x_ND, kernel_EDF, sizes_E, kernel_EDF.shape[2])
     return y_NF, (x_ND, kernel_EDF, sizes_E, jnp.isfinite(y_NF[:, :1]))
 
 

@@ -1,49 +1,222 @@
-"""Greedy decoding.
+"""Decoding: one token after the other, each from what the decoder keeps of those before it (`attention.Memory`).
 
-Letters: B batch, L length, D model.
+A sequence is a group of its own and no token is dropped (but for an encoder's expert choice and Soft MoE, in which tokens
+do not choose), so what else is in the batch changes nothing.
+
+Letters: B batch, P prompt length, N new tokens, D model, V vocabulary, M slots.
 """
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from switchmoe.model.transformer import PAD_ID, Transformer
+from switchmoe.dispatch.dispatchers import DECODING
+from switchmoe.model.attention import Memory, empty_memory
+from switchmoe.model.transformer import PAD_ID, Transformer, unstacked, without_limits
+from switchmoe.parallel.sharding import path_keys
 from switchmoe.routing import NOT_CAUSAL
 from switchmoe.settings import Settings
 
-
-def greedy(params: Any, inputs_BL: jax.Array, length: int, settings: Settings, eos_id: int = 1) -> jax.Array:
-    """The most probable next token, ``length`` times; 0 after the first ``eos_id``.
-
-    Each step runs the whole decoder over ``length`` positions: a causal stack gives a position the same output whatever
-    follows it, as in teacher forcing. A sequence is a group of its own and no token is dropped (but for an encoder's
-    expert choice and Soft MoE, in which tokens do not choose), so what else is in the batch changes nothing.
-
-    Returns:
-      tokens_BL, int32, of shape [B, length].
-    """
-    model = Transformer(_alone(settings))
-    variables = {"params": params}
-    encoded_BLD, _ = model.apply(variables, inputs_BL, method="encode")
-    real_BL = jnp.ones((inputs_BL.shape[0], length), bool)
-
-    def step(position: jax.Array, tokens_BL: jax.Array) -> jax.Array:
-        x_BLD, _ = model.apply(
-            variables, encoded_BLD, inputs_BL != PAD_ID, tokens_BL, real_BL, method="decode"
-        )
-        x_BD = jax.lax.dynamic_index_in_dim(x_BLD, position, 1, keepdims=False)
-        next_B = model.apply(variables, x_BD, method="logits").argmax(axis=-1)
-        ended_B = (tokens_BL == eos_id).any(axis=1)
-        return tokens_BL.at[:, position].set(jnp.where(ended_B, PAD_ID, next_B).astype(jnp.int32))
-
-    return jax.lax.fori_loop(0, length, step, jnp.full(real_BL.shape, PAD_ID, jnp.int32))
+INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "wi": 1, "wi_gate": 1, "wo": 1}  # of each kernel
+MOST_APART = 16  # experts up to which each has its own code in a program of decoding
+FLOAT32 = ("router", "relative_bias", "query_norm", "key_norm")  # parameters that are used as such
 
 
-def _alone(settings: Settings) -> Settings:
-    """The settings with which a sequence's output in evaluation does not depend on its neighbours in the batch."""
+@dataclasses.dataclass(frozen=True)
+class Choosing:
+    """How a token is chosen."""
+
+    temperature: float = 0.0  # 0: the likeliest; else drawn, logits divided by it
+    top_k: int = 0  # drawn among the likeliest so many; 0: all
+    top_p: float = 1.0  # drawn among the fewest whose probabilities sum to this
+    stop_ids: tuple[int, ...] = (1,)  # tokens after which nothing comes
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature}: accepted is a number >= 0")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: accepted is an integer >= 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: accepted is a number > 0, at most 1")
+
+
+class Decoded(NamedTuple):
+    tokens_BN: jax.Array  # int32, 0 after a stop token
+    score_B: jax.Array  # float32, the sum of the tokens' log-probabilities by the model
+
+
+class State(NamedTuple):
+    """Before the next token is read."""
+
+    x_BD: jax.Array  # what predicts it
+    position_B: jax.Array  # int32, its place in its sequence
+    memory: Memory
+
+
+@struct.dataclass
+class Laid:
+    """A parameter as a step of decoding reads it fastest on a CPU: kernels the other way round, each expert's by itself."""
+
+    parts: tuple[jax.Array, ...]
+    shape: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def whole(self) -> jax.Array:
+        """As the model has it. XLA reads the parts as they lie, if it finds this beside what reads it."""
+        kernels = [part.T for part in self.parts]
+        return (jnp.stack(kernels) if len(kernels) > 1 else kernels[0]).reshape(self.shape)
+
+
+def prepared(settings: Settings, params: Any) -> tuple[Settings, Any]:
+    """(settings, parameters) to decode with: no scan over layers, and no limits to experts."""
     moe = dataclasses.replace(settings.moe, eval_group_size=0)
     if moe.router not in NOT_CAUSAL:
-        moe = dataclasses.replace(moe, dropless=True, dispatch="ragged")
-    return dataclasses.replace(settings, moe=moe)
+        moe = without_limits(moe)
+    return unstacked(dataclasses.replace(settings, moe=moe), params)
+
+
+def laid_out(settings: Settings, params: Any) -> tuple[Settings, Any]:
+    """What `prepared` gives, so that a step is fast on one device: kernels in the activations' type and, on a CPU, `Laid`."""
+    settings, params = prepared(settings, params)
+    cpu, moe = jax.default_backend() == "cpu", settings.moe
+    apart = cpu and moe.dropless and moe.total_experts <= MOST_APART
+    if apart:
+        settings = dataclasses.replace(settings, moe=dataclasses.replace(moe, dispatch=DECODING))
+
+    def lay(path: tuple, leaf: jax.Array) -> jax.Array | Laid:
+        keys = path_keys(path)
+        if leaf.ndim < 2 or any(key in FLOAT32 for key in keys):
+            return leaf
+        leaf, experts = leaf.astype(settings.model.dtype), "experts" in keys
+        if not cpu or keys[-1] not in INPUT_AXES or (experts and not apart):
+            return leaf
+        kernels = leaf if experts else leaf[None]
+        rows = math.prod(kernels.shape[1 : 1 + INPUT_AXES[keys[-1]]])
+        return Laid(tuple(kernel.reshape(rows, -1).T for kernel in kernels), leaf.shape)
+
+    return settings, jax.tree_util.tree_map_with_path(lay, params)
+
+
+class Decoder:
+    """A model's functions, with settings and parameters of `prepared` or `laid_out`."""
+
+    def __init__(self, settings: Settings, params: Any):
+        self._settings, self._model, self._params = settings, Transformer(settings), params
+
+    def start(self, prompt_BP: jax.Array, count_B: jax.Array, tokens: int) -> State:
+        """Reads prompts: those of an encoder in it, a decoder's own in the decoder.
+
+        Args:
+          prompt_BP: 0 after each one's ``count_B`` tokens.
+          tokens: how many will be read after them.
+        """
+        batch, length = prompt_BP.shape
+        place_BP = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], prompt_BP.shape)
+        real_BP = place_BP < count_B[:, None]
+        layers, model = self._settings.layers("decoder"), self._settings.model
+        if "encoder" in self._settings.stacks:
+            inputs_BP = jnp.where(real_BP, prompt_BP, PAD_ID)
+            encoded_BPD, _ = self._apply(inputs_BP, method="encode")
+            memory, first_B = empty_memory(model, layers, batch, tokens + 1), jnp.zeros(batch, jnp.int32)
+            return self._read(jnp.zeros_like(first_B), first_B, memory, (encoded_BPD, inputs_BP != PAD_ID))
+        memory = empty_memory(model, layers, batch, length + tokens)
+        x_BPD, memory = self._apply(prompt_BP, jnp.where(real_BP, place_BP, -1), memory, method="read")
+        x_BD = jnp.take_along_axis(x_BPD, (count_B - 1)[:, None, None], axis=1)[:, 0]
+        return State(x_BD, count_B, memory)
+
+    def read(self, token_B: jax.Array, state: State) -> State:
+        """The state after another token."""
+        return self._read(token_B, state.position_B, state.memory)
+
+    def logits(self, state: State) -> jax.Array:
+        """Float32 [B, V] of the next token."""
+        return self._apply(state.x_BD, method="logits")
+
+    def _read(self, token_B: jax.Array, position_B: jax.Array, memory: Memory, *encoded: Any) -> State:
+        x_B1D, memory = self._apply(token_B[:, None], position_B[:, None], memory, *encoded, method="read")
+        return State(x_B1D[:, 0], position_B + 1, memory)
+
+    def _apply(self, *arguments: Any, method: str) -> Any:
+        # Here, so that it stands in the loop's body, beside the products.
+        is_laid = lambda leaf: isinstance(leaf, Laid)  # noqa: E731
+        params = jax.tree.map(lambda x: x.whole() if is_laid(x) else x, self._params, is_leaf=is_laid)
+        return self._model.apply({"params": params}, *arguments, method=method)
+
+
+def sample(
+    params: Any,
+    prompt_BP: jax.Array,
+    count_B: jax.Array,
+    key_B: jax.Array,
+    tokens: int,
+    settings: Settings,
+    how: Choosing,
+) -> Decoded:
+    """``tokens`` tokens after each prompt, the likeliest or drawn; fewer where a stop token comes before.
+
+    Args:
+      params: with the settings, of `prepared` or `laid_out`.
+      prompt_BP: int32, the encoder's inputs, or of a decoder alone what it reads first (one token at least).
+      count_B: each prompt's tokens.
+      key_B: a key for each sequence, which draws its tokens whoever is beside it.
+    """
+    decoder = Decoder(settings, params)
+
+    def choose(state: State, step: jax.Array, ended_B: jax.Array) -> tuple[jax.Array, ...]:
+        logits_BV = decoder.logits(state)
+        token_B = _choose(logits_BV, key_B, step, how)
+        log_prob_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+        gain_B = jnp.take_along_axis(log_prob_BV, token_B[:, None], axis=-1)[:, 0]
+        token_B = jnp.where(ended_B, PAD_ID, token_B)
+        return token_B, jnp.where(ended_B, 0.0, gain_B), ended_B | is_stop(token_B, how.stop_ids)
+
+    def go_on(carry: tuple) -> jax.Array:
+        step, _, _, ended_B, *_ = carry
+        return (step < tokens) & ~ended_B.all()
+
+    def one(carry: tuple) -> tuple:
+        step, state, token_B, ended_B, tokens_BN, score_B = carry
+        state = decoder.read(token_B, state)
+        token_B, gain_B, ended_B = choose(state, step, ended_B)
+        tokens_BN = jax.lax.dynamic_update_slice_in_dim(tokens_BN, token_B[:, None], step, axis=1)
+        return step + 1, state, token_B, ended_B, tokens_BN, score_B + gain_B
+
+    state = decoder.start(prompt_BP, count_B, tokens - 1)
+    none_B = jnp.zeros(len(prompt_BP), bool)
+    token_B, score_B, ended_B = choose(state, jnp.int32(0), none_B)
+    tokens_BN = jnp.full((len(prompt_BP), tokens), PAD_ID, jnp.int32).at[:, 0].set(token_B)
+    carry = jnp.int32(1), state, token_B, ended_B, tokens_BN, score_B
+    *_, tokens_BN, score_B = jax.lax.while_loop(go_on, one, carry)
+    return Decoded(tokens_BN, score_B)
+
+
+def is_stop(token: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
+    return jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros(token.shape, bool)
+
+
+def _choose(logits_BV: jax.Array, key_B: jax.Array, step: jax.Array, how: Choosing) -> jax.Array:
+    if not how.temperature:
+        # The first of the largest. By maxima, of which XLA's CPU back end computes many at once, as it does not argmax.
+        place_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)
+        largest_BV = logits_BV == logits_BV.max(axis=-1, keepdims=True)
+        return jnp.where(largest_BV, place_V[None], len(place_V) - 1).min(axis=-1)
+    open_BV = limited(logits_BV / how.temperature, how.top_k, how.top_p)
+    draw = jax.vmap(lambda key, logits_V: jax.random.categorical(jax.random.fold_in(key, step), logits_V))
+    return draw(key_B, open_BV).astype(jnp.int32)
+
+
+def limited(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """The logits of what may be drawn, -inf elsewhere: the ``top_k`` largest, and of these the fewest with ``top_p``."""
+    if top_k:
+        least_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if top_p < 1.0:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        prob_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        kept_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV < top_p  # the first is always kept
+        least_B1 = jnp.where(kept_BV, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return logits_BV

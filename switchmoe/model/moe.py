@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from switchmoe.dispatch import exchange
-from switchmoe.dispatch.dispatchers import DISPATCHERS
-from switchmoe.model.layers import FeedForward, activate, attention_inits, kernel_init, param
+from switchmoe.dispatch.dispatchers import DECODING, DISPATCHERS
+from switchmoe.model.attention import attention_inits, projections
+from switchmoe.model.layers import FeedForward, activate, kernel_init, param
 from switchmoe.routing import GROUPS, NOT_CAUSAL, ROUTERS, RouterSettings, Routing, expert_capacity
 from switchmoe.settings import LOSS_WEIGHTS, ModelSettings, MoESettings
 
@@ -80,7 +81,7 @@ def check(moe: MoESettings, causal: bool) -> None:
     router, dispatch = router_name(moe, causal), dispatch_name(moe, causal)
     if router not in ROUTERS:
         refuse(field, f"one of {', '.join(ROUTERS)}")
-    if dispatch not in DISPATCHERS:
+    if dispatch not in (*DISPATCHERS, DECODING):
         refuse("dispatch", f"one of auto, {', '.join(DISPATCHERS)}")
     if causal and router in NOT_CAUSAL:
         fit = ", ".join(name for name in ROUTERS if name not in NOT_CAUSAL)
@@ -101,7 +102,7 @@ def check(moe: MoESettings, causal: bool) -> None:
         refuse("explore", f"argmax, input_dropout or jitter with the router {router}")
     if moe.reroute and router in ("noisy_top_k", "hash", *NOT_CAUSAL):
         refuse("reroute", f"0 with the router {router}")
-    if moe.dropless and (dispatch != "ragged" or router in NOT_CAUSAL):
+    if moe.dropless and (dispatch not in ("ragged", DECODING) or router in NOT_CAUSAL):
         refuse("dropless", "True with moe.dispatch=ragged or auto, and a router in which tokens choose")
     if router == "soft" and dispatch != "einsum":
         refuse("dispatch", "einsum or auto with the router soft, whose slots mix all tokens")
@@ -138,6 +139,8 @@ def without_effect(moe: MoESettings) -> list[str]:
         "router_init_stddev": routers - {"hash", "noisy_top_k"},
         "priority": moe.router not in ("hash", *NOT_CAUSAL) and not moe.dropless,
         "reroute": not moe.dropless,
+        "shared_gate": moe.num_shared > 0,
+        "decoder_offset": moe.decoder_every > 0,
         "capacity_factor": not moe.dropless and routers != {"soft"},
         "eval_capacity_factor": not moe.dropless and routers != {"soft"},
     }
@@ -175,12 +178,15 @@ class AttentionExperts(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, matmul: Matmul) -> jax.Array:
-        shape = (self.moe.total_experts, self.model.d_model, self.model.num_heads, self.model.d_kv)
+        experts, inits = self.moe.total_experts, attention_inits(self.model, batch_axis=0)
+        names = ("expert", "embed", "heads", "kv")
         kernels = [
-            param(self, name, init, ("expert", "embed", "heads", "kv"), shape, x.dtype)
-            for name, init in attention_inits(self.model, batch_axis=0).items()
+            param(self, name, inits[name], names, (experts, *shape), x.dtype)
+            for name, shape in projections(self.model).items()
         ]
-        return jnp.concatenate([matmul(x, kernel.reshape(*shape[:2], -1)) for kernel in kernels], axis=-1)
+        return jnp.concatenate(
+            [matmul(x, kernel.reshape(*kernel.shape[:2], -1)) for kernel in kernels], axis=-1
+        )
 
 
 class MoELayer(nn.Module):
@@ -236,7 +242,10 @@ class MoELayer(nn.Module):
         if self.moe.num_shared and self.experts is Experts:
             # Side by side, the shared experts are one feed-forward of all their widths.
             width = self.moe.num_shared * self.model.d_ff // self.moe.granularity
-            y_GSD += FeedForward(self.model, self.train, width, name="shared")(x_GSD)
+            shared_GSD = FeedForward(self.model, self.train, width, name="shared")(x_GSD)
+            if self.moe.shared_gate:
+                shared_GSD *= self._shared_gate(x_GSD)
+            y_GSD += shared_GSD
         bad_GS1 = jnp.where(mask_GS, jnp.nan, 0.0).astype(y_GSD.dtype)[..., None]
         return jnp.where(good_GS1, y_GSD, bad_GS1), self._aux(routing)
 
@@ -304,6 +313,11 @@ class MoELayer(nn.Module):
             bias_GSE = jnp.broadcast_to(bias_E.astype(logits_GSE.dtype), logits_GSE.shape)
             logits_GSE = jnp.concatenate([logits_GSE, bias_GSE], axis=-1)
         return logits_GSE
+
+    def _shared_gate(self, x_GSD: jax.Array) -> jax.Array:
+        init = kernel_init(self.model.init_scale, in_axis=0, out_axis=1)
+        kernel_D1 = param(self, "shared_gate", init, ("embed", None), (x_GSD.shape[-1], 1), x_GSD.dtype)
+        return jax.nn.sigmoid(jnp.einsum("GSD,DO->GSO", x_GSD, kernel_D1))
 
     def _aux(self, routing: Routing) -> dict[str, jax.Array]:
         weight_G = routing.tokens / jnp.maximum(routing.tokens.sum(), 1.0)

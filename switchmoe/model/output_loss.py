@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from switchmoe.products import few_rows
+
 
 def cross_entropy(
     logits_BLV: jax.Array, targets_BL: jax.Array, label_smoothing: float = 0.0
@@ -46,6 +48,8 @@ def output_cross_entropy(
 
 def logits(x_BLD: jax.Array, table_VD: jax.Array) -> jax.Array:
     """Float32 ``x @ table.T`` [..., V]."""
+    if x_BLD.ndim == 2 and jax.default_backend() == "cpu":  # of a step of decoding
+        return few_rows(x_BLD, table_VD, jnp.float32)
     return jnp.einsum("...D,VD->...V", x_BLD, table_VD, preferred_element_type=jnp.float32)
 
 

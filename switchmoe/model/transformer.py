@@ -1,111 +1,137 @@
-"""T5 encoder-decoder with sparse feed-forwards, as the Switch Transformer.
+"""T5 encoder-decoder with sparse feed-forwards, as the Switch Transformer; or a decoder alone, of the same blocks.
 
-A stack is a scan over super-blocks of ``moe.every`` blocks, the last of them sparse; a dense model is
-a scan over single blocks. Compile time does not grow with depth, and a stack's parameters carry a
-leading layer axis. With ``model.scan=False`` it is a loop, each super-block with parameters of its own.
+A stack is a scan over super-blocks of ``moe.every`` blocks, one of them sparse; a dense stack is a scan over single
+blocks. Compile time does not grow with depth, and a stack's parameters carry a leading layer axis. With
+``model.scan=False`` it is a loop, each super-block with parameters of its own; decoding needs that (`unstacked`).
 
-Letters: B batch, L length, D model, V vocabulary rows, H heads.
+Letters: B batch, L length, D model, V vocabulary rows, H heads, M the encoder's length or slots of a memory.
 """
+
+import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from switchmoe.model import output_loss
-from switchmoe.model.layers import Attention, FeedForward, RelativeBias, RMSNorm, param
+from switchmoe.model.attend import MASKED, Seen
+from switchmoe.model.attention import Attention, KeysValues, Memory, RelativeBias
+from switchmoe.model.layers import FeedForward, RMSNorm, param
 from switchmoe.model.moe import AttentionExperts, Experts, MoELayer, group_shape
-from switchmoe.settings import Settings
+from switchmoe.settings import MoESettings, Settings
 
 PAD_ID = 0
-STACKS = ("encoder", "decoder")  # in the order of per-layer metrics
-MASKED = -1e9  # added to a float32 attention logit: its weight is exactly 0
+Kept = dict[str, KeysValues]
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention in a decoder, feed-forward or experts; pre-norm residuals."""
+    """Self-attention, cross-attention where there is an encoder, feed-forward or experts; pre-norm residuals."""
 
     settings: Settings
+    stack: str
     sparse: bool
     train: bool
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, context: dict) -> tuple[jax.Array, dict]:
-        """Returns (x_BLD, aux), aux along an axis of the block's MoE layers, {} in a dense block.
+    def __call__(
+        self, x_BLD: jax.Array, context: dict, memory: Kept | None = None
+    ) -> tuple[jax.Array, dict, Kept]:
+        """Returns (x_BLD, aux, what it attended to), aux along an axis of the block's MoE layers, {} in a dense block.
 
         ``context`` is `Stack`'s.
         """
-        model = self.settings.model
+        model, kept = self.settings.model, {}
 
         def dropout(y_BLD: jax.Array) -> jax.Array:
             return nn.Dropout(model.dropout_rate, deterministic=not self.train)(y_BLD)
 
+        def norm(name: str, x_BLD: jax.Array) -> jax.Array:
+            return RMSNorm(model.norm_eps, name=name)(x_BLD)
+
         aux = []
-        normed_BLD = RMSNorm(name="self_norm")(x_BLD)
+        normed_BLD = norm("self_norm", x_BLD)
         projected = None
         if self.sparse and self.settings.moe.attention:
             projected = self._experts(normed_BLD, context, aux, "self_moe", AttentionExperts)
-        attend = Attention(model, self.train, name="self")
-        x_BLD += dropout(
-            attend(normed_BLD, normed_BLD, context["self_mask"], context["self_bias"], projected)
-        )
-        if "encoded" in context:
-            normed_BLD = RMSNorm(name="cross_norm")(x_BLD)
+        before = (memory["self"], context["used"]) if memory else (None, None)
+        parts = (normed_BLD, normed_BLD, context["self"], projected, context.get("rotary"), *before)
+        y_BLD, kept["self"] = Attention(model, self.train, name="self")(*parts)
+        x_BLD += dropout(y_BLD)
+        if "cross" in context:
+            before = (memory or {}).get("cross")
             attend = Attention(model, self.train, name="cross")
-            x_BLD += dropout(attend(normed_BLD, context["encoded"], context["cross_mask"]))
-        normed_BLD = RMSNorm(name="ff_norm")(x_BLD)
+            parts = (norm("cross_norm", x_BLD), context["encoded"], context["cross"])
+            y_BLD, kept["cross"] = attend(*parts, memory=before)
+            x_BLD += dropout(y_BLD)
+        normed_BLD = norm("ff_norm", x_BLD)
         if self.sparse:
             y_BLD = self._experts(normed_BLD, context, aux, "moe", Experts)
         else:
             y_BLD = FeedForward(model, self.train, name="ff")(normed_BLD)
-        return x_BLD + dropout(y_BLD), jax.tree.map(lambda *values: jnp.stack(values), *aux) if aux else {}
+        stacked = jax.tree.map(lambda *values: jnp.stack(values), *aux) if aux else {}
+        return x_BLD + dropout(y_BLD), stacked, kept
 
     def _experts(
         self, x_BLD: jax.Array, context: dict, aux: list[dict], name: str, experts: type[nn.Module]
     ) -> jax.Array:
         """A `MoELayer`, whose aux is appended to ``aux``."""
         moe, mask_BL = self.settings.moe, context["mask"]
+        if not (self.train or moe.eval_group_size) and self.settings.stacks == ("decoder",):
+            moe = without_limits(moe)
         groups = group_shape(*mask_BL.shape, moe.group_size if self.train else moe.eval_group_size)
-        causal = "encoded" in context
-        layer = MoELayer(self.settings.model, moe, self.train, causal, experts, name=name)
+        layer = MoELayer(self.settings.model, moe, self.train, self.stack == "decoder", experts, name=name)
         parts = (x_BLD.reshape(*groups, -1), mask_BL.reshape(groups), context["ids"].reshape(groups))
         y_GSD, layer_aux = layer(*parts)
         aux.append(layer_aux)
         return y_GSD.reshape(*mask_BL.shape, -1)
 
 
+def without_limits(moe: MoESettings) -> MoESettings:
+    """With these no token is dropped, so that one's output does not depend on what is beside it."""
+    return dataclasses.replace(moe, dropless=True, dispatch="ragged")
+
+
 class SuperBlock(nn.Module):
-    """What a stack repeats: dense blocks and one sparse block, or a dense block alone."""
+    """What a stack repeats: dense blocks and one sparse block, or a dense block alone.
+
+    Returns (x_BLD, aux), and where it is given memories (x_BLD, (aux, what each block attended to)).
+    """
 
     settings: Settings
+    stack: str
     train: bool
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array, context: dict) -> tuple[jax.Array, dict]:
-        aux = {}
-        for i in range(blocks_per_scan(self.settings)):
-            sparse = self.settings.sparse and i == self.settings.moe.every - 1
-            x_BLD, aux = Block(self.settings, sparse, self.train, name=f"block_{i}")(x_BLD, context)
-        return x_BLD, aux
-
-
-def blocks_per_scan(settings: Settings) -> int:
-    return settings.moe.every if settings.sparse else 1
+    def __call__(
+        self, x_BLD: jax.Array, context: dict, memories: tuple[Kept, ...] = ()
+    ) -> tuple[jax.Array, Any]:
+        settings, aux, kept = self.settings, {}, []
+        for i in range(settings.period(self.stack)):
+            sparse = i in settings.sparse_blocks(self.stack)
+            block = Block(settings, self.stack, sparse, self.train, name=f"block_{i}")
+            x_BLD, own_aux, own = block(x_BLD, context, memories[i] if memories else None)
+            aux |= own_aux
+            kept.append(own)
+        return x_BLD, (aux, tuple(kept)) if memories else aux
 
 
 def sparse_layer_names(settings: Settings) -> list[str]:
     """``encoder/1``, ..., ``decoder/1``, ...: the order in which per-layer metrics are listed."""
-    if not settings.sparse:
-        return []
-    blocks = range(settings.moe.every - 1, settings.model.num_layers, settings.moe.every)
     parts = ("/attention", "") if settings.moe.attention else ("",)
-    return [f"{stack}/{block}{part}" for stack in STACKS for block in blocks for part in parts]
+    return [
+        f"{stack}/{block}{part}"
+        for stack in settings.stacks
+        for block in settings.sparse_blocks(stack)
+        for part in parts
+    ]
 
 
 class Stack(nn.Module):
-    """Encoder, or decoder where ``encoded_BMD`` is given: blocks, then a last norm."""
+    """Encoder or decoder: blocks, then a last norm."""
 
     settings: Settings
-    causal: bool
+    stack: str  # encoder | decoder
     train: bool
 
     @nn.compact
@@ -114,36 +140,71 @@ class Stack(nn.Module):
         x_BLD: jax.Array,
         mask_BL: jax.Array,
         ids_BL: jax.Array,
-        encoded_BMD: jax.Array | None = None,
-        encoded_mask_BM: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict]:
-        """Args: embeddings; True where a token is real; token ids; the encoder's output and its mask.
+        encoded: tuple[jax.Array, jax.Array] | None = None,
+        segment_BL: jax.Array | None = None,
+        position_BL: jax.Array | None = None,
+        memory: Memory | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Args: embeddings; True where a token is real; token ids; the encoder's output and its mask; which document of
+        its row a token is of, none of which sees another; its place there; what was read before.
 
-        Returns (x_BLD, aux), aux with the values of `MoELayer`'s along a leading layer axis.
+        Returns (x_BLD, aux), aux with the values of `MoELayer`'s along a leading layer axis; with a memory (x_BLD, the
+        memory with these tokens in it).
         """
         model = self.settings.model
-        length = x_BLD.shape[1]
-        bias_HLL = RelativeBias(model, bidirectional=not self.causal, name="relative_bias")(length)
-        if self.causal:
-            # Real tokens come first, so the causal mask alone keeps padding from them.
-            visible_BHLL = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        context = {"mask": mask_BL, "ids": ids_BL}
+        if memory is None:
+            seen, distance = self._seen(mask_BL, segment_BL)
+            place_BL = jnp.arange(x_BLD.shape[1])[None] if position_BL is None else position_BL
         else:
-            visible_BHLL = mask_BL[:, None, None, :]
-        self_mask = jnp.where(visible_BHLL, 0.0, MASKED)
-        context = {"self_bias": bias_HLL, "self_mask": self_mask, "mask": mask_BL, "ids": ids_BL}
-        if encoded_BMD is not None:
-            context["encoded"] = encoded_BMD
-            context["cross_mask"] = jnp.where(encoded_mask_BM[:, None, None, :], 0.0, MASKED)
+            slots_BM = jax.lax.dynamic_update_slice_in_dim(
+                memory.position_BM, position_BL, memory.used, axis=1
+            )
+            memory = memory.replace(position_BM=slots_BM)
+            seen, distance = _remembered(slots_BM, position_BL)
+            place_BL, context["used"] = position_BL, memory.used
+        if model.positions == "rotary":
+            context["rotary"] = place_BL
+        else:
+            bias = RelativeBias(model, bidirectional=self.stack == "encoder", name="relative_bias")(distance)
+            seen = seen.replace(bias=bias)
+        context["self"] = seen
+        real_BM = None if encoded is None else encoded[1]
+        if memory is not None and real_BM is None:
+            real_BM = memory.encoded_BM
+        if real_BM is not None:
+            context["encoded"] = None if encoded is None else encoded[0]
+            added_B11M = jnp.where(real_BM[:, None, None, :], 0.0, MASKED)
+            context["cross"] = Seen(added_B11M, keys_B=real_BM.sum(axis=1, dtype=jnp.int32))
         dropout = nn.Dropout(model.dropout_rate, deterministic=not self.train)
-        x_BLD, aux = self._blocks(dropout(x_BLD), context)
-        aux = jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), aux)
-        return dropout(RMSNorm(name="norm")(x_BLD)), aux
+        x_BLD, found = self._blocks(dropout(x_BLD), context, memory)
+        x_BLD = dropout(RMSNorm(model.norm_eps, name="norm")(x_BLD))
+        if memory is None:
+            return x_BLD, jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), found)
+        used = memory.used + position_BL.shape[1]
+        return x_BLD, memory.replace(blocks=found, used=used, encoded_BM=real_BM)
 
-    def _blocks(self, x_BLD: jax.Array, context: dict) -> tuple[jax.Array, dict]:
-        model = self.settings.model
+    def _seen(self, mask_BL: jax.Array, segment_BL: jax.Array | None) -> tuple[Seen, jax.Array]:
+        """(which keys each query sees, key minus query)."""
+        place_L = jnp.arange(mask_BL.shape[1])
+        distance_LL = place_L[None, :] - place_L[:, None]
+        if self.stack == "encoder":
+            added = jnp.where(mask_BL[:, None, None, :], 0.0, MASKED)
+            return Seen(added, keys_B=mask_BL.sum(axis=1, dtype=jnp.int32)), distance_LL
+        # Real tokens come first, so the causal mask alone keeps padding from them.
+        visible = (distance_LL <= 0)[None, None]
+        if segment_BL is not None:
+            visible &= (segment_BL[:, None, :] == segment_BL[:, :, None])[:, None]
+        return Seen(jnp.where(visible, 0.0, MASKED), causal=True), distance_LL
+
+    def _blocks(self, x_BLD: jax.Array, context: dict, memory: Memory | None) -> tuple[jax.Array, Any]:
+        """(x_BLD, aux along an axis of super-blocks), or (x_BLD, what each block attended to)."""
+        model, period = self.settings.model, self.settings.period(self.stack)
         block = nn.remat(SuperBlock, prevent_cse=not model.scan) if model.remat else SuperBlock
-        repeats = model.num_layers // blocks_per_scan(self.settings)
+        repeats = self.settings.layers(self.stack) // period
         if model.scan:
+            if memory is not None:
+                raise ValueError("model.scan=True: accepted with a memory is False, see `unstacked`")
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -153,16 +214,27 @@ class Stack(nn.Module):
                 unroll=model.scan_unroll,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            return scanned(self.settings, self.train, name="blocks")(x_BLD, context)
-        all_aux = []
+            return scanned(self.settings, self.stack, self.train, name="blocks")(x_BLD, context)
+        found = []
         for i in range(repeats):
-            x_BLD, aux = block(self.settings, self.train, name=f"blocks_{i}")(x_BLD, context)
-            all_aux.append(aux)
-        return x_BLD, jax.tree.map(lambda *values: jnp.stack(values), *all_aux)
+            own = (memory.blocks[i * period : (i + 1) * period],) if memory is not None else ()
+            name = f"blocks_{i}"
+            x_BLD, part = block(self.settings, self.stack, self.train, name=name)(x_BLD, context, *own)
+            found.append(part)
+        if memory is not None:
+            return x_BLD, tuple(kept for _, part in found for kept in part)
+        return x_BLD, jax.tree.map(lambda *values: jnp.stack(values), *found)
+
+
+def _remembered(slots_BM: jax.Array, position_BL: jax.Array) -> tuple[Seen, jax.Array]:
+    """As `Stack._seen`, of what a memory's slots hold, for tokens at these places."""
+    distance_BLM = slots_BM[:, None, :] - position_BL[:, :, None]
+    visible_BLM = (slots_BM[:, None, :] >= 0) & (distance_BLM <= 0)
+    return Seen(jnp.where(visible_BLM, 0.0, MASKED)[:, None]), distance_BLM
 
 
 class Transformer(nn.Module):
-    """Encoder-decoder. Randomness in training: streams ``dropout`` and ``router``."""
+    """Encoder-decoder, or a decoder alone (`model.stacks`). Randomness in training: streams ``dropout`` and ``router``."""
 
     settings: Settings
     train: bool = False
@@ -175,54 +247,111 @@ class Transformer(nn.Module):
         if not model.tie_embeddings:
             init = nn.initializers.normal(model.d_model**-0.5)
             self.output_VD = param(self, "output", init, ("vocab", "embed"), rows, jnp.float32)
-        self.encoder = Stack(self.settings, causal=False, train=self.train)
-        self.decoder = Stack(self.settings, causal=True, train=self.train)
+        if "encoder" in self.settings.stacks:
+            self.encoder = Stack(self.settings, "encoder", self.train)
+        self.decoder = Stack(self.settings, "decoder", self.train)
 
-    def __call__(self, inputs_BL: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, dict]:
+    def __call__(
+        self,
+        inputs_BL: jax.Array | None,
+        targets_BL: jax.Array,
+        segment_BL: jax.Array | None = None,
+        position_BL: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict]:
         """Teacher-forced logits of the targets.
 
         Args:
-          inputs_BL: encoder tokens, 0 where padded.
-          targets_BL: decoder targets, 0 where padded; the decoder reads them shifted right by one.
+          inputs_BL: encoder tokens, then 0; None for a decoder alone.
+          targets_BL: decoder targets, 0 where padded; the decoder reads them shifted right by one, from 0 on.
+          segment_BL: of a decoder alone, the number of each target's document in its row, from 1; None: one a row.
+          position_BL: and its place there, from 0.
 
         Returns:
-          (logits_BLV, aux): float32 logits; aux maps ``encoder`` and ``decoder`` to `Stack`'s aux.
+          (logits_BLV, aux): float32 logits; aux maps each stack to its `Stack`'s aux.
         """
-        x_BLD, aux = self._teacher_forced(inputs_BL, targets_BL)
+        x_BLD, aux = self._teacher_forced(inputs_BL, targets_BL, segment_BL, position_BL)
         return self.logits(x_BLD), aux
 
     def token_losses(
-        self, inputs_BL: jax.Array, targets_BL: jax.Array, label_smoothing: float = 0.0
+        self, batch: dict[str, jax.Array], label_smoothing: float = 0.0
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], dict]:
-        """`output_loss.output_cross_entropy` of the teacher-forced targets, and ``aux`` as of a call."""
-        x_BLD, aux = self._teacher_forced(inputs_BL, targets_BL)
+        """`output_loss.output_cross_entropy` of a batch's teacher-forced targets, and ``aux`` as of a call."""
+        packed = batch.get("segments"), batch.get("positions")
+        x_BLD, aux = self._teacher_forced(batch.get("inputs"), batch["targets"], *packed)
         table_VD = self._output_table().astype(x_BLD.dtype)
-        return output_loss.output_cross_entropy(x_BLD, table_VD, targets_BL, label_smoothing), aux
+        return output_loss.output_cross_entropy(x_BLD, table_VD, batch["targets"], label_smoothing), aux
 
     def encode(self, inputs_BL: jax.Array) -> tuple[jax.Array, dict]:
         return self.encoder(self._embed(inputs_BL), inputs_BL != PAD_ID, inputs_BL)
 
-    def decode(
-        self, encoded_BMD: jax.Array, encoded_mask_BM: jax.Array, targets_BL: jax.Array, mask_BL: jax.Array
-    ) -> tuple[jax.Array, dict]:
-        """What predicts each target, from those before it; ``mask_BL`` says which positions are real."""
-        shifted_BL = jnp.pad(targets_BL[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
-        x_BLD, aux = self.decoder(self._embed(shifted_BL), mask_BL, shifted_BL, encoded_BMD, encoded_mask_BM)
-        if self.settings.model.tie_embeddings:
-            x_BLD *= self.settings.model.d_model**-0.5
-        return x_BLD, aux
+    def read(
+        self,
+        ids_BL: jax.Array,
+        position_BL: jax.Array,
+        memory: Memory,
+        encoded: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Memory]:
+        """What predicts the token after each of these (`logits` of it), and the memory with them in it.
+
+        Args:
+          ids_BL: the decoder's next tokens; an encoder-decoder's first is 0.
+          position_BL: their places in their sequences, -1 where there is none.
+          memory: `empty_memory` at first, with slots for all that will be read.
+          encoded: the encoder's output and which of it is real, at first alone.
+        """
+        x_BLD, memory = self.decoder(
+            self._embed(ids_BL), position_BL >= 0, ids_BL, encoded, None, position_BL, memory
+        )
+        return self._scaled(x_BLD), memory
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
-        """Float32 logits [..., V] of `decode`'s output."""
+        """Float32 logits [..., V] of the decoder's output."""
         return output_loss.logits(x_BLD, self._output_table().astype(x_BLD.dtype))
 
-    def _teacher_forced(self, inputs_BL: jax.Array, targets_BL: jax.Array) -> tuple[jax.Array, dict]:
-        encoded_BLD, encoder_aux = self.encode(inputs_BL)
-        x_BLD, decoder_aux = self.decode(encoded_BLD, inputs_BL != PAD_ID, targets_BL, targets_BL != PAD_ID)
-        return x_BLD, {"encoder": encoder_aux, "decoder": decoder_aux}
+    def _teacher_forced(
+        self,
+        inputs_BL: jax.Array | None,
+        targets_BL: jax.Array,
+        segment_BL: jax.Array | None,
+        position_BL: jax.Array | None,
+    ) -> tuple[jax.Array, dict]:
+        shifted_BL = jnp.pad(targets_BL[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
+        if position_BL is not None:
+            shifted_BL = jnp.where(position_BL == 0, PAD_ID, shifted_BL)
+        embedded_BLD, mask_BL = self._embed(shifted_BL), targets_BL != PAD_ID
+        if inputs_BL is None:
+            x_BLD, aux = self.decoder(embedded_BLD, mask_BL, shifted_BL, None, segment_BL, position_BL)
+            return self._scaled(x_BLD), {"decoder": aux}
+        encoded_BMD, encoder_aux = self.encode(inputs_BL)
+        x_BLD, aux = self.decoder(embedded_BLD, mask_BL, shifted_BL, (encoded_BMD, inputs_BL != PAD_ID))
+        return self._scaled(x_BLD), {"encoder": encoder_aux, "decoder": aux}
+
+    def _scaled(self, x_BLD: jax.Array) -> jax.Array:
+        return x_BLD * self.settings.model.d_model**-0.5 if self.settings.model.tie_embeddings else x_BLD
 
     def _output_table(self) -> jax.Array:
         return self.embedding_VD if self.settings.model.tie_embeddings else self.output_VD
 
     def _embed(self, tokens_BL: jax.Array) -> jax.Array:
         return self.embedding_VD.astype(self.settings.model.dtype)[tokens_BL]
+
+
+def example_tokens(settings: Settings) -> tuple[jax.Array | None, jax.Array]:
+    """The smallest arguments of a `Transformer`, to make its parameters with."""
+    tokens_BL = jnp.zeros((1, 8), jnp.int32)
+    return (tokens_BL if "encoder" in settings.stacks else None), tokens_BL
+
+
+def unstacked(settings: Settings, params: dict) -> tuple[Settings, dict]:
+    """(the settings, the parameters) of the same model without the scan."""
+    if not settings.model.scan:
+        return settings, params
+    loop = dataclasses.replace(settings, model=dataclasses.replace(settings.model, scan=False, remat=False))
+    found = dict(params)
+    for stack in settings.stacks:
+        rest = {name: value for name, value in params[stack].items() if name != "blocks"}
+        blocks = params[stack]["blocks"]
+        repeats = settings.layers(stack) // settings.period(stack)
+        parts = (jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(repeats))
+        found[stack] = rest | {f"blocks_{i}": part for i, part in enumerate(parts)}
+    return loop, found

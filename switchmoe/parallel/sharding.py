@@ -100,7 +100,7 @@ def check(settings: Settings, lengths: dict[str, int], mesh: Mapping[str, int]) 
     """Refuses batches, groups, experts and widths that the mesh or the router cannot hold.
 
     Args:
-      lengths: tokens per sequence in each stack, ``{"encoder": ..., "decoder": ...}``.
+      lengths: tokens per sequence in each stack, as of `data.batches.lengths`.
       mesh: devices along each axis (``make_mesh(...).shape``).
 
     Returns:
@@ -110,7 +110,7 @@ def check(settings: Settings, lengths: dict[str, int], mesh: Mapping[str, int]) 
       ValueError: one line with field, value and what would be accepted.
     """
     moe, accumulate = settings.moe, settings.train.accumulate
-    for stack in lengths if settings.sparse else ():
+    for stack in settings.sparse_stacks:
         moe_check(moe, causal=stack == "decoder")
     shards = mesh["data"] * mesh["expert"]
     batch = settings.data.batch_size // accumulate
@@ -127,8 +127,8 @@ def check(settings: Settings, lengths: dict[str, int], mesh: Mapping[str, int]) 
             f"moe.num_experts={moe.num_experts}: accepted with mesh.layout={settings.mesh.layout} is a multiple"
             f" of the {mesh['expert']} devices along the expert axis (mesh.expert)"
         )
-    tokens = {}
-    for stack, length in lengths.items():
+    tokens, routed = {}, {stack: lengths[stack] for stack in settings.sparse_stacks}
+    for stack, length in routed.items():
         groups, tokens[stack] = group_shape(batch, length, moe.group_size)
         if moe.total_experts > tokens[stack]:
             raise ValueError(
@@ -138,7 +138,7 @@ def check(settings: Settings, lengths: dict[str, int], mesh: Mapping[str, int]) 
         if groups % shards:
             raise ValueError(
                 f"moe.group_size={moe.group_size}: accepted is a size that gives each stack a multiple of {shards}"
-                f" groups, one or more for each shard of the tokens{_largest(batch, lengths, moe, shards)}; this"
+                f" groups, one or more for each shard of the tokens{_largest(batch, routed, moe, shards)}; this"
                 f" gives the {stack} {groups} of {tokens[stack]} tokens"
             )
     return tokens
@@ -158,6 +158,7 @@ def _check_widths(settings: Settings, mesh: Mapping[str, int]) -> None:
     model = settings.model
     widths = {
         "model.num_heads": ("heads", model.num_heads),
+        "model.num_kv_heads": ("heads", model.kv_heads),
         "model.d_ff": ("mlp", model.d_ff // (settings.moe.granularity if settings.sparse else 1)),
         "data.vocab_size": ("vocab", settings.embedding_rows),
         "model.d_model": ("embed", model.d_model),

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from switchmoe.data.batches import array_lengths
 from switchmoe.parallel import sharding
 from switchmoe.settings import Settings, from_config, to_dict
 from switchmoe.training import train_state, train_step
@@ -29,11 +30,10 @@ ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32":
 
 def compile_step(settings: Settings, lengths: dict[str, int], mesh: Mesh) -> jax.stages.Compiled:
     """The training step on the mesh; no array is made."""
+    where = sharding.batch_sharding(mesh)
     tokens = {
-        name: jax.ShapeDtypeStruct(
-            (settings.data.batch_size, lengths[stack]), jnp.int32, sharding=sharding.batch_sharding(mesh)
-        )
-        for name, stack in (("inputs", "encoder"), ("targets", "decoder"))
+        name: jax.ShapeDtypeStruct((settings.data.batch_size, length), jnp.int32, sharding=where)
+        for name, length in array_lengths(lengths).items()
     }
     tx = train_state.optimizer(settings)
     with jax.set_mesh(mesh), sharding.rules(settings):

@@ -73,10 +73,6 @@ def _has(name: str, settings: Settings) -> bool:
     return name in dict(sharding.table(settings))
 
 
-def _sparse_layers(settings: Settings) -> int:
-    return settings.model.num_layers // settings.moe.every if settings.sparse else 0
-
-
 def _passes(settings: Settings) -> int:
     """Forward and backward, and the forward again with remat."""
     return 3 if settings.model.remat else 2
@@ -94,15 +90,15 @@ def _experts(
     if not _has("expert", settings):
         return
     o, peers = outer["expert"], mesh["expert"]
-    calls = 2 * _passes(settings) * _sparse_layers(settings) * settings.train.accumulate
-    sent = 0
-    for stack, length in lengths.items():
-        rows = buffer_rows(settings, stack, length, batch, mesh)
-        width = settings.model.d_model
+    model, sent, calls = settings.model, 0, 0
+    for stack in settings.sparse_stacks:
+        passes = 2 * _passes(settings) * len(settings.sparse_blocks(stack)) * settings.train.accumulate
+        rows = buffer_rows(settings, stack, lengths[stack], batch, mesh)
+        width = model.d_model
         if settings.moe.attention:  # out come queries, keys and values
-            width += (width + 3 * settings.model.num_heads * settings.model.d_kv) // 2
-        sent += calls * rows * width * _item(settings)
-    calls *= len(lengths) * (2 if settings.moe.attention else 1)
+            width += (width + (model.num_heads + 2 * model.kv_heads) * model.d_kv) // 2
+        sent += passes * rows * width * _item(settings)
+        calls += passes * (2 if settings.moe.attention else 1)
     across = (o - 1) / o
     yield Transfer("all-to-all", "experts' rows", calls, sent * ((peers - 1) / peers - across), sent * across)
 
@@ -114,17 +110,17 @@ def _widths(settings: Settings, lengths: Sizes, batch: int, inner: Sizes, outer:
     mesh = {axis: inner[axis] * outer[axis] for axis in inner}
     model, passes, accumulate = settings.model, _passes(settings), settings.train.accumulate
     tokens = {stack: batch * length for stack, length in lengths.items()}
-    ups = 2 if model.activation == "geglu" else 1
-    layers, sparse = model.num_layers, _sparse_layers(settings)
+    ups = 2 if model.gated else 1
     rows = calls = 0
     for stack, count in tokens.items():
+        layers, sparse = settings.layers(stack), len(settings.sparse_blocks(stack))
         # Forward: the attention's and the feed-forward's output. Backward: the inputs of query, key and
         # value, and of the feed-forward, each product by itself.
         attention = (passes - 1) + 3
         feed_forward = (passes - 1) + ups
         rows += layers * count * attention + (layers - sparse) * count * feed_forward
         calls += layers * attention + (layers - sparse) * feed_forward
-        if stack == "decoder":
+        if stack == "decoder" and "encoder" in tokens:
             rows += layers * (passes * count + 2 * tokens["encoder"])
             calls += layers * (passes + 2)
         if sparse:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from switchmoe.model.moe import group_shape, router_columns, router_name
 from switchmoe.routing import NOT_CAUSAL, expert_capacity
-from switchmoe.settings import Settings
+from switchmoe.settings import ModelSettings, Settings
 
 
-def forward_flops(settings: Settings, target_length: int) -> dict[str, float]:
+def forward_flops(settings: Settings, lengths: dict[str, int]) -> dict[str, float]:
     """FLOPs (2 per multiply-add) of one sequence's forward pass in training, by part.
 
     Matrix products only. Where tokens choose, a choice costs one expert, whatever the capacity factor: a Switch
@@ -24,33 +24,46 @@ def forward_flops(settings: Settings, target_length: int) -> dict[str, float]:
       and mixing), ``more_experts`` (what experts cost beyond the dense layer: second choices, shared experts;
       below 0 where there are fewer slots than tokens), ``mixing`` (Soft MoE's sums over tokens and slots),
       ``router``, ``output`` (vocabulary logits).
+
+    Args:
+      lengths: tokens of a sequence in each stack. Packed documents count as one: of attention all pairs of a row.
     """
-    model, lengths = settings.model, {False: settings.data.input_length, True: target_length}
-    inputs, layers = settings.data.input_length, model.num_layers
-    projection = model.d_model * model.num_heads * model.d_kv
-    feed_forward = (3 if model.activation == "geglu" else 2) * model.d_model * model.d_ff
-    pairs = inputs**2 + target_length**2 + inputs * target_length
+    model, targets = settings.model, lengths["decoder"]
+    queries = 2 * model.d_model * model.num_heads * model.d_kv  # and the output
+    keys = 2 * model.d_model * model.kv_heads * model.d_kv  # and the values
+    feed_forward = kernels(model) * model.d_model * model.d_ff
+    layers = {stack: settings.layers(stack) for stack in settings.stacks}
+    inputs = lengths.get("encoder", 0)
+    cross = queries if "encoder" in layers else 0
+    pairs = (
+        sum(layers[stack] * lengths[stack] ** 2 for stack in layers) + layers["decoder"] * inputs * targets
+    )
     multiply_adds = {
-        "encoder": layers * inputs * (4 * projection + feed_forward),
-        "decoder": layers * target_length * (6 * projection + feed_forward),
-        "cross_keys_values": layers * inputs * 2 * projection,
-        "attention": layers * 2 * pairs * model.num_heads * model.d_kv,
+        "encoder": layers.get("encoder", 0) * inputs * (queries + keys + feed_forward),
+        "decoder": layers["decoder"] * targets * (queries + keys + cross + feed_forward),
+        "cross_keys_values": layers["decoder"] * inputs * keys,
+        "attention": 2 * pairs * model.num_heads * model.d_kv,
         "more_experts": 0.0,
         "mixing": 0.0,
         "router": 0.0,
-        "output": target_length * model.d_model * settings.embedding_rows,
+        "output": targets * model.d_model * settings.embedding_rows,
     }
-    for causal, length in lengths.items() if settings.sparse else ():
-        for part, count in _sparse_layer(settings, causal, length).items():
-            multiply_adds[part] += layers // settings.moe.every * count
+    for stack in settings.sparse_stacks:
+        for part, count in _sparse_layer(settings, stack == "decoder", lengths[stack]).items():
+            multiply_adds[part] += len(settings.sparse_blocks(stack)) * count
     return {part: 2.0 * count for part, count in multiply_adds.items()}
+
+
+def kernels(model: ModelSettings) -> int:
+    """Of a feed-forward."""
+    return 3 if model.gated else 2
 
 
 def _sparse_layer(settings: Settings, causal: bool, length: int) -> dict[str, float]:
     """Multiply-adds of a sequence in one sparse block, beyond those of a dense one."""
     model, moe = settings.model, settings.moe
-    expert = (3 if model.activation == "geglu" else 2) * model.d_model * model.d_ff / moe.granularity
-    projections = 3 * model.d_model * model.num_heads * model.d_kv
+    expert = kernels(model) * model.d_model * model.d_ff / moe.granularity
+    projections = attention_expert(model)
     rows, name = expert_rows(settings, causal, length), router_name(moe, causal)
     more = (rows + length * (moe.num_shared - moe.granularity)) * expert
     widths = [2 * model.d_model]  # of what is mixed on the way to the slots and back
@@ -64,6 +77,11 @@ def _sparse_layer(settings: Settings, causal: bool, length: int) -> dict[str, fl
         "mixing": tokens * rows * sum(widths) if name == "soft" else 0.0,
         "router": length * len(widths) * model.d_model * columns,
     }
+
+
+def attention_expert(model: ModelSettings) -> int:
+    """Multiply-adds of a row in an expert of attention: queries, keys and values."""
+    return model.d_model * (model.num_heads + 2 * model.kv_heads) * model.d_kv
 
 
 def expert_rows(settings: Settings, causal: bool, length: int) -> float:
@@ -85,9 +103,9 @@ def _groups(settings: Settings, length: int) -> tuple[float, int]:
     return groups / batch, tokens
 
 
-def train_flops(settings: Settings, target_length: int) -> float:
+def train_flops(settings: Settings, lengths: dict[str, int]) -> float:
     """FLOPs of one training step: forward, and twice that backward; recomputation is not counted."""
-    return 3.0 * settings.data.batch_size * sum(forward_flops(settings, target_length).values())
+    return 3.0 * settings.data.batch_size * sum(forward_flops(settings, lengths).values())
 
 
 def matmul_peak(dtype: str, repeats: int = 5) -> float:

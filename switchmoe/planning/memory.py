@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from switchmoe.model.transformer import Transformer, blocks_per_scan
+from switchmoe.data.batches import array_lengths
+from switchmoe.model.transformer import Transformer
 from switchmoe.parallel import sharding
 from switchmoe.settings import MeshSettings, Settings
 from switchmoe.training import objective, train_state
@@ -103,14 +104,14 @@ def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) 
     shards, accumulate = mesh["data"] * mesh["expert"], settings.train.accumulate
     batch = settings.data.batch_size // accumulate // shards
     widths = mesh["model"] if "mlp" in dict(sharding.table(settings)) else 1
-    saved = saved_activations(without_mesh(settings), batch, tuple(lengths.values()), widths)
+    saved = saved_activations(without_mesh(settings), batch, tuple(lengths.items()), widths)
     kernels = {stack: _kernels(settings, boxes, mesh, stack, whole=True) for stack in lengths}
-    repeats = settings.model.num_layers // blocks_per_scan(settings)
+    repeats = {stack: settings.layers(stack) // settings.period(stack) for stack in lengths}
     # With fsdp the kernels of a super-block and their gradients are whole for as long as it runs.
     parts = {stack: _kernels(settings, boxes, mesh, stack, whole=False) for stack in lengths}
-    gathered = 2 * max(kernels[stack] - parts[stack] for stack in lengths) // repeats
+    gathered = 2 * max((kernels[stack] - parts[stack]) // repeats[stack] for stack in lengths)
     if settings.model.remat:
-        kernels = {stack: size // repeats for stack, size in kernels.items()}
+        kernels = {stack: size // repeats[stack] for stack, size in kernels.items()}
     copies = sum(kernels.values())
     logits = 4 * batch * lengths["decoder"] * settings.embedding_rows // widths
     trained = trained_bytes(settings, mesh)
@@ -122,10 +123,13 @@ def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) 
     phases = {  # what is alive, and what the phase itself needs
         "output": (kept + so_far, LOGITS * logits),
         "backward pass": (kept + gradients, gathered + layer),
-        "update": (saved.encoder + kernels["encoder"] + gradients, updates),  # the decoder's comes first
+        "update": (
+            saved.encoder + kernels.get("encoder", 0) + gradients,
+            updates,
+        ),  # the decoder's comes first
     }
     phase = max(phases, key=lambda name: sum(phases[name]))
-    tokens = 4 * (settings.data.batch_size // shards) * sum(lengths.values())
+    tokens = 4 * (settings.data.batch_size // shards) * sum(array_lengths(lengths).values())
     peak = parameters + optimizer + tokens + sum(phases[phase])
     return Memory(
         parameters, optimizer, gradients, copies, saved.total, tokens, peak, phase, phases[phase][1]
@@ -145,29 +149,39 @@ def _kernels(settings: Settings, boxes: dict, mesh: dict[str, int], stack: str, 
 
 
 @functools.cache
-def saved_activations(settings: Settings, batch: int, lengths: tuple[int, int], widths: int) -> Saved:
+def saved_activations(
+    settings: Settings, batch: int, lengths: tuple[tuple[str, int], ...], widths: int
+) -> Saved:
     """What one device keeps that has ``batch`` sequences and one part in ``widths`` of heads and widths."""
+    whole = settings.model
     width = dataclasses.replace(
-        settings.model, num_heads=settings.model.num_heads // widths, d_ff=settings.model.d_ff // widths
+        whole,
+        num_heads=whole.num_heads // widths,
+        num_kv_heads=whole.num_kv_heads // widths,
+        d_ff=whole.d_ff // widths,
     )
     settings = dataclasses.replace(settings, model=width)
     plain = dataclasses.replace(settings, model=dataclasses.replace(width, remat=False))
     kept = _residuals(settings, batch, lengths, "loss")
     encoder = _residuals(settings, batch, lengths, "encoder")
     if width.remat:
-        whole, first = (_residuals(plain, batch, lengths, part) for part in ("loss", "encoder"))
+        everything, first = (_residuals(plain, batch, lengths, part) for part in ("loss", "encoder"))
     else:
-        whole, first = kept, encoder
-    repeats = width.num_layers // blocks_per_scan(settings)
-    layers, first_layers = (
-        [x for x in part if x.ndim > 2 and x.shape[0] == repeats] for part in (whole, first)
-    )
-    of_encoder = _bytes(first_layers) // repeats
+        everything, first = kept, encoder
+    repeats = {stack: settings.layers(stack) // settings.period(stack) for stack in settings.stacks}
+    layers = {
+        stack: [x for x in arrays if x.ndim > 2 and x.shape[0] == repeats[stack]]
+        for stack, arrays in (("encoder", first), ("decoder", everything))
+        if stack in repeats
+    }
+    sizes = {stack: _bytes(arrays) // repeats[stack] for stack, arrays in layers.items()}
+    if repeats.get("encoder") == repeats["decoder"]:
+        sizes["decoder"] -= sizes["encoder"]
     return Saved(
         total=_bytes(kept),
         encoder=_bytes(encoder),
-        layer=max(of_encoder, _bytes(layers) // repeats - of_encoder),
-        largest=max(4 * x.size // repeats for x in layers),
+        layer=max(sizes.values()),
+        largest=max(4 * x.size // repeats[stack] for stack, arrays in layers.items() for x in arrays),
     )
 
 
@@ -175,14 +189,18 @@ def _bytes(arrays: list[jax.ShapeDtypeStruct]) -> int:
     return sum(nbytes(x.shape, x.dtype) for x in arrays)
 
 
-def _residuals(settings: Settings, batch: int, lengths: tuple[int, int], part: str) -> list:
+def _residuals(settings: Settings, batch: int, lengths: tuple[tuple[str, int], ...], part: str) -> list:
     """Shapes of what JAX saves of the loss, or of the encoder alone, without parameters and their copies."""
+    if part not in ("loss", *settings.stacks):
+        return []
     params = nn.unbox(abstract_state(settings)[1])
-    tokens = [jax.ShapeDtypeStruct((batch, length), jnp.int32) for length in lengths]
+    data = {
+        name: jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        for name, length in array_lengths(dict(lengths)).items()
+    }
     kernels = {leaf.shape for leaf in jax.tree.leaves(params)}
 
-    def saved(params: dict, inputs_BL: jax.Array, targets_BL: jax.Array) -> list[jax.Array]:
-        data = {"inputs": inputs_BL, "targets": targets_BL}
+    def saved(params: dict, data: dict[str, jax.Array]) -> list[jax.Array]:
         key, counts = jax.random.key(0), objective.token_counts(data)
 
         def loss(params: dict) -> jax.Array:
@@ -193,12 +211,12 @@ def _residuals(settings: Settings, batch: int, lengths: tuple[int, int], part: s
         def encode(params: dict) -> jax.Array:
             rngs = {name: key for name in ("dropout", "router")}
             model = Transformer(settings, train=True)
-            return model.apply({"params": params}, inputs_BL, rngs=rngs, method="encode")
+            return model.apply({"params": params}, data["inputs"], rngs=rngs, method="encode")
 
         _, backward = jax.vjp(loss if part == "loss" else encode, params)
         given = {id(leaf) for leaf in jax.tree.leaves((params, data))}
         # An array that several operations keep is there once.
         return list({id(leaf): leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given}.values())
 
-    kept = jax.eval_shape(saved, params, *tokens)
+    kept = jax.eval_shape(saved, params, data)
     return [x for x in kept if x.shape not in kernels and not jnp.issubdtype(x.dtype, jax.dtypes.extended)]

@@ -118,7 +118,7 @@ def make(settings: Settings, lengths: dict[str, int], devices: int, slices: int,
         outer,
         memory.estimate(settings, lengths, mesh),
         communication.transfers(settings, boxes, lengths, inner, outer),
-        flops.train_flops(settings, lengths["decoder"]),
+        flops.train_flops(settings, lengths),
         hardware_flops(settings, lengths, mesh),
     )
 
@@ -144,12 +144,12 @@ def _product(inner: dict[str, int], outer: dict[str, int]) -> dict[str, int]:
 def hardware_flops(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) -> float:
     """FLOPs of one step as they are computed: empty slots and one-hot masks too, and with remat the forward twice."""
     model, moe, data, accumulate = settings.model, settings.moe, settings.data, settings.train.accumulate
-    work = data.batch_size * sum(flops.forward_flops(settings, lengths["decoder"]).values())
+    work = data.batch_size * sum(flops.forward_flops(settings, lengths).values())
     shards = mesh["data"] * mesh["expert"]
-    projections = 3 * model.d_model * model.num_heads * model.d_kv if moe.attention else 0
-    expert = (3 if model.activation == "geglu" else 2) * model.d_model * model.d_ff / moe.granularity
-    for stack, length in lengths.items() if settings.sparse else ():
-        causal, layers = stack == "decoder", model.num_layers // moe.every
+    projections = flops.attention_expert(model) if moe.attention else 0
+    expert = flops.kernels(model) * model.d_model * model.d_ff / moe.granularity
+    for stack in settings.sparse_stacks:
+        length, causal, layers = lengths[stack], stack == "decoder", len(settings.sparse_blocks(stack))
         batch = data.batch_size // accumulate // shards
         rows = communication.buffer_rows(settings, stack, length, batch, mesh) * shards * accumulate
         if not moe.dropless:

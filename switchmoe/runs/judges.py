@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from switchmoe.data.batches import Batch
 from switchmoe.data.vocabulary import Vocabulary
-from switchmoe.inference import decoding
+from switchmoe.inference import generation
 from switchmoe.runs import placing
 from switchmoe.settings import Settings
 from switchmoe.training import train_step
@@ -49,22 +49,43 @@ class HeldOut:
 
 
 class Examples:
-    """The model's own answers to the first held-out examples, one token after the other, each time the likeliest."""
+    """The model's own answers to the first held-out examples, one token after the other, each time the likeliest.
+
+    A decoder alone continues documents: of each row's longest the second half.
+    """
 
     def __init__(self, batch: Batch, vocabulary: Vocabulary, settings: Settings, mesh: Mesh):
         self._vocabulary, self._mesh = vocabulary, mesh
         shards = mesh.shape["data"] * mesh.shape["expert"]
         # As many as divide among the shards of the tokens.
-        self._batch = {name: rows[: -(-NUM_EXAMPLES // shards) * shards] for name, rows in batch.items()}
-        length = batch["targets"].shape[1]
-        self._decode = functools.partial(decoding.greedy, length=length, settings=settings)
+        batch = {name: rows[: -(-NUM_EXAMPLES // shards) * shards] for name, rows in batch.items()}
+        self._inputs, self._targets = (
+            (batch["inputs"], batch["targets"]) if "inputs" in batch else _halves(batch)
+        )
+        length = self._targets.shape[1]
+        self._decode = functools.partial(generation.greedy, tokens=length, settings=settings)
 
     def __call__(self, params: Any) -> dict[str, list[dict[str, str]]]:
         whole = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         decode = jax.jit(self._decode, out_shardings=whole)
-        answers = jax.device_get(decode(params, placing.whole(self._batch, self._mesh)["inputs"]))
-        rows = zip(self._batch["inputs"], self._batch["targets"], answers, strict=True)
+        # What is padding is at a row's end, but for what a decoder begins with.
+        counts = np.maximum(1, (np.cumsum(self._inputs[:, ::-1], axis=1) > 0).sum(axis=1)).astype(np.int32)
+        prompts = placing.whole({"inputs": self._inputs, "counts": counts}, self._mesh)
+        answers = jax.device_get(decode(params, prompts["inputs"], prompts["counts"]))
+        rows = zip(self._inputs, self._targets, answers, strict=True)
         return {"examples": [self._texts(row) for row in list(rows)[:NUM_EXAMPLES]]}
 
     def _texts(self, row: tuple[np.ndarray, ...]) -> dict[str, str]:
         return dict(zip(("input", "target", "prediction"), map(self._vocabulary.decode, row), strict=True))
+
+
+def _halves(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """(what a decoder alone reads first, what comes then), of each row's longest document, up to a row's half each."""
+    targets_BL, half = batch["targets"], max(1, batch["targets"].shape[1] // 2)
+    inputs, rest = np.zeros((len(targets_BL), half), np.int32), np.zeros((len(targets_BL), half), np.int32)
+    for row, (tokens_L, segment_L) in enumerate(zip(targets_BL, batch["segments"], strict=True)):
+        document = tokens_L[segment_L == np.bincount(segment_L).argmax()]
+        cut = len(document) // 2
+        inputs[row, 1:cut] = document[: cut - 1] if cut else []  # behind the 0 that it begins with
+        rest[row, : len(document) - max(cut - 1, 0)] = document[max(cut - 1, 0) :][:half]
+    return inputs, rest

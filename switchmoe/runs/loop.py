@@ -83,7 +83,8 @@ def run(
         teller.resumed(start, differences)
         if teller.main and start < settings.train.num_steps:  # a run's last act, which is to come
             (place.local / REPORT_FILE).unlink(missing_ok=True)
-        loop = _Loop(settings, place, parts, programs, teller, saved, rows, iterator, stop, peak)
+        places = settings.data.batch_size * sum(lengths.values())
+        loop = _Loop(settings, place, parts, programs, teller, saved, rows, iterator, stop, peak, places)
         with teller.recording(start):
             state = loop.steps(state)
         finished = parts.finish(state.params)
@@ -155,10 +156,11 @@ class _Loop:
         iterator: Any,
         stop: Stop,
         peak: float,
+        places: int,
     ):
         self.settings, self.place, self.parts, self.programs = settings, place, parts, programs
         self.teller, self.saved, self.rows, self.iterator = teller, saved, rows, iterator
-        self.stop, self.peak, self.clock = stop, peak, Clock()
+        self.stop, self.peak, self.places, self.clock = stop, peak, places, Clock()
         self.schedule = optimizers.schedule(settings.optimizer, settings.train.num_steps)
 
     def steps(self, state: TrainState) -> TrainState:
@@ -208,12 +210,11 @@ class _Loop:
         if step % train.log_every and step not in (1, train.num_steps) and not skipped:
             return
         seconds, waited, tokens = self.clock.lap()
-        places = self.settings.data.batch_size * sum(self.parts.data.lengths.values())
         figures = jax.device_get(metrics) | {
             "learning_rate": float(self.schedule(self.skips.updates_before(step))),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "padded_tokens_per_second": places / seconds,
+            "padded_tokens_per_second": self.places / seconds,
             "input_wait_share": waited / seconds,
             "model_flops": self.parts.flops,
             "peak_share": self.parts.flops / seconds / (self.peak * jax.device_count()),

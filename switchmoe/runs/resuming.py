@@ -32,7 +32,14 @@ RULES: dict[str, Rule] = (
         (f"model.{name}" for name in ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "activation", "dtype"))
         , _MODEL
     )
-    | dict.fromkeys(("model.tie_embeddings", "model.relative_buckets", "model.relative_max_distance"), _MODEL)
+    | dict.fromkeys(
+        (
+            *(f"model.{name}" for name in ("tie_embeddings", "relative_buckets", "relative_max_distance", "stacks")),
+            *(f"model.{name}" for name in ("num_decoder_layers", "num_kv_heads", "positions", "rotary_theta")),
+            *(f"model.{name}" for name in ("attention_scale", "qk_norm", "qkv_bias", "norm_eps")),
+        ),
+        _MODEL,
+    )
     | {
         "model.dropout_rate": _LOSS,
         "model.init_scale": Rule(NOT, "only the first parameters are made with it"),
@@ -47,7 +54,11 @@ RULES: dict[str, Rule] = (
         "moe.bias_rate": _UPDATES,
     }
     | dict.fromkeys(
-        (f"moe.{name}" for name in ("num_experts", "every", "granularity", "num_shared", "attention", "slots"))
+        (
+            f"moe.{name}"
+            for name in ("num_experts", "every", "offset", "decoder_every", "decoder_offset", "granularity")
+            + ("num_shared", "shared_gate", "attention", "slots")
+        )
         , _MODEL
     )
     | dict.fromkeys(

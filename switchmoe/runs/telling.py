@@ -165,11 +165,13 @@ def _routing(settings: Settings, lengths: dict[str, int], tokens: dict[str, int]
     for stack, count in tokens.items():
         causal = stack == "decoder"
         router, dispatch = router_name(moe, causal), dispatch_name(moe, causal)
-        _, held_out = group_shape(settings.data.batch_size, lengths[stack], moe.eval_group_size)
+        _, tokens = group_shape(settings.data.batch_size, lengths[stack], moe.eval_group_size)
+        held_out = _group(tokens, moe, moe.eval_capacity_factor)
+        if settings.stacks == ("decoder",) and not moe.eval_group_size:
+            held_out = "nothing is dropped"
         lines.append(f"{stack}: router {router}, dispatch {dispatch}")
         lines.append(
-            f"{stack}: {_group(count, moe, moe.capacity_factor)} (moe.group_size);"
-            f" held out {_group(held_out, moe, moe.eval_capacity_factor)}"
+            f"{stack}: {_group(count, moe, moe.capacity_factor)} (moe.group_size); held out {held_out}"
         )
     return lines
 

@@ -42,7 +42,7 @@ def pretraining(context: Context) -> Parts:
         judges=(HeldOut("validation", text.evaluation, minimised, settings, context.mesh),),
         best=("validation", "cross_entropy"),
         start=beginning.start,
-        flops=flops.train_flops(settings, text.lengths["targets"]),
+        flops=flops.train_flops(settings, lengths(settings)),
         finish=Examples(text.evaluation[0], text.vocabulary, settings, context.mesh),
     )
 
@@ -72,8 +72,7 @@ class Text:
         self.identity = self._fingerprints | {"vocabulary": self.vocabulary.sha256}
         self._counts = {split: len(found) for split, found in documents.items()}
         self._documents = documents["train"]
-        inputs, targets = batches.lengths(settings.data).values()
-        self.lengths = {"inputs": inputs, "targets": targets}
+        self.lengths = batches.array_lengths(lengths(settings))
         self.evaluation = batches.eval_batches(
             settings.data, self.vocabulary, documents["validation"], settings.train.eval_batches
         )

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from switchmoe.model.transformer import PAD_ID, STACKS, Transformer
+from switchmoe.model.transformer import PAD_ID, Transformer
 from switchmoe.settings import Settings
 
-Batch = dict[str, jax.Array]  # inputs_BL and targets_BL, int32, 0 where padded
+# int32, 0 where padded: inputs_BL and targets_BL; or for a decoder alone targets_BL, segments_BL and positions_BL
+Batch = dict[str, jax.Array]
+STACK_OF = {"inputs": "encoder", "targets": "decoder"}
 
 
 class Objective(NamedTuple):
@@ -41,7 +43,7 @@ def token_sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | N
     model = Transformer(settings, train=key is not None)
     smoothing = 0.0 if key is None else settings.train.label_smoothing
     (nll_BL, z_BL, correct_BL), aux = model.apply(
-        {"params": params}, batch["inputs"], batch["targets"], smoothing, rngs=rngs, method="token_losses"
+        {"params": params}, batch, smoothing, rngs=rngs, method="token_losses"
     )
     real_BL = batch["targets"] != PAD_ID
     sums = {
@@ -49,14 +51,15 @@ def token_sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | N
         for name, value_BL in (("nll", nll_BL), ("output_z", z_BL), ("correct", correct_BL))
     }
     counts = token_counts(batch)
-    return sums | {stack: jax.tree.map(lambda a, c=counts[stack]: a * c, aux[stack]) for stack in STACKS}
+    return sums | {stack: jax.tree.map(lambda a, c=counts[stack]: a * c, aux[stack]) for stack in aux}
 
 
 def token_counts(batch: Batch) -> dict[str, jax.Array]:
     """Real tokens of each stack, float32."""
     return {
         stack: (batch[name] != PAD_ID).sum().astype(jnp.float32)
-        for stack, name in zip(STACKS, ("inputs", "targets"), strict=True)
+        for name, stack in STACK_OF.items()
+        if name in batch
     }
 
 
@@ -68,7 +71,7 @@ def summarize(sums: dict, counts: dict[str, jax.Array], settings: Settings) -> d
     token, ``balance_loss`` and ``z_loss`` summed over layers; ``layer_*`` are arrays over the sparse
     layers, the encoder's first.
     """
-    scale = {stack: 1.0 / jnp.maximum(counts[stack], 1.0) for stack in STACKS}
+    scale = {stack: 1.0 / jnp.maximum(count, 1.0) for stack, count in counts.items()}
     tokens = scale["decoder"]
     metrics = {
         "cross_entropy": sums["nll"] * tokens,
@@ -78,7 +81,9 @@ def summarize(sums: dict, counts: dict[str, jax.Array], settings: Settings) -> d
     loss = metrics["cross_entropy"] + settings.train.output_z_loss_weight * metrics["output_z_loss"]
     if settings.sparse:
         # By name: a compiled function returns a dictionary's entries in alphabetical order.
-        per_stack = [jax.tree.map(lambda a, s=scale[stack]: a * s, sums[stack]) for stack in STACKS]
+        per_stack = [
+            jax.tree.map(lambda a, s=scale[stack]: a * s, sums[stack]) for stack in settings.sparse_stacks
+        ]
         layers = jax.tree.map(lambda *a: jnp.concatenate(a), *per_stack)
         loss += layers.pop("loss").sum()
         metrics |= {name: layers[name].sum() for name in ("balance_loss", "z_loss")}

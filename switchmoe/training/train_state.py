@@ -12,7 +12,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from switchmoe.model.transformer import Transformer
+from switchmoe.model.transformer import Transformer, example_tokens
 from switchmoe.parallel import sharding
 from switchmoe.settings import Settings
 from switchmoe.training import optimizers
@@ -28,8 +28,7 @@ class TrainState:
 @functools.cache  # a trace of the whole model, which several callers need
 def abstract_variables(settings: Settings) -> dict:
     """The model's variables as shapes with logical axis names; nothing is allocated."""
-    tokens_BL = jnp.zeros((1, 8), jnp.int32)
-    return jax.eval_shape(Transformer(settings).init, jax.random.key(0), tokens_BL, tokens_BL)
+    return jax.eval_shape(Transformer(settings).init, jax.random.key(0), *example_tokens(settings))
 
 
 def axis_names(settings: Settings) -> dict:
@@ -124,9 +123,8 @@ def init_state(
     settings: Settings, tx: optax.GradientTransformation, key: jax.Array | None = None
 ) -> TrainState:
     """Parameters from the run's key (see `train_step`), the optimizer's first state, step 0."""
-    tokens_BL = jnp.zeros((1, 8), jnp.int32)
     key = jax.random.fold_in(jax.random.key(settings.train.seed) if key is None else key, 2**31 - 1)
-    params = nn.unbox(Transformer(settings).init(key, tokens_BL, tokens_BL))["params"]
+    params = nn.unbox(Transformer(settings).init(key, *example_tokens(settings)))["params"]
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(split(params, settings)[0]))
 
 

@@ -22,7 +22,7 @@ def pairs(data, rows=4, seed=0):
     raw = objectives.lengths(data).raw
     tokens_BL = 10 + np.arange(rows * raw, dtype=np.int32).reshape(rows, raw)
     draws = objective.draws(rows, data, np.random.default_rng(seed))
-    return tokens_BL, draws, *objective.example(tokens_BL, draws, data, Words)
+    return tokens_BL, draws, *objective.example(tokens_BL, draws, data, Words).values()
 
 
 def test_the_settings_know_all_of_them():
@@ -31,10 +31,11 @@ def test_the_settings_know_all_of_them():
 
 def test_a_prefix_by_hand():
     data = settings()
-    assert objectives.lengths(data) == (6, 6, 8)
+    assert objectives.lengths(data) == (6, 6, 8, 6)
     tokens_BL = np.array([[10, 11, 12, 13, 14, 15]] * 3, np.int32)
     prefix_B = np.array([1, 3, 5])
-    inputs, targets = objectives.OBJECTIVES["prefix_lm"].example(tokens_BL, prefix_B, data, Words)
+    made = objectives.OBJECTIVES["prefix_lm"].example(tokens_BL, prefix_B, data, Words)
+    inputs, targets = made["inputs"], made["targets"]
     assert inputs.tolist() == [[10, 1, 0, 0, 0, 0], [10, 11, 12, 1, 0, 0], [10, 11, 12, 13, 14, 1]]
     assert targets.tolist() == [[11, 12, 13, 14, 15, 1], [13, 14, 15, 1, 0, 0], [15, 1, 0, 0, 0, 0]]
     assert inputs.dtype == targets.dtype == np.int32
@@ -86,3 +87,30 @@ def test_a_length_that_leaves_no_room():
         DataSettings(objective="rotate")
     with pytest.raises(ValueError, match="data.prefix=half: accepted is one of random, full"):
         DataSettings(prefix="half")
+
+
+def test_packed_documents_by_hand():
+    data = DataSettings(objective="causal_lm", input_length=8, batch_size=1)
+    assert objectives.lengths(data) == (8, 8, 8, 0)
+    assert batches.lengths(data) == {"decoder": 8}
+    tokens_BL = np.array([[10, 11, 1, 12, 1, 13, 14, 15], [1, 10, 11, 12, 13, 14, 15, 1]], np.int32)
+    made = objectives.OBJECTIVES["causal_lm"].example(tokens_BL, np.zeros((2, 0)), data, Words)
+    assert made["targets"].tolist() == tokens_BL.tolist()
+    assert made["segments"].tolist() == [[1, 1, 1, 2, 2, 3, 3, 3], [1, 2, 2, 2, 2, 2, 2, 2]]
+    assert made["positions"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 0, 1, 2, 3, 4, 5, 6]]
+    assert all(rows.dtype == np.int32 for rows in made.values())
+    assert list(made) == list(batches.array_lengths(batches.lengths(data)))
+
+
+def test_documents_are_joined_with_their_ends():
+    class Letters(Words):
+        size, pieces = 1000, 900
+
+        def encode(self, text):
+            return np.array([ord(letter) for letter in text], np.int32)
+
+    data = DataSettings(objective="causal_lm", input_length=4, batch_size=1)
+    (first, second) = batches.eval_batches(data, Letters(), ["ab", "", "cde", "f"])
+    assert first["targets"].tolist() == [[97, 98, 1, 99]]
+    assert second["targets"].tolist() == [[100, 101, 1, 102]]
+    assert second["segments"].tolist() == [[1, 1, 1, 2]]

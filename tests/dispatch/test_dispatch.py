@@ -276,3 +276,19 @@ def test_the_grouped_product_of_an_accelerator(monkeypatch, library):
     (found, back), (wanted, back_wanted) = (jax.vjp(f, x_ND, kernel_EDF) for f in (product, loop))
     for a, b in zip((found, *back(d_NF)), (wanted, *back_wanted(d_NF)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("sizes", [[1, 0, 0], [0, 5, 2], [3, 3, 3], [0, 0, 0], [40, 0, 30]])
+def test_products_apart_are_each_experts_own(sizes, dtype, tolerance):
+    """Whatever the number of rows; those at the end belong to none."""
+    rng, rows = np.random.default_rng(0), max(1, sum(sizes))
+    x_ND = jnp.asarray(rng.normal(size=(rows, 8)), dtype)
+    kernel_EDF = jnp.asarray(rng.normal(size=(3, 8, 6)), dtype)
+    y_NF = jax.jit(grouped.apart_matmul)(x_ND, kernel_EDF, jnp.array(sizes))
+    assert y_NF.shape == (rows, 6) and y_NF.dtype == x_ND.dtype
+    expert_N = np.repeat(np.arange(3), sizes)
+    wanted = [np.float32(x_ND[n]) @ np.float32(kernel_EDF[e]) for n, e in enumerate(expert_N)]
+    np.testing.assert_allclose(
+        np.float32(y_NF[: len(expert_N)]), np.reshape(wanted, (-1, 6)), atol=tolerance * 8
+    )

@@ -33,6 +33,20 @@ def test_parameters_match_table_9(name):
     assert round(total / 1e9, digits) == billions
 
 
+@pytest.mark.parametrize(
+    "name, total, active",
+    [  # as Hugging Face counts the released models; of a token, the papers' 12.9, 1.3 and 3.3 B
+        ("mixtral_8x7b", 46_702_792_704, 12.9),
+        ("olmoe_1b_7b", 6_919_161_856, 1.3),
+        ("qwen3_30b_a3b", 30_532_122_624, 3.35),
+    ],
+)
+def test_parameters_of_decoders_are_the_published_ones(name, total, active):
+    found, for_a_token = train_state.parameter_counts(settings(name))
+    assert found == total
+    assert for_a_token / 1e9 == pytest.approx(active, abs=0.05)
+
+
 def test_t5_base_has_223_million_as_the_text_says():
     assert round(train_state.parameter_counts(settings("t5_base"))[0] / 1e6) == 223
 
@@ -58,7 +72,7 @@ def test_flops_match_table_9(name):
     this convention gives 1.03, 1.01, 0.97 and 0.99 of the four printed figures; the two terms that it
     leaves out are real work, and `forward_flops` counts them: the whole is 1.11 to 1.24 of the table.
     """
-    parts = flops.forward_flops(settings(name), 114)
+    parts = flops.forward_flops(settings(name), {"encoder": 512, "decoder": 114})
     printed = TABLE_9[name][2]
     whole = sum(parts.values())
     assert whole - parts["cross_keys_values"] - parts["router"] == pytest.approx(printed, rel=0.035)
@@ -66,7 +80,10 @@ def test_flops_match_table_9(name):
 
 
 def test_a_sparse_model_costs_its_dense_twin_and_its_routers():
-    dense, sparse = (flops.forward_flops(settings(name), 114) for name in ("t5_base", "switch_base"))
+    dense, sparse = (
+        flops.forward_flops(settings(name), {"encoder": 512, "decoder": 114})
+        for name in ("t5_base", "switch_base")
+    )
     assert {k: v for k, v in sparse.items() if k != "router"} == {
         k: v for k, v in dense.items() if k != "router"
     }

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchmoe.model.layers import Attention, FeedForward, RMSNorm, activate, relative_bucket
+from switchmoe.model.attend import Seen
+from switchmoe.model.attention import Attention, relative_bucket
+from switchmoe.model.layers import FeedForward, RMSNorm, activate
 from switchmoe.settings import ModelSettings
 
 MODEL = ModelSettings(d_model=16, d_ff=32, d_kv=8, num_heads=2, num_layers=2, dtype="float32", init_scale=1.0)
@@ -42,7 +44,7 @@ def test_activations():
 
 def test_query_variance_folds_the_logit_scale_in():
     x = jnp.zeros((1, 4, 16))
-    params = nn.unbox(Attention(MODEL).init(jax.random.key(0), x, x, jnp.zeros((1, 1, 4, 4))))["params"]
+    params = nn.unbox(Attention(MODEL).init(jax.random.key(0), x, x, Seen(jnp.zeros((1, 1, 4, 4)))))["params"]
     ratio = float(params["key"].std() / params["query"].std())
     assert ratio == pytest.approx(8**0.5, rel=0.25)
 
@@ -50,16 +52,16 @@ def test_query_variance_folds_the_logit_scale_in():
 def test_masked_keys_have_no_influence():
     key = jax.random.key(0)
     x, kv = jax.random.normal(key, (1, 3, 16)), jax.random.normal(key, (1, 5, 16))
-    bias = jnp.where(jnp.arange(5) < 3, 0.0, -1e9)[None, None, None, :]
-    params = Attention(MODEL).init(key, x, kv, bias)
+    seen = Seen(jnp.where(jnp.arange(5) < 3, 0.0, -1e9)[None, None, None, :])
+    params = Attention(MODEL).init(key, x, kv, seen)
     changed = kv.at[:, 3:].set(7.0)
-    same = [Attention(MODEL).apply(params, x, k, bias) for k in (kv, changed)]
+    same = [Attention(MODEL).apply(params, x, k, seen)[0] for k in (kv, changed)]
     np.testing.assert_array_equal(*same)
 
 
 def test_no_biases_anywhere():
     x = jnp.zeros((1, 4, 16))
-    attention = Attention(MODEL).init(jax.random.key(0), x, x, jnp.zeros((1, 1, 4, 4)))
+    attention = Attention(MODEL).init(jax.random.key(0), x, x, Seen(jnp.zeros((1, 1, 4, 4))))
     feed_forward = FeedForward(MODEL).init(jax.random.key(0), x)
     assert not any("bias" in name for tree in (attention, feed_forward) for name in tree["params"])
     assert (FeedForward(MODEL).apply(feed_forward, x) == 0).all()

@@ -1,5 +1,6 @@
 """The encoder-decoder: causality, padding, neighbours, depth by scanning, dense twin."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchmoe.model.transformer import Transformer, sparse_layer_names
+from switchmoe.model.transformer import Transformer, example_tokens, sparse_layer_names, unstacked
+from switchmoe.routing import NOT_CAUSAL, ROUTERS
 from switchmoe.settings import from_config
 from switchmoe.training import train_state
 
@@ -18,10 +20,27 @@ DATA = dict(vocab_size=300, batch_size=4, input_length=12)
 
 
 def tiny(model=None, moe=None, **groups):
-    return from_config(
-        {"model": MODEL | (model or {}), "moe": MOE | (moe or {}), "data": DATA}
-        | {k: v for k, v in groups.items()}
-    )
+    return from_config({"model": MODEL | (model or {}), "moe": MOE | (moe or {}), "data": DATA} | groups)
+
+
+# What today's decoder-only mixtures have; the heads of keys and values as many as there are devices in tests of layouts.
+ALONE = dict(
+    stacks="decoder_only", positions="rotary", qk_norm="head", attention_scale=0.0, activation="swiglu"
+)
+
+
+def packed(batch=4, length=12, seed=0):
+    """Rows of two documents, the second of which begins elsewhere in each row; the last row ends with padding."""
+    targets = np.random.default_rng(seed).integers(2, 300, (batch, length))
+    place = np.broadcast_to(np.arange(length), targets.shape)
+    cut = 3 + np.arange(batch)[:, None] % 5
+    targets[-1, -2:] = 0
+    arrays = targets, 1 + (place >= cut), np.where(place < cut, place, place - cut)
+    return dict(zip(("targets", "segments", "positions"), map(jnp.array, arrays), strict=True))
+
+
+def alone(model=None, moe=None):
+    return tiny(ALONE | (model or {}), moe, data=DATA | dict(objective="causal_lm"))
 
 
 def example(batch=4, inputs=12, targets=6, seed=0):
@@ -34,7 +53,8 @@ def example(batch=4, inputs=12, targets=6, seed=0):
 
 @functools.cache
 def init(settings):
-    initialize = jax.jit(lambda: nn.unbox(Transformer(settings).init(jax.random.key(0), *example())))
+    tokens = example_tokens(settings)
+    initialize = jax.jit(lambda: nn.unbox(Transformer(settings).init(jax.random.key(0), *tokens)))
     return {"params": initialize()["params"]}
 
 
@@ -91,27 +111,23 @@ def test_remat_and_unrolling_change_nothing(unroll):
     np.testing.assert_allclose(logits, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_a_loop_over_blocks_is_the_scan(remat):
+@pytest.mark.parametrize("make, remat", [(tiny, False), (tiny, True), (alone, True)])
+def test_a_loop_over_blocks_is_the_scan(make, remat):
     """With the scan's parameters, a slice for each super-block, logits, aux and gradients are its own."""
-    settings = tiny(dict(num_layers=4))
-    loop = tiny(dict(num_layers=4, scan=False, remat=remat))
-    params, (inputs, targets) = init(settings)["params"], example()
+    settings = make(dict(num_layers=4))
+    loop = make(dict(num_layers=4, scan=False, remat=remat))
+    params = init(settings)["params"]
+    batch = (None, *packed().values()) if make is alone else example()
 
     def own(params: dict) -> dict:
         """The loop's parameters, from the scan's."""
-        stacks = {}
-        for stack in ("encoder", "decoder"):
-            rest = {name: value for name, value in params[stack].items() if name != "blocks"}
-            parts = [jax.tree.map(lambda x, i=i: x[i], params[stack]["blocks"]) for i in range(2)]
-            stacks[stack] = rest | {f"blocks_{i}": part for i, part in enumerate(parts)}
-        return params | stacks
+        return unstacked(settings, params)[1]
 
-    shapes = jax.eval_shape(Transformer(loop).init, jax.random.key(0), inputs, targets)["params"]
+    shapes = jax.eval_shape(Transformer(loop).init, jax.random.key(0), *example_tokens(loop))["params"]
     assert jax.tree.structure(own(params)) == jax.tree.structure(nn.unbox(shapes))
 
     def value(model: Transformer, params: dict) -> tuple:
-        logits, aux = model.apply({"params": params}, inputs, targets)
+        logits, aux = model.apply({"params": params}, *batch)
         return (logits**2).sum(), aux
 
     both = [
@@ -191,3 +207,83 @@ def test_parameter_counts_by_hand():
     decoder = 4 * attention + expert + 4 * expert + router + 7 * norm
     total = encoder + decoder + 2 * 2 * 32 + 512 * 16
     assert train_state.parameter_counts(settings) == (total, total - 2 * 3 * expert)
+
+
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name not in NOT_CAUSAL])
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+def test_a_document_is_the_same_alone_in_its_row(router, positions):
+    """No attention across documents and, at evaluation, no experts' slots: whatever comes before or after."""
+    if positions == "relative" and router != "switch":
+        pytest.skip("positions are no router's business")
+    moe = dict(router=router, eval_capacity_factor=0.25)
+    moe |= {"noisy_top_k": dict(choices=2), "hierarchical": dict(branches=2)}.get(router, {})
+    settings, batch = alone(dict(positions=positions), moe), packed()
+    variables = init(settings)
+    logits, _ = apply(settings, variables, None, *batch.values())
+    second = batch["segments"] == 2
+    changed = batch | {"targets": jnp.where(second, batch["targets"], 7)}
+    others, _ = apply(settings, variables, None, *changed.values())
+    np.testing.assert_allclose(logits[second], others[second], rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(logits[~second] - others[~second]).max()) > 1e-2
+    row = {
+        name: jnp.roll(value[:1], -3, axis=1) for name, value in batch.items()
+    }  # its second document first
+    row["targets"] = row["targets"].at[:, 9:].set(0)
+    moved, _ = apply(settings, variables, None, *row.values())
+    np.testing.assert_allclose(logits[0, 3:], moved[0, :9], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dispatch", ["einsum", "gather", "ragged"])
+def test_a_decoder_alone_is_causal_and_the_same_with_every_back_end(dispatch):
+    """In training, with too few slots: no later token changes an earlier logit."""
+    settings = alone(moe=dict(dispatch=dispatch, capacity_factor=0.5, group_size=12))
+    variables, batch = init(settings), packed()
+
+    @jax.jit
+    def run(batch, dispatched=settings):
+        model = Transformer(dispatched, train=True)
+        arrays = (batch[name] for name in ("targets", "segments", "positions"))  # jit sorts a dictionary
+        return model.apply(variables, None, *arrays, rngs={"router": jax.random.key(0)})[0]
+
+    logits = run(batch)
+    changed = run(batch | {"targets": batch["targets"].at[:, 8:].set(7)})
+    np.testing.assert_allclose(
+        logits[:, :9], changed[:, :9], rtol=1e-5, atol=1e-5
+    )  # position 9 reads target 8
+    assert float(jnp.abs(logits[:, 9:] - changed[:, 9:]).max()) > 1e-3
+    plain = alone(moe=dict(dispatch="einsum", capacity_factor=0.5, group_size=12))
+    np.testing.assert_allclose(logits, run.__wrapped__(batch, plain), rtol=1e-4, atol=1e-4)
+
+
+def test_which_blocks_are_sparse():
+    def names(layers=4, model=None, **moe):
+        return sparse_layer_names(tiny(dict(num_layers=layers) | (model or {}), moe))
+
+    assert names(every=4, offset=1) == ["encoder/1", "decoder/1"]  # Hugging Face's i % step == 1
+    assert names(every=1) == [f"{stack}/{n}" for stack in ("encoder", "decoder") for n in range(4)]
+    assert names(decoder_every=4) == ["encoder/1", "encoder/3", "decoder/3"]
+    assert names(decoder_every=4, decoder_offset=0) == ["encoder/1", "encoder/3", "decoder/0"]
+    assert names(every=0, decoder_every=2) == ["decoder/1", "decoder/3"]
+    assert names(every=0) == []
+    assert names(model=dict(num_decoder_layers=2)) == ["encoder/1", "encoder/3", "decoder/1"]
+    assert sparse_layer_names(alone(dict(num_layers=4), dict(offset=0))) == ["decoder/0", "decoder/2"]
+    for bad, message in (
+        (dict(every=3), "moe.every=3: accepted is a divisor of model.num_layers=4"),
+        (dict(decoder_every=3), "moe.decoder_every=3: accepted is a divisor of model.num_layers=4"),
+        (dict(offset=2), "moe.offset=2: accepted is an integer from -2 to 1"),
+        (dict(every=0, offset=1), "moe.offset=1: accepted is an integer from"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            names(**bad)
+
+
+def test_stacks_and_objectives_go_together():
+    for make, objective, message in (
+        (tiny, "causal_lm", "accepted is span_corruption, prefix_lm with encoder_decoder"),
+        (alone, "prefix_lm", "accepted is causal_lm with decoder_only"),
+    ):
+        with pytest.raises(ValueError, match=f"data.objective={objective}: {message}"):
+            make().__class__(
+                **{field: getattr(make(), field) for field in ("model", "moe")}
+                | {"data": dataclasses.replace(make().data, objective=objective)}
+            )

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_training import batch, optimizer, settings
+from test_training import batch as pairs
+from test_training import optimizer, settings
+from test_transformer import ALONE, packed
 
 from switchmoe.parallel import sharding
 from switchmoe.settings import OptimizerSettings
@@ -27,14 +29,27 @@ CASES += [("data_model", True, "auto"), ("data_expert", True, "auto")]
 CASES += [("data_expert", False, "einsum"), ("data_expert_model", False, "ragged")]
 FIRST = ("data", False, "auto"), ("data_expert", False, "auto"), ("data_expert_model", True, "auto")
 MARKED = [case if case in FIRST else pytest.param(*case, marks=pytest.mark.long) for case in CASES]
+KINDS = ["encoder_decoder", "decoder_only"]
 
 
-def case(layout="data", fsdp=False, dispatch="auto", **mesh):
+def case(layout="data", fsdp=False, dispatch="auto", kind="encoder_decoder", **mesh):
     """Dropout and jitter on; sizes that divide among eight devices along any axis."""
     model = dict(dropout_rate=0.1, num_heads=8, d_kv=4, num_layers=1)
+    data = dict(batch_size=16)
+    if kind == "decoder_only":
+        model |= ALONE
+        data |= dict(objective="causal_lm")
     moe = dict(num_experts=8, every=1, num_shared=1, jitter=0.1, dispatch=dispatch)
     mesh = dict(layout=layout, fsdp=fsdp) | mesh
-    return settings(model, moe, mesh=mesh, data=dict(batch_size=16))
+    return settings(model, moe, mesh=mesh, data=data)
+
+
+def lengths(s):
+    return {"encoder": 12, "decoder": 6} if len(s.stacks) == 2 else {"decoder": 12}
+
+
+def batch(s):
+    return packed(16) if s.stacks == ("decoder",) else pairs(16)
 
 
 def recorded(s):
@@ -72,13 +87,13 @@ def heard(action):
 def trained(*arguments, **mesh):
     """What `three_steps` gives on the mesh, the compiled step, and what XLA said of it."""
     s = case(*arguments, **mesh)
-    state = jax.device_get(first())
+    state = jax.device_get(first(s.model.stacks))
     mesh = sharding.make_mesh(s.mesh)
-    sharding.check(s, {"encoder": 12, "decoder": 6}, mesh.shape)
+    sharding.check(s, lengths(s), mesh.shape)
     where = train_state.state_shardings(state, train_state.abstract_variables(s)["params"], s, mesh)
     with jax.set_mesh(mesh), sharding.rules(s):
         state = jax.device_put(state, where)
-        data = jax.device_put(batch(16), sharding.batch_sharding(mesh))
+        data = jax.device_put(batch(s), sharding.batch_sharding(mesh))
         step = functools.partial(train_step.train_step, settings=s, tx=recorded(s))
         step = jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(state, data)
         step, said = heard(step.compile)
@@ -86,15 +101,17 @@ def trained(*arguments, **mesh):
 
 
 @functools.cache
-def first():
-    return jax.jit(lambda: train_state.init_state(case(), recorded(case())))()
+def first(kind):
+    s = case(kind=kind)
+    return jax.jit(lambda: train_state.init_state(s, recorded(s)))()
 
 
 @functools.cache
-def alone():
+def alone(kind):
     """What `three_steps` gives without a mesh."""
-    step = jax.jit(functools.partial(train_step.train_step, settings=case(), tx=recorded(case())))
-    return three_steps(step, first(), batch(16))
+    s = case(kind=kind)
+    step = jax.jit(functools.partial(train_step.train_step, settings=s, tx=recorded(s)))
+    return three_steps(step, first(kind), batch(s))
 
 
 def assert_close(found, wanted, share):
@@ -108,35 +125,38 @@ def collectives(step):
     return re.findall(rf"^.* ((?:{kinds})(?:-start)?)\((.*)$", step.as_text(), re.MULTILINE)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout, fsdp, dispatch", MARKED)
-def test_a_layout_changes_no_number(layout, fsdp, dispatch):
+def test_a_layout_changes_no_number(layout, fsdp, dispatch, kind):
     """float32: gradients to 1e-4, loss to 1e-5, parameters to 1e-4 after three steps."""
-    state, metrics, slopes, *_ = trained(layout, fsdp, dispatch)
-    wanted, wanted_metrics, wanted_slopes = alone()
+    state, metrics, slopes, *_ = trained(layout, fsdp, dispatch, kind)
+    wanted, wanted_metrics, wanted_slopes = alone(kind)
     assert_close(slopes, wanted_slopes, 1e-4)
     assert float(metrics["loss"]) == pytest.approx(float(wanted_metrics["loss"]), rel=1e-5)
     assert_close(metrics, wanted_metrics, 1e-4)
     assert_close(state.params, wanted.params, 1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout, fsdp, dispatch", MARKED)
-def test_collectives_are_those_of_the_theory(layout, fsdp, dispatch):
-    """Two stacks with a sparse layer each: 2 all-to-alls forward and 2 backward in each of them.
+def test_collectives_are_those_of_the_theory(layout, fsdp, dispatch, kind):
+    """One or two stacks with a sparse layer each: 2 all-to-alls forward and 2 backward in each of them.
 
     What is gathered otherwise: the counts of the ragged back end, and with fsdp parameters, but never those
     of the experts along their own axis.
     """
-    *_, step, said = trained(layout, fsdp, dispatch)
+    *_, step, said = trained(layout, fsdp, dispatch, kind)
+    stacks = len(case(kind=kind).stacks)
     found = collections.Counter(kind for kind, _ in collectives(step))
     expert = "expert" in layout
-    assert found["all-to-all"] == (8 if expert else 0)
+    assert found["all-to-all"] == (4 * stacks if expert else 0)
     assert found["collective-permute"] == 0
     gathers = [line for line in step.as_text().splitlines() if " all-gather" in line]
     sizes = [math.prod(map(int, re.findall(r"\d+", re.search(r"\[([\d,]*)\]", g)[1]))) for g in gathers]
     tokens_D = 16 * 6 * 16  # the smaller of the stacks' activations
     if not fsdp:
         assert all(size < tokens_D for size in sizes), gathers
-        assert len(gathers) == 2 * (dispatch == "ragged")
+        assert len(gathers) == stacks * (dispatch == "ragged")
     else:
         assert max(sizes) <= 512 * 16, gathers  # the embedding
         kernels = [g for g in gathers if re.search(r"\[(1,)?8,(16,32|32,16|16,16)\]", g)]
@@ -163,7 +183,7 @@ def test_tokens_over_data_while_experts_lie_apart(fsdp):
     """2 x 2 x 2: the numbers of one device, and no more all-to-alls than without the data axis."""
     sizes = dict(data=2, expert=2, model=2)
     state, metrics, slopes, step, said = trained("data_expert_model", fsdp, "auto", **sizes)
-    wanted, wanted_metrics, wanted_slopes = alone()
+    wanted, wanted_metrics, wanted_slopes = alone("encoder_decoder")
     assert_close(slopes, wanted_slopes, 1e-4)
     assert_close(metrics, wanted_metrics, 1e-4)
     assert_close(state.params, wanted.params, 1e-4)

@@ -12,6 +12,7 @@ from configs import switch_base, switch_c
 from experiments import exits
 from experiments.plan import __main__ as command
 from experiments.plan import layouts
+from switchmoe.data.batches import array_lengths
 from switchmoe.parallel import sharding
 from switchmoe.planning import aot, communication, memory, planner
 from switchmoe.settings import Settings, from_config
@@ -29,6 +30,7 @@ def small(model=None, moe=None, data=None, **groups) -> Settings:
     return from_config(dict(model=model, moe=moe, data=data, **groups))
 
 
+ALONE = dict(stacks="decoder_only", positions="rotary", num_kv_heads=2, qk_norm="head", activation="swiglu")
 WIDE = dict(d_model=256, d_ff=1024), dict(num_experts=32, group_size=128), dict(batch_size=32)
 CASES = {
     "activations": (small(), 1),
@@ -37,8 +39,14 @@ CASES = {
     "experts apart": (small(*WIDE, mesh=dict(layout="data_expert")), 8),
     "fsdp": (small(*WIDE, mesh=dict(layout="data", fsdp=True)), 8),
     "widths apart": (small(*WIDE, mesh=dict(layout="model")), 4),
+    "a decoder alone": (small(ALONE, data=dict(objective="causal_lm")), 1),
+    "a deeper encoder": (small(dict(num_layers=8, num_decoder_layers=4), dict(decoder_every=4)), 1),
 }
-SOME = ("experts apart",)
+SOME = ("experts apart", "a decoder alone")
+
+
+def lengths_of(settings):
+    return {stack: LENGTHS["encoder" if len(settings.stacks) == 1 else stack] for stack in settings.stacks}
 
 
 @functools.cache
@@ -48,7 +56,7 @@ def compiled(name):
     mesh = jax.make_mesh(
         sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:devices]
     )
-    return aot.compile_step(settings, LENGTHS, mesh)
+    return aot.compile_step(settings, lengths_of(settings), mesh)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +65,7 @@ def compiled(name):
 def test_memory_is_xlas_within_15_percent(name):
     """Parameters, state and temporaries of a float32 step; a CPU computes bfloat16 in float32."""
     settings, devices = CASES[name]
-    estimated = planner.make(settings, LENGTHS, devices, 1, planner.DEVICES["v5p"]).memory
+    estimated = planner.make(settings, lengths_of(settings), devices, 1, planner.DEVICES["v5p"]).memory
     assert estimated.peak == pytest.approx(aot.peak_bytes(compiled(name)), rel=0.15)
     arguments = compiled(name).memory_analysis().argument_size_in_bytes
     assert estimated.parameters + estimated.optimizer + estimated.batch == pytest.approx(arguments, rel=1e-3)
@@ -122,21 +130,24 @@ ROUTERS = {  # routers and options by what they cost
     "attention, soft": dict(attention=True, router="soft", decoder_router="switch", slots=8),
     "masks": dict(dispatch="einsum"),
     "masks, attention": dict(dispatch="einsum", attention=True),
+    "a decoder alone": dict(router="top_k", choices=2, num_shared=1, shared_gate=True),
 }
 
 
 def counted_flops(settings):
     """(XLA's count of a forward pass, the estimate with empty slots and masks, the model's own)."""
-    lengths = {"encoder": settings.data.input_length, "decoder": 64}
+    lengths = {
+        stack: settings.data.input_length if stack == settings.stacks[0] else 64 for stack in settings.stacks
+    }
     params = nn.unbox(train_state.abstract_variables(settings)["params"])
     batch = {
-        name: jax.ShapeDtypeStruct((settings.data.batch_size, lengths[stack]), jnp.int32)
-        for name, stack in (("inputs", "encoder"), ("targets", "decoder"))
+        name: jax.ShapeDtypeStruct((settings.data.batch_size, length), jnp.int32)
+        for name, length in array_lengths(lengths).items()
     }
     forward = jax.jit(lambda params, batch: objective.token_sums(params, batch, settings, jax.random.key(0)))
     found = forward.lower(params, batch).compile().cost_analysis()["flops"]
     hardware = planner.hardware_flops(settings, lengths, dict.fromkeys(sharding.AXES, 1)) / 3
-    own = settings.data.batch_size * sum(planner.flops.forward_flops(settings, lengths["decoder"]).values())
+    own = settings.data.batch_size * sum(planner.flops.forward_flops(settings, lengths).values())
     return found, hardware, own
 
 
@@ -146,6 +157,9 @@ def test_every_routers_flops_are_xlas_within_5_percent(name):
     model = dict(d_model=384, d_ff=1024, d_kv=64, num_heads=6, num_layers=1)
     moe = dict(num_experts=8, every=1, group_size=256, jitter=0.0) | ROUTERS[name]
     data = dict(batch_size=4, input_length=128, vocab_size=4000)
+    if name == "a decoder alone":
+        model |= ALONE | dict(num_kv_heads=2)
+        data |= dict(objective="causal_lm")
     for factor in (1.25, 1.0):
         settings = small(model, moe | {"capacity_factor": factor}, data)
         found, hardware, own = counted_flops(settings)
@@ -159,7 +173,7 @@ def test_what_a_router_costs():
 
     def parts(**moe):
         settings = small(moe=dict(decoder_router="hash", every=1) | moe)
-        return planner.flops.forward_flops(settings, 32)
+        return planner.flops.forward_flops(settings, {"encoder": settings.data.input_length, "decoder": 32})
 
     layers, tokens, d, experts = 4, 128, 64, 8
     kernel = 2.0 * layers * tokens * d * experts
@@ -182,7 +196,7 @@ def test_hardware_flops_count_empty_slots_and_recomputation():
     one = dict.fromkeys(sharding.AXES, 1)
     row = 4 * 64 * 256  # two products of 64 x 256
     empty = 2 * 16 * (128 + 32)  # factor 2 on 16 sequences: as many empty slots as tokens, two layers a stack
-    from_model = planner.flops.train_flops(settings, 32)
+    from_model = planner.flops.train_flops(settings, {"encoder": settings.data.input_length, "decoder": 32})
     assert planner.hardware_flops(settings, LENGTHS, one) == from_model + 3 * empty * row
     remat = small(dict(activation="relu", remat=True), dict(capacity_factor=2.0, group_size=128))
     assert planner.hardware_flops(remat, LENGTHS, one) == pytest.approx(

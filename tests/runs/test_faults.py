@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_checkpoints import empty, flip_a_bit, iterator, saved, state, truncate, written
-from test_run import TINY, finish, losses, run_here, start
+from test_run import DECODER_ONLY, TINY, finish, losses, run_here, start
 
 from experiments import command_line
 from experiments import run as command
@@ -32,8 +32,21 @@ from switchmoe.training import objective, train_state
 pytestmark = pytest.mark.faults
 
 
+@pytest.fixture(
+    scope="session",
+    autouse=True,
+    params=["encoder_decoder", pytest.param("decoder_only", marks=pytest.mark.long)],
+)
+def kind(request):
+    """Every fault happens to both kinds of models."""
+    options = DECODER_ONLY if request.param == "decoder_only" else []
+    TINY.extend(options)
+    yield request.param
+    del TINY[len(TINY) - len(options) :]
+
+
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory, environment):
+def whole(tmp_path_factory, environment, kind):
     """A run of which copies are damaged."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     finish(start(workdir, environment))

@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from test_faults import assert_same_run, newest_record, wait_until
+from test_faults import assert_same_run, kind, newest_record, wait_until  # noqa: F401 (a fixture)
 from test_run import finish, start
 
 from switchmoe.runs import integrity
@@ -29,7 +29,7 @@ def steps_of(workdir):
 
 
 def doing(workdir):
-    """(kind, step) of what a run is at, from its files; a step's record is written during the next step.
+    """(moment, step) of what a run is at, from its files; a step's record is written during the next step.
 
     Between the record of a step that is to be evaluated and the evaluation's own record lies the evaluation;
     after one that is to be saved the save begins, which shows only when its directory is there.
@@ -46,10 +46,10 @@ def doing(workdir):
     return ("", step) if step % SAVE == 0 else ("in a step", step + 1)
 
 
-def kill(process, workdir, kind, rng):
-    """Kills the run at a moment of that kind; returns its step.
+def kill(process, workdir, moment, rng):
+    """Kills the run at such a moment; returns its step.
 
-    The process is stopped, what it is at is looked up while nothing moves, and unless that is the kind it goes on.
+    The process is stopped, what it is at is looked up while nothing moves, and unless that is the moment it goes on.
     """
     # Later than the first evaluation, before which the norm of the parameters is compiled.
     begun, started = max(steps_of(workdir), default=0), time.time()
@@ -58,12 +58,12 @@ def kill(process, workdir, kind, rng):
     wait_until(process, lambda: metrics.exists() and metrics.stat().st_mtime > started)
     wait_until(process, lambda: newest_record(workdir)["step"] >= at)
     while True:
-        wait_until(process, lambda: doing(workdir)[0] == kind)
-        time.sleep(rng.uniform(0, MOMENTS[kind]))
+        wait_until(process, lambda: doing(workdir)[0] == moment)
+        time.sleep(rng.uniform(0, MOMENTS[moment]))
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         found, step = doing(workdir)
-        if found == kind:
+        if found == moment:
             process.kill()
             process.communicate()
             return step
@@ -71,7 +71,7 @@ def kill(process, workdir, kind, rng):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory, environment):
+def undisturbed(tmp_path_factory, environment, kind):  # noqa: F811
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     finish(start(workdir, environment, *KILLED))
     return workdir
@@ -87,9 +87,9 @@ def test_sigkill(tmp_path, environment, undisturbed, table, seed):
     process.kill()
     process.communicate()
     hit, repeated = [], 0
-    for kind in rng.sample(list(MOMENTS), len(MOMENTS)):
+    for moment in rng.sample(list(MOMENTS), len(MOMENTS)):
         process = start(broken, environment, *KILLED)
-        hit.append(f"{kind} ({kill(process, broken, kind, rng)})")
+        hit.append(f"{moment} ({kill(process, broken, moment, rng)})")
         repeated = max(repeated, newest_record(broken)["step"] - max(steps_of(broken), default=0))
     finish(start(broken, environment, *KILLED))
     assert_same_run(broken, undisturbed)

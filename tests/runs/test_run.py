@@ -23,6 +23,11 @@ TINY = [
     "--config.checkpoint.every=5",
     "--config.moe.jitter=0.01",
 ]  # fmt: skip
+# What makes another kind of model of it.
+DECODER_ONLY = [
+    "--config.model.stacks=decoder_only", "--config.data.objective=causal_lm", "--config.model.positions=rotary",
+    "--config.model.num_kv_heads=1", "--config.moe.router=top_k", "--config.moe.choices=2",
+]  # fmt: skip
 
 
 def start(workdir, environment, *arguments):

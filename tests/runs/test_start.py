@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
-from test_run import TINY, finish, losses, start, wait_for_step
+from test_run import DECODER_ONLY, TINY, finish, losses, start, wait_for_step
 
 from experiments import run as command
 from switchmoe.runs import start as begin
@@ -125,6 +125,7 @@ KINDS = {
     "warm": ["--config.init.checkpoint={}"],
     "frozen": ["--config.init.checkpoint={}", "--config.train.trainable=router|experts|norm"],
     "prefix_lm": ["--config.data.objective=prefix_lm"],
+    "decoder_only": DECODER_ONLY,
 }
 
 
@@ -147,4 +148,4 @@ def test_killed_it_goes_on_to_the_bit_and_reports(trained, tmp_path, environment
     (one, _), (other, _) = (parameters(tmp_path / name, 24) for name in ("whole", "killed"))
     assert all(np.array_equal(one[name], other[name]) for name in one)
     page = (tmp_path / "killed" / "report.html").read_text()
-    assert ("how the model goes on" in page) == (kind == "prefix_lm")
+    assert ("how the model goes on" in page) == (kind in ("prefix_lm", "decoder_only"))
