@@ -1,10 +1,12 @@
-"""Measures the MoE layer and the training step: ``python -m experiments.bench [layer|step|accelerator] [--OPTION=VALUE ...]``
+"""Measures the MoE layer and the training step: ``python -m experiments.bench [layer|step|generate|accelerator] [--OPTION=VALUE ...]``
 
 ``layer``: forward, and forward + backward, of each back end against a dense feed-forward with the same
 FLOPs per token and, with transformers and torch installed (extra `hf`), Hugging Face's Switch layer.
 ``step``: the whole training step in tokens/s, against Hugging Face's model of the same shape, with its
 budget by part. Random data, one process, interleaved repeats, medians of the ratios within rounds. Writes
 NAME.json and NAME.png into --out and prints a table.
+``generate``: 64 new tokens after prompts of 64, width 512, 6 + 6 layers, 32,128 rows, one prompt and 16 at once, float32
+and bfloat16, against Hugging Face's model with the same weights; with more --experts ours alone.
 ``accelerator``: all that is to be known of a GPU or TPU, within ``--budget=480`` seconds (see its --help).
 
 Exit codes: 0 done; 2 bad input.
@@ -29,8 +31,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "experiments.bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     positive = tools.at_least(1)
-    parser.add_argument("what", nargs="?", choices=("layer", "step"), default="layer")
-    parser.add_argument("--experts", type=_list_of(tools.at_least(2)), help="layer: 2,8,...,512; step: 8,64")
+    parser.add_argument("what", nargs="?", choices=("layer", "step", "generate"), default="layer")
+    parser.add_argument(
+        "--experts", type=_list_of(tools.at_least(2)), help="layer: 2,8,...,512; others: 8,64"
+    )
     parser.add_argument(
         "--dispatch", type=lambda text: text.split(","), default=["einsum", "gather", "ragged"]
     )
@@ -46,6 +50,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=tools.at_least(3), default=9)
     parser.add_argument("--seed", type=tools.at_least(0), default=0)
     parser.add_argument("--hf", choices=("auto", "no"), default="auto")
+    parser.add_argument("--tiny", action="store_true", help="generate: a small model, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(argv)
     known = ("einsum", "gather", "ragged")
@@ -77,9 +82,9 @@ def main(argv: list[str]) -> int:
         process.check_devices()
     except ValueError as error:
         return exits.fail("experiments.bench", error, exits.EXIT_BAD_INPUT)
-    from experiments.bench import layer, step
+    from experiments.bench import generate, layer, step
 
-    bench = layer if options.what == "layer" else step
+    bench = {"layer": layer, "step": step, "generate": generate}[options.what]
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     found = {
         "command": " ".join(["python -m experiments.bench", *(a for a in argv if not a.startswith("--out"))]),

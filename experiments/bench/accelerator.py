@@ -7,6 +7,8 @@ soon as it is measured:
                 back end, with tokamax's kernels where they are installed; ratio to a dense layer, share of peak
   gradients     of all back ends with experts that no token goes to, against a float32 loop over experts
   step          the training step of Switch-Base's shape, E = 8 and 64: tokens/s, share of peak (MFU)
+  attention     softmax attention, forward + backward, plain, head by head, and by cuDNN on a GPU
+  generate      cached generation of `experiments.bench generate`'s shape: tokens/s, share of the memory's bandwidth
   transformers  Hugging Face's step of that shape, E = 8, where torch and transformers are installed
   runs          `configs/sweeps/experts_small.py`, E = 1, 8 and 64, shortened to what is left
 
@@ -31,7 +33,7 @@ from typing import Any
 from experiments import exits
 from experiments.bench import tools
 
-NAMES = ("layer", "gradients", "step", "transformers", "runs")
+NAMES = ("layer", "gradients", "step", "attention", "generate", "transformers", "runs")
 RESERVE = 5.0  # seconds for the last picture and table
 
 
@@ -57,6 +59,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def _parts() -> dict[str, tuple]:
+    """Name: (the part, its share of the budget)."""
+    from experiments.bench import accelerator_decoding, accelerator_parts
+
+    return accelerator_decoding.PARTS | accelerator_parts.PARTS
+
+
 def _child(options: argparse.Namespace) -> int:
     """Measures one part, a line of JSON a row; the first line is the machine."""
     from experiments.bench import accelerator_parts as parts
@@ -65,15 +74,13 @@ def _child(options: argparse.Namespace) -> int:
     sizes = parts.TINY if options.tiny else parts.Sizes()
     if options.only != "runs":  # which leaves the device to its own processes
         print(json.dumps({"machine": tools.machine(), "sizes": dataclasses.asdict(sizes)}), flush=True)
-    for row in parts.PARTS[options.only][0](sizes, until):
+    for row in _parts()[options.only][0](sizes, until):
         print(json.dumps(row), flush=True)
     return 0
 
 
 def _measure(options: argparse.Namespace, argv: list[str]) -> int:
-    from experiments.bench.accelerator_parts import PARTS
-
-    began = time.monotonic()
+    began, parts = time.monotonic(), _parts()
     found: dict[str, Any] = {
         "command": " ".join(["python -m experiments.bench accelerator", *argv]),
         "parts": {},
@@ -82,7 +89,7 @@ def _measure(options: argparse.Namespace, argv: list[str]) -> int:
     }
     for name in [options.only] if options.only else NAMES:
         left = options.budget - RESERVE - (time.monotonic() - began)
-        share = left if options.only else min(left, PARTS[name][1] * options.budget)
+        share = left if options.only else min(left, parts[name][1] * options.budget)
         if share < RESERVE:
             found["notes"][name] = "not reached: the budget was used up"
             continue
@@ -136,7 +143,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 HIDDEN = ("quartile_1_ms", "quartile_3_ms", "matmul_peak_flops", "model_flops", "temporary_bytes", "dropped")
-SHARES = ("peak_share", "input_wait_share")
+SHARES = ("peak_share", "input_wait_share", "bandwidth_share")
 
 
 def _shown(value: Any) -> str:

@@ -47,6 +47,26 @@ def test_layer_measures_each_back_end_in_both_modes(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_generate_measures_both_types_and_batches(tmp_path):
+    arguments = ["generate", "--tiny", "--experts=2,4", "--repeats=3", "--hf=no", f"--out={tmp_path}"]
+    assert bench.main(arguments) == 0
+    rows = json.loads((tmp_path / "generate.json").read_text())["rows"]
+    assert {(row["experts"], row["batch"], row["case"]) for row in rows} == {
+        (experts, batch, f"switchmoe {dtype}")
+        for experts in (2, 4)
+        for batch in (1, 16)
+        for dtype in ("float32", "bfloat16")
+    }
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] * 1e3 / row["ms_per_token"])
+    exact, half = (row["bytes_per_step"] for row in rows[:2])
+    # 2 layers: attention without the encoder's keys and values, a dense and a sparse layer, norms, the router; and the table
+    kernels = 2 * 6 * 64 * 64 + 2 * 2 * 64 * 128 + 64 * 2
+    assert exact == 2 * half == 4 * (kernels + 7 * 64 + 32 * 4 + 512 * 64)
+    assert (tmp_path / "generate.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_step_measures_the_whole_and_its_parts(tmp_path):
     assert bench.main([*STEP, f"--out={tmp_path}"]) == 0
     rows = {row["case"]: row for row in json.loads((tmp_path / "step.json").read_text())["rows"]}

@@ -1,0 +1,277 @@
+"""Text from a trained model: ``python -m experiments.generate --source=RUN [--prompt=TEXT ...] [--OPTION=VALUE ...]``
+
+RUN is a run's directory (its newest step), DIR|STEP or DIR/checkpoints/STEP. A decoder alone continues a prompt. An
+encoder-decoder answers it: the continuation with prefix_lm; with span_corruption what belongs in place of <extra_id_0>,
+<extra_id_1>, ... Without a prompt they are read from standard input, a line each; on a terminal it asks for them.
+
+  --prompt=TEXT          a prompt; may be given several times
+  --file=FILE            a prompt a line; of .jsonl the field prompt (with --ids: ids) of each line's object
+  --ids                  token ids instead of text, in and out: --prompt="0 17 23", lines of {"ids": [0, 17, 23]} in a file;
+                         as the model reads them (an encoder's end with EOS, 1; a decoder's begin with 0)
+  --out=FILE             writes {"prompt", "text", "ids", "score"} a line, in the order asked, instead of printing the text
+  --max_tokens=N         new tokens at most (64)
+  --temperature=T        draws each token, with logits / T; 0 (the default): always the likeliest
+  --top_k=K              draws among the K likeliest; 0 (the default): all
+  --top_p=P              draws among the fewest whose probabilities sum to P (1)
+  --beams=W              beam search (1)
+  --length_penalty=A     of beam search: scores are log-probabilities / length**A (1)
+  --stop=ID              a token after which nothing comes, beside EOS; may be given several times
+  --seed=N               of what is drawn (0)
+  --batch_size=N         prompts at once (16)
+  --config.model.dtype=  float32 | bfloat16: the kernels' type (the run's)
+
+Exit codes: 0 done; 2 bad input; 4 a file that can't be written or read.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import command_line, exits, process
+
+NUMBERS: dict[str, tuple[Callable, str]] = {  # option: its type, and what is accepted
+    "max_tokens": (int, "an integer >= 1"),
+    "temperature": (float, "a number >= 0"),
+    "top_k": (int, "an integer >= 0"),
+    "top_p": (float, "a number > 0, at most 1"),
+    "beams": (int, "an integer >= 1"),
+    "length_penalty": (float, "a number"),
+    "seed": (int, "an integer >= 0"),
+    "batch_size": (int, "an integer >= 1"),
+}
+Note = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Arguments:
+    source: str = ""
+    file: str = ""
+    out: str = ""
+    ids: bool = False
+    prompt: list[str] = dataclasses.field(default_factory=list)
+    stop: list[int] = dataclasses.field(default_factory=list)
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    beams: int = 1
+    length_penalty: float = 1.0
+    seed: int = 0
+    batch_size: int = 16
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Prompt(NamedTuple):
+    shown: str | list[int]
+    ids: list[int]
+
+
+def main(argv: Sequence[str]) -> int:
+    if {"--help", "-h"} & set(argv[1:]):
+        print(__doc__.strip())
+        return 0
+    return exits.guarded("experiments.generate", lambda: _generate(parse(argv[1:])))
+
+
+def parse(arguments: Sequence[str]) -> Arguments:
+    """Raises ValueError, one line that names the argument, its value and what would be accepted."""
+    overrides, others = command_line.overrides(arguments)
+    found = Arguments(overrides=overrides)
+    for argument in others:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument == "--ids":
+            found.ids = True
+        elif not (
+            argument.startswith("--")
+            and equals
+            and name in ("source", "file", "out", "prompt", "stop", *NUMBERS)
+        ):
+            accepted = ", ".join(
+                f"--{option}=" for option in ("source", "prompt", "file", "out", *NUMBERS, "stop")
+            )
+            raise ValueError(f"argument {argument}: accepted are {accepted}, --ids and --config.GROUP.FIELD=")
+        elif name in ("prompt", "stop"):
+            getattr(found, name).append(value if name == "prompt" else _number(name, value))
+        elif name in NUMBERS:
+            setattr(found, name, _number(name, value))
+        else:
+            setattr(found, name, value)
+    if not found.source:
+        raise ValueError("no model; accepted is --source=RUN")
+    for name, value in (
+        ("max_tokens", found.max_tokens),
+        ("beams", found.beams),
+        ("batch_size", found.batch_size),
+    ):
+        if value < 1:
+            raise ValueError(f"--{name}={value}: accepted is an integer >= 1")
+    if found.file and found.prompt:
+        raise ValueError(f"--file={found.file}: accepted is --file= or --prompt=, not both")
+    if found.out and (Path(found.out).is_dir() or not Path(found.out).parent.is_dir()):
+        raise ValueError(f"--out={found.out}: accepted is a file in a directory that is there")
+    return found
+
+
+def _number(name: str, text: str) -> Any:
+    kind, accepted = NUMBERS.get(name, (int, "a token's id"))
+    try:
+        value = kind(text)
+        if not math.isfinite(value) or (value < 0 and name != "length_penalty"):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--{name}={text}: accepted is {accepted}") from None
+    return value
+
+
+def _generate(arguments: Arguments) -> int:
+    asked = _asked(arguments)
+    process.check_devices()
+    generator, prompt_of, text_of = _model(arguments)
+    if asked is None:
+        return _converse(generator, prompt_of, text_of)
+    prompts = []
+    for where, given in asked:
+        try:
+            prompts.append(prompt_of(given))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    if not prompts:
+        raise ValueError(f"--file={arguments.file}: no prompts; accepted is one a line")
+    answers = _answers(generator, [prompt.ids for prompt in prompts])
+    if not arguments.out:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            print(
+                json.dumps(_record(prompt, answer, text_of)) if arguments.ids else text_of(answer.ids),
+                flush=True,
+            )
+        return 0
+    part = Path(f"{arguments.out}.part")
+    with part.open("w", encoding="utf-8") as file:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            file.write(json.dumps(_record(prompt, answer, text_of), ensure_ascii=False) + "\n")
+    part.replace(arguments.out)
+    return 0
+
+
+def _record(prompt: Prompt, answer: Any, text_of: Callable | None) -> dict[str, Any]:
+    text = text_of(answer.ids) if text_of else None
+    return {"prompt": prompt.shown, "text": text, "ids": answer.ids, "score": answer.score}
+
+
+def _answers(generator: Any, prompts: list[list[int]]) -> Iterator[Any]:
+    """One for each prompt, as they come, with a sign of life where it takes long."""
+    from switchmoe.data.progress import told
+
+    done = [0]
+    note = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    with told(note, "generating", lambda: f"{done[0]} of {len(prompts)} prompts"):
+        for done[0], answers in generator.batches(prompts):
+            yield from answers
+
+
+def _model(arguments: Arguments) -> tuple[Any, Callable[[Any], Prompt], Callable[[list[int]], str] | None]:
+    """(generator, a prompt of what was given, the text of ids if there is a vocabulary)."""
+    import jax
+    import numpy as np
+
+    from switchmoe.inference import generation
+    from switchmoe.inference.decoding import Choosing
+    from switchmoe.parallel import sharding
+    from switchmoe.runs import trained
+    from switchmoe.settings import MeshSettings
+
+    model = trained.find(arguments.source)
+    vocabulary = model.vocabulary
+    if vocabulary is None and not arguments.ids:
+        raise ValueError(f"--source={arguments.source}: it has no vocabulary; accepted is --ids")
+    settings = trained.changed(model.settings, arguments.overrides)
+    settings = dataclasses.replace(settings, mesh=MeshSettings())  # one device, however it was trained
+    eos = 1 if vocabulary is None else vocabulary.eos_id
+    how = Choosing(arguments.temperature, arguments.top_k, arguments.top_p, (eos, *arguments.stop))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+    numbers = arguments.max_tokens, how, arguments.beams, arguments.length_penalty
+    params = trained.parameters(model, settings, mesh)
+    generator = generation.Generator(settings, params, *numbers, arguments.batch_size, arguments.seed)
+
+    def prompt_of(given: Any) -> Prompt:
+        ids = given if arguments.ids else generation.prompt_ids(given, settings, vocabulary)
+        generator.check(ids)
+        return Prompt(given, ids)
+
+    return generator, prompt_of, vocabulary.decode if vocabulary else None
+
+
+def _asked(arguments: Arguments) -> list[tuple[str, Any]] | None:
+    """(where it stands, a prompt) of each; None: they are asked for on the terminal.
+
+    Raises:
+      ValueError: a line that holds no prompt.
+    """
+    if arguments.prompt:
+        lines = [(f"--prompt={text}", text) for text in arguments.prompt]
+        return [(where, _ids(where, text) if arguments.ids else text) for where, text in lines]
+    if not arguments.file and sys.stdin.isatty():
+        return None
+    name = arguments.file or "standard input"
+    try:
+        text = Path(name).read_text(encoding="utf-8") if arguments.file else sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--file={name}: {error}; accepted is UTF-8") from error
+    lines = [(f"{name}, line {n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    records = arguments.ids or arguments.file.endswith((".jsonl", ".ndjson"))
+    return [(where, _field(where, line, arguments.ids) if records else line) for where, line in lines]
+
+
+def _field(where: str, line: str, ids: bool) -> Any:
+    if ids and not line.lstrip().startswith("{"):
+        return _ids(where, line)
+    name = "ids" if ids else "prompt"
+    accepted = '{"ids": [INTEGER, ...]}' if ids else '{"prompt": "TEXT"}'
+    try:
+        value = json.loads(line)[name]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{where}: {line[:80]}: accepted is {accepted}") from None
+    good = (
+        isinstance(value, list) and all(type(token) is int for token in value)
+        if ids
+        else isinstance(value, str)
+    )
+    if not good:
+        raise ValueError(f"{where}: {line[:80]}: accepted is {accepted}")
+    return value
+
+
+def _ids(where: str, text: str) -> list[int]:
+    try:
+        return [int(token) for token in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"{where}: accepted with --ids are integers") from None
+
+
+def _converse(generator: Any, prompt_of: Callable, text_of: Callable | None) -> int:
+    """Answers lines of the terminal until it ends."""
+    print("a prompt a line; Ctrl-D to end", file=sys.stderr)
+    number = 0
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return 0
+        if not line.strip():
+            continue
+        try:
+            prompt = prompt_of(line if text_of else _ids("prompt", line))
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            continue
+        (answer,) = generator([prompt.ids], number)
+        print(text_of(answer.ids) if text_of else answer.ids, flush=True)
+        number += 1
+
+
+if __name__ == "__main__":
+    exits.leave("experiments.generate", main)
