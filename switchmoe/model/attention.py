@@ -199,8 +199,14 @@ class Attention(nn.Module):
         width = x_BLHK.shape[-1:] if self.model.qk_norm == "head" else x_BLHK.shape[-2:]
         axes = ("kv",) if self.model.qk_norm == "head" else ("heads", "kv")
         scale = param(self, f"{name}_norm", nn.initializers.ones, axes, width, jnp.float32)
-        x_BLN = x_BLHK.reshape(*x_BLHK.shape[: -len(width)], -1)
-        return rms_norm(x_BLN, scale.reshape(-1), self.model.norm_eps).reshape(x_BLHK.shape)
+        if self.model.qk_norm == "all":
+            x_BLN = x_BLHK.reshape(*x_BLHK.shape[:2], -1)
+            return rms_norm(x_BLN, scale.reshape(-1), self.model.norm_eps).reshape(x_BLHK.shape)
+        # Not `rms_norm`, which joins the heads' axis with others: where that is split, heads would be gathered.
+        exact_BLHK = x_BLHK.astype(jnp.float32)
+        mean_BLH1 = (exact_BLHK**2).mean(axis=-1, keepdims=True)
+        normed_BLHK = exact_BLHK * jax.lax.rsqrt(mean_BLH1 + self.model.norm_eps)
+        return (normed_BLHK * scale[None, None, None]).astype(x_BLHK.dtype)
 
 
 def recall(
