@@ -132,7 +132,7 @@ def _generate(arguments: Arguments) -> int:
     process.check_devices()
     generator, prompt_of, text_of = _model(arguments)
     if asked is None:
-        return _converse(generator, prompt_of, text_of)
+        return _converse(generator, prompt_of, None if arguments.ids else text_of)
     prompts = []
     for where, given in asked:
         try:

@@ -14,7 +14,7 @@ soon as it is measured:
 
 Writes results.json, table.md and layer.png into DIR/DEVICE (default: experiments/results/accelerator). Until `runs`
 nothing is needed but JAX, Flax, Optax and Matplotlib. ``--tiny`` is the same code on shapes that a CPU is done with
-in a minute; ``--only=PART`` leaves out the others.
+in minutes; ``--only=PART`` leaves out the others.
 
 Exit codes: 0 done (a part that failed says so in the table); 2 bad input; 4 a file that can't be written.
 """

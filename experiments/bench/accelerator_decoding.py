@@ -90,7 +90,7 @@ def generate(sizes: Sizes, until: float) -> Iterator[Row]:
             if "error" not in row:
                 row["ms_per_token"] = row["median_ms"] / new
                 row["tokens_per_second"] = 1e3 * batch * new / row["median_ms"]
-                read = bench_generate.bytes_read(settings, batch)
+                read = bench_generate.bytes_read(settings)
                 row["bandwidth_share"] = read / (row["ms_per_token"] / 1e3) / bandwidth
             yield row
 

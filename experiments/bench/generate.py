@@ -38,7 +38,7 @@ def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) ->
         for dtype in ("float32", "bfloat16"):
             own = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
             cases[f"switchmoe {dtype}"] = ours(own, params, prompts, new)
-            sizes[f"switchmoe {dtype}"] = bytes_read(own, batch)
+            sizes[f"switchmoe {dtype}"] = bytes_read(own)
             if state is not None:
                 cases[f"Hugging Face {dtype}"] = hugging_face(models[dtype], prompts, new)
         seconds = timing.measure(cases, options.repeats)
@@ -67,7 +67,7 @@ def random_parameters(settings: Settings) -> dict:
     return jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32) * np.float32(0.05), shapes)
 
 
-def bytes_read(settings: Settings, batch: int) -> int:
+def bytes_read(settings: Settings) -> int:
     """Of the weights that a step of one token of each sequence reads at least: of each sparse layer one expert."""
     shapes, size = train_state.parameter_shapes(settings), 0
     width = 2 if settings.model.dtype == "bfloat16" else 4

@@ -89,7 +89,8 @@ class Block(nn.Module):
 
 def without_limits(moe: MoESettings) -> MoESettings:
     """With these no token is dropped, so that one's output does not depend on what is beside it."""
-    return dataclasses.replace(moe, dropless=True, dispatch="ragged")
+    # Where there are none already, the back end stays as it was chosen: decoding has its own.
+    return moe if moe.dropless else dataclasses.replace(moe, dropless=True, dispatch="ragged")
 
 
 class SuperBlock(nn.Module):
