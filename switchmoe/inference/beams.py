@@ -19,10 +19,10 @@ class _Beams(NamedTuple):
     tokens_BWN: jax.Array  # int32, 0 where there are none yet
     score_BW: jax.Array  # float32
 
-    def best(self, score_BC: jax.Array, count: int) -> "_Beams":
-        """Those with the ``count`` highest of these scores."""
-        score_BW, index_BW = jax.lax.top_k(score_BC, count)
-        return _Beams(jnp.take_along_axis(self.tokens_BWN, index_BW[..., None], axis=1), score_BW)
+    def best(self, count: int) -> tuple["_Beams", jax.Array]:
+        """(those with the ``count`` highest scores, where they were)."""
+        score_BW, index_BW = jax.lax.top_k(self.score_BW, count)
+        return _Beams(jnp.take_along_axis(self.tokens_BWN, index_BW[..., None], axis=1), score_BW), index_BW
 
 
 class _Search(NamedTuple):
@@ -68,10 +68,8 @@ def beam_search(
         tokens_BCN = jnp.take_along_axis(search.live.tokens_BWN, beam_BC[..., None], axis=1)
         tokens_BCN = jax.lax.dynamic_update_slice_in_dim(tokens_BCN, token_BC[..., None], search.step, axis=2)
         stopped_BC = is_stop(token_BC, stop_ids) | (search.step + 1 == tokens)
-        found = _Beams(tokens_BCN, score_BC)
         going_BC = score_BC + jnp.where(stopped_BC, NEVER, 0.0)
-        live = found.best(going_BC, beams)
-        index_BW = jax.lax.top_k(going_BC, beams)[1]
+        live, index_BW = _Beams(tokens_BCN, going_BC).best(beams)
         ends_BC = stopped_BC & (jnp.arange(candidates) < beams)[None] & search.open_B[:, None]
         length = (search.step + 1).astype(jnp.float32) ** length_penalty
         ending_BC = jnp.where(ends_BC, score_BC / length, NEVER)
@@ -79,7 +77,7 @@ def beam_search(
             jnp.concatenate([search.ended.tokens_BWN, tokens_BCN], axis=1),
             jnp.concatenate([search.ended.score_BW, ending_BC], axis=1),
         )
-        ended = both.best(both.score_BW, beams)
+        ended, _ = both.best(beams)
         open_B = search.open_B & (live.score_BW[:, 0] / length > ended.score_BW.min(axis=1))
         parent_BW = jnp.take_along_axis(beam_BC, index_BW, axis=1)
         state = _reordered(search.state, rows(parent_BW + jnp.arange(batch)[:, None] * beams))
