@@ -8,7 +8,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from switchmoe.products import BF16_ROWS, few_rows
+from switchmoe.products import BF16_ROWS, FEW_ROWS, few_rows
 
 KERNELS = "tokamax"  # the package whose kernels are used, where it is installed
 
@@ -61,33 +61,42 @@ _library_matmul.defvjp(_library_forward, _library_backward)
 
 
 def apart_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """The product as a loop over blocks of rows for each expert, all of them written out; without a gradient.
+    """The product as loops over blocks of rows for each expert, all of them written out; without a gradient.
 
     For decoding, where reading kernels is what a step costs: none is copied, and that of an expert without rows is not
     read. The code grows with the experts.
     """
-    experts, size = len(kernel_EDF), _few(len(x_ND), len(kernel_EDF), x_ND.dtype)
-    x_ND, rows = jnp.pad(x_ND, ((0, size), (0, 0))), len(x_ND)
-    start_E, blocks_E = jnp.cumsum(sizes_E) - sizes_E, -(-sizes_E // size)
+    experts, sizes = len(kernel_EDF), _few(len(x_ND), x_ND.dtype)
+    x_ND, rows = jnp.pad(x_ND, ((0, sizes[-1]), (0, 0))), len(x_ND)
+    start_E = jnp.cumsum(sizes_E) - sizes_E
     y_NF = jnp.zeros((len(x_ND), kernel_EDF.shape[2]), x_ND.dtype)
     for e in range(experts):  # in order: an expert's surplus rows are overwritten by the next one's
-        kernel_FD = kernel_EDF[e].T
+        kernel_FD, least = kernel_EDF[e].T, 0
+        for size in sizes:
 
-        def block(n: jax.Array, y_NF: jax.Array, e: int = e, kernel_FD: jax.Array = kernel_FD) -> jax.Array:
-            start = start_E[e] + n * size
-            y_BF = few_rows(jax.lax.dynamic_slice_in_dim(x_ND, start, size), kernel_FD)
-            return jax.lax.dynamic_update_slice_in_dim(y_NF, y_BF, start, axis=0)
+            def block(
+                n: jax.Array, y_NF: jax.Array, e: int = e, size: int = size, kernel_FD: jax.Array = kernel_FD
+            ) -> jax.Array:
+                start = start_E[e] + n * size
+                y_BF = few_rows(jax.lax.dynamic_slice_in_dim(x_ND, start, size), kernel_FD)
+                return jax.lax.dynamic_update_slice_in_dim(y_NF, y_BF, start, axis=0)
 
-        y_NF = jax.lax.fori_loop(0, blocks_E[e], block, y_NF)
+            mine = (sizes_E[e] > least) & ((sizes_E[e] <= size) | (size == sizes[-1]))
+            y_NF = jax.lax.fori_loop(0, jnp.where(mine, -(-sizes_E[e] // size), 0), block, y_NF)
+            least = size
     return y_NF[:rows]
 
 
-def _few(rows: int, experts: int, dtype: jnp.dtype) -> int:
-    """Rows of a block of `apart_matmul`: as an expert has on average, or a few more, which cost little."""
+def _few(rows: int, dtype: jnp.dtype) -> tuple[int, ...]:
+    """Rows of `apart_matmul`'s blocks: an expert's rows lie in one of the first kind that holds them, or in several of the last.
+
+    A kernel of 2048 x 512 takes 0.27 ms with 4 rows, 0.40 with 16 (float32, 2 cores of an Intel Xeon, 4th generation).
+    """
     if rows == 1:
-        return 1
-    least = BF16_ROWS if dtype == jnp.bfloat16 else 4
-    return next(size for size in (least, 16, 64, 256) if size >= min(rows / experts, 256))
+        return (1,)
+    if rows > FEW_ROWS:
+        return (FEW_ROWS,)
+    return (BF16_ROWS,) if dtype == jnp.bfloat16 else (4, 16)
 
 
 @jax.custom_vjp

@@ -15,14 +15,17 @@ import jax.numpy as jnp
 from flax import struct
 
 from switchmoe.dispatch.dispatchers import DECODING
-from switchmoe.model.attention import Memory, empty_memory
+from switchmoe.model.attention import JOINED, Memory, empty_memory
 from switchmoe.model.transformer import PAD_ID, Transformer, unstacked, without_limits
 from switchmoe.parallel.sharding import path_keys
 from switchmoe.routing import NOT_CAUSAL
 from switchmoe.settings import Settings
 
-INPUT_AXES = {"query": 1, "key": 1, "value": 1, "out": 2, "wi": 1, "wi_gate": 1, "wo": 1}  # of each kernel
+# How many axes of each kernel are inputs'.
+INPUT_AXES = {JOINED: 1, "query": 1, "key": 1, "value": 1, "out": 2, "wi": 1, "wi_gate": 1, "wo": 1}
 MOST_APART = 16  # experts up to which each has its own code in a program of decoding
+# The jax from which on a CPU multiplies few rows of bfloat16 in less time than of float32.
+FAST_BF16 = (0, 11)
 FLOAT32 = ("router", "relative_bias", "query_norm", "key_norm")  # parameters that are used as such
 
 
@@ -79,25 +82,43 @@ def prepared(settings: Settings, params: Any) -> tuple[Settings, Any]:
 
 
 def laid_out(settings: Settings, params: Any) -> tuple[Settings, Any]:
-    """What `prepared` gives, so that a step is fast on one device: kernels in the activations' type and, on a CPU, `Laid`."""
+    """What `prepared` gives, so that a step is fast on one device: kernels in the activations' type and, on a CPU, `Laid`.
+
+    A CPU with jax 0.10 decodes a bfloat16 model in float32, with its rounded kernels.
+    """
     settings, params = prepared(settings, params)
-    cpu, moe = jax.default_backend() == "cpu", settings.moe
+    cpu, moe, kept = jax.default_backend() == "cpu", settings.moe, settings.model.dtype
+    if cpu and kept == "bfloat16" and jax.__version_info__ < FAST_BF16:
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype="float32"))
     apart = cpu and moe.dropless and moe.total_experts <= MOST_APART
     if apart:
         settings = dataclasses.replace(settings, moe=dataclasses.replace(moe, dispatch=DECODING))
 
     def lay(path: tuple, leaf: jax.Array) -> jax.Array | Laid:
         keys = path_keys(path)
+        leaf = jnp.asarray(leaf)  # once: a program is given arrays of numpy anew at every call
         if leaf.ndim < 2 or any(key in FLOAT32 for key in keys):
             return leaf
-        leaf, experts = leaf.astype(settings.model.dtype), "experts" in keys
+        leaf, experts = leaf.astype(kept).astype(settings.model.dtype), "experts" in keys
         if not cpu or keys[-1] not in INPUT_AXES or (experts and not apart):
             return leaf
         kernels = leaf if experts else leaf[None]
         rows = math.prod(kernels.shape[1 : 1 + INPUT_AXES[keys[-1]]])
         return Laid(tuple(kernel.reshape(rows, -1).T for kernel in kernels), leaf.shape)
 
-    return settings, jax.tree_util.tree_map_with_path(lay, params)
+    return settings, jax.tree_util.tree_map_with_path(lay, _joined(params))
+
+
+def _joined(params: dict) -> dict:
+    """With the kernels of a self-attention as one: a small product costs more than its share of a larger one's time."""
+    found = {name: _joined(part) if isinstance(part, dict) else part for name, part in params.items()}
+    names = ("query", "key", "value")
+    if "self" in found and set(names) <= found["self"].keys():
+        own = dict(found["self"])
+        kernels = [own.pop(name) for name in names]
+        own[JOINED] = jnp.concatenate([kernel.reshape(len(kernel), -1) for kernel in kernels], axis=1)
+        found["self"] = own
+    return found
 
 
 class Decoder:
@@ -168,8 +189,8 @@ def sample(
     def choose(state: State, step: jax.Array, ended_B: jax.Array) -> tuple[jax.Array, ...]:
         logits_BV = decoder.logits(state)
         token_B = _choose(logits_BV, key_B, step, how)
-        log_prob_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-        gain_B = jnp.take_along_axis(log_prob_BV, token_B[:, None], axis=-1)[:, 0]
+        chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+        gain_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
         token_B = jnp.where(ended_B, PAD_ID, token_B)
         return token_B, jnp.where(ended_B, 0.0, gain_B), ended_B | is_stop(token_B, how.stop_ids)
 

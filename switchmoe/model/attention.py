@@ -18,6 +18,7 @@ from switchmoe.model.layers import Initializer, kernel_init, param
 from switchmoe.products import matmul, rms_norm
 from switchmoe.settings import ModelSettings
 
+JOINED = "joined"  # a parameter in place of the kernels of queries, keys and values: these side by side, [D, (H + 2 J) * K]
 KeysValues = tuple[jax.Array, jax.Array]  # [B, J, M, K] each
 
 
@@ -173,6 +174,8 @@ class Attention(nn.Module):
     ) -> dict[str, jax.Array]:
         """Queries, keys and values, [B, length, heads, K], with their biases."""
         model, shapes = self.model, projections(self.model)
+        if projected is None and self.has_variable("params", JOINED):
+            projected = matmul(x_BQD, self.get_variable("params", JOINED))
         if projected is not None:
             ends = [model.num_heads * model.d_kv, (model.num_heads + model.kv_heads) * model.d_kv]
             cut = zip(shapes, jnp.split(projected, ends, axis=-1), strict=True)

@@ -279,7 +279,9 @@ def test_the_grouped_product_of_an_accelerator(monkeypatch, library):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])
-@pytest.mark.parametrize("sizes", [[1, 0, 0], [0, 5, 2], [3, 3, 3], [0, 0, 0], [40, 0, 30]])
+@pytest.mark.parametrize(
+    "sizes", [[1, 0, 0], [0, 5, 2], [3, 3, 3], [0, 0, 0], [4, 17, 2], [0, 40, 16], [40, 0, 30]]
+)
 def test_products_apart_are_each_experts_own(sizes, dtype, tolerance):
     """Whatever the number of rows; those at the end belong to none."""
     rng, rows = np.random.default_rng(0), max(1, sum(sizes))

@@ -180,6 +180,16 @@ def test_draws_are_of_the_seed_and_no_neighbours():
     np.testing.assert_array_equal(nearly, sample(of, prompt_BP, count_B, 8).tokens_BN)
 
 
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+def test_a_bfloat16_model_scores_as_its_float32_twin(kind):
+    exact, half = settings(kind), settings(kind, model=dict(dtype="bfloat16"))
+    prompt_BP, count_B = prompts([7, 12, 3])
+    found = sample(half, prompt_BP, count_B, 6)
+    log_prob_BNV = teacher_forced(exact, prompt_BP, count_B, found.tokens_BN)
+    wanted_B = jnp.take_along_axis(log_prob_BNV, found.tokens_BN[..., None], axis=-1).sum(axis=(1, 2))
+    np.testing.assert_allclose(found.score_B, wanted_B, rtol=0.05)
+
+
 @pytest.mark.parametrize("penalty", [0.0, 2.0])
 def test_as_many_beams_as_there_are_tokens_find_the_best_of_all_pairs(penalty):
     """All 512 + 511 * 512 continuations of two tokens or of one that ends, by teacher forcing."""
