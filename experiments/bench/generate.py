@@ -20,6 +20,7 @@ TINY = SHAPE | dict(d_model=64, d_ff=128, d_kv=16, num_heads=4, num_layers=2)
 ROWS, TINY_ROWS = 32128, 512  # of the vocabulary
 PROMPT, NEW = 64, 64  # tokens
 BATCHES = (1, 16)
+PROMPT_ONLY = ", prompt"  # ends the name of a case that generates one token: the prompt's time and a step's
 
 
 def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) -> tools.Rows:
@@ -38,18 +39,24 @@ def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) ->
         for dtype in ("float32", "bfloat16"):
             own = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
             cases[f"switchmoe {dtype}"] = ours(own, params, prompts, new)
+            cases[f"switchmoe {dtype}{PROMPT_ONLY}"] = ours(own, params, prompts, 1)
             sizes[f"switchmoe {dtype}"] = bytes_read(own)
             if state is not None:
                 cases[f"Hugging Face {dtype}"] = hugging_face(models[dtype], prompts, new)
         seconds = timing.measure(cases, options.repeats)
         reference = seconds.get("Hugging Face float32")
+        prompt = {name: times for name, times in seconds.items() if name.endswith(PROMPT_ONLY)}
         for name, times in seconds.items():
+            if name in prompt:
+                continue
             row = {"experts": experts, "case": name, "batch": batch, "new_tokens": new}
             row |= timing.summary(times, None if reference is None else reference)
             row["ms_per_token"] = row["median_ms"] / new
             row["tokens_per_second"] = batch * new / row["median_ms"] * 1e3
             if name in sizes:
                 row["bytes_per_step"] = sizes[name]
+                row["prompt_ms"] = timing.summary(prompt[name + PROMPT_ONLY])["median_ms"]
+                row["ms_per_step"] = (row["median_ms"] - row["prompt_ms"]) / (new - 1)
             rows.append(row)
     return rows
 
@@ -181,7 +188,8 @@ def line(row: dict[str, Any]) -> str:
     against = f"  {1 / row['ratio']:5.2f} x Hugging Face float32" if "ratio" in row else ""
     read = ""
     if "bytes_per_step" in row:
-        read = f"  {row['bytes_per_step'] / row['ms_per_token'] / 1e6:5.1f} GB/s of weights"
+        read = f"  prompt {row['prompt_ms']:.0f} ms, a step {row['ms_per_step']:.2f} ms"
+        read += f": {row['bytes_per_step'] / row['ms_per_step'] / 1e6:.1f} GB/s of weights"
     return (
         f"E={row['experts']:<4d} batch {row['batch']:<3d} {row['case']:22s} {row['ms_per_token']:7.2f} ms a token {spread}"
         f"  {row['tokens_per_second']:8,.0f} tokens/s{against}{read}"

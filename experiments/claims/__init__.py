@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 from experiments.claims import st_moe, switch_figures, switch_tables, switch_text
-from experiments.claims.claim import SCALES, Claim, Overrides, Scale
+from experiments.claims.claim import SCALES, Claim, Overrides, Scale, dense, switch
 
 CLAIMS = {
     claim.name: claim
@@ -18,10 +18,20 @@ CLAIMS = {
 }
 
 
+PILOT_SEEDS = (100, 101, 102, 103)
+
+
 def products(scale: str) -> list[dict[str, list]]:
-    """What a sweep's ``get_sweep()`` returns: every run of every claim, once, with the claims' first arms first."""
+    """What a sweep's ``get_sweep()`` returns: every run of every claim, once, with the claims' first arms first; then the pilots."""
     found = [run for claim in CLAIMS.values() for run in runs(claim, scale)]
+    found += pilots(scale).values()
     return [{field: [value] for field, value in run.items()} for run in _unique(found)]
+
+
+def pilots(scale: str) -> dict[tuple[str, int], Overrides]:
+    """By arm and seed the runs that tell how much noise there is, of seeds that no claim uses."""
+    arms = {"dense": dense(), "sparse": switch(SCALES[scale].experts)}
+    return {(arm, seed): run_of(asked, seed, scale) for seed in PILOT_SEEDS for arm, asked in arms.items()}
 
 
 def runs(claim: Claim, scale: str) -> list[Overrides]:
@@ -52,4 +62,4 @@ def _unique(found: list[Overrides]) -> list[Overrides]:
     return [run for place, run in enumerate(found) if run not in found[:place]]
 
 
-__all__ = ["CLAIMS", "SCALES", "Claim", "Scale", "products", "run_of", "runs"]
+__all__ = ["CLAIMS", "SCALES", "Claim", "Scale", "pilots", "products", "run_of", "runs"]

@@ -2,6 +2,8 @@
 
   --list      the claims, and what the others wait for
   NAME...     makes the runs that these claims need and that are not done, then says what they came to; all: of every claim
+  power       makes pilot runs (dense and sparse, of seeds that no claim uses), then says how losses vary over seeds, and how
+              many seeds and hours decide each claim: DIR/report/power.md
   report      writes the scorecard of the runs in DIR: DIR/report/scorecard.html, scorecard.md and plots/*.png
 
 A claim's runs, criterion and the papers' figures are in `experiments/claims`; the rule is `verdicts.RULE`. All claims of a
@@ -40,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(arguments: Arguments) -> int:
-    return _report(arguments) if arguments.names == ["report"] else _try(arguments)
+    if arguments.names == ["report"]:
+        return _report(arguments)
+    return _power(arguments) if arguments.names == ["power"] else _try(arguments)
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -65,11 +69,11 @@ def parse(arguments: Sequence[str]) -> Arguments:
     if chosen["scale"] not in SCALES:
         raise ValueError(f"--scale={chosen['scale']}: accepted is one of {', '.join(SCALES)}")
     for name in names:
-        if name not in ("all", *RUNNABLE) and names != ["report"]:
+        if name not in ("all", *RUNNABLE) and names not in (["report"], ["power"]):
             why = CLAIMS[name].not_run if name in CLAIMS else "no such claim"
-            raise ValueError(f"{name}: {why}; accepted are all, report, {', '.join(RUNNABLE)}")
+            raise ValueError(f"{name}: {why}; accepted are all, power, report, {', '.join(RUNNABLE)}")
     if not names:
-        raise ValueError("no claim; accepted are --list, all, report, or names of claims")
+        raise ValueError("no claim; accepted are --list, all, power, report, or names of claims")
     if names == ["report"] and rest:
         raise ValueError(f"{rest[0]}: accepted with report are --scale= and --workdir=")
     names = RUNNABLE if "all" in names else names
@@ -89,18 +93,33 @@ def listing() -> str:
 
 def _try(arguments: Arguments) -> int:
     """Runs the claims' part of the scale's sweep; prints the verdicts."""
+    wanted = [run for name in arguments.names for run in claims.runs(CLAIMS[name], arguments.scale)]
+    code, done = _make(arguments, wanted)
+    if done:
+        from experiments.paper import scorecard
+
+        results = scorecard.read(arguments.workdir, arguments.scale)
+        for name in arguments.names:
+            print(scorecard.told(CLAIMS[name], results))
+    return code
+
+
+def _make(arguments: Arguments, wanted: list[dict]) -> tuple[int, bool]:
+    """(exit code of the sweep of these runs, whether it went to its end)."""
     from experiments.sweep import command
 
-    wanted = [run for name in arguments.names for run in claims.runs(CLAIMS[name], arguments.scale)]
     where = [f"--config={SCALES[arguments.scale].config}", f"--workdir={arguments.workdir}"]
     code = command.command(["experiments.paper", *where, *arguments.rest], __doc__, wanted)
-    if "--dry_run" in arguments.rest or code not in (0, exits.EXIT_FAILED):
-        return code
-    from experiments.paper import scorecard
+    return code, "--dry_run" not in arguments.rest and code in (0, exits.EXIT_FAILED)
 
-    results = scorecard.read(arguments.workdir, arguments.scale)
-    for name in arguments.names:
-        print(scorecard.told(CLAIMS[name], results))
+
+def _power(arguments: Arguments) -> int:
+    code, done = _make(arguments, list(claims.pilots(arguments.scale).values()))
+    if done:
+        from experiments.paper import power
+
+        text, path = power.write(arguments.workdir, arguments.scale)
+        print(f"{text}\n{path}")
     return code
 
 

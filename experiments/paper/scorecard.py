@@ -211,7 +211,7 @@ SCORE_HEADS = ["claim", "source", "verdict", *PART_HEADS[:4], "of the part"]
 def _markdown(results: Results, judged: dict[str, Verdict]) -> str:
     lines = [f"# The papers' claims at scale `{results.scale}`", ""]
     lines += [f"- {name}: {value}" for name, value in _summary(results, judged)]
-    lines += ["", verdicts.RULE, "", *_rows(SCORE_HEADS, _score(judged))]
+    lines += ["", verdicts.RULE, "", *markdown_rows(SCORE_HEADS, _score(judged))]
     for name, found in judged.items():
         claim = CLAIMS[name]
         if found.outcome == verdicts.NOT_RUN and not any(results.tables[name].values()):
@@ -219,8 +219,8 @@ def _markdown(results: Results, judged: dict[str, Verdict]) -> str:
         lines += ["", f"## {name}: {found.outcome}", "", f"{claim.source}: {claim.says}", ""]
         lines += [f"At small scale: {claim.expected}", "", f"    {results.command(name)}"]
         for heads, rows in _tables(claim, results, found):
-            lines += ["", *_rows(heads, rows)]
-    lines += ["", "## Not run", "", *_rows(["claim", "source", "says", "why"], _not_run())]
+            lines += ["", *markdown_rows(heads, rows)]
+    lines += ["", "## Not run", "", *markdown_rows(["claim", "source", "says", "why"], _not_run())]
     return "\n".join(lines) + "\n"
 
 
@@ -228,8 +228,9 @@ def _not_run() -> list[list[str]]:
     return [[one.name, one.source, one.says, one.not_run] for one in CLAIMS.values() if one.not_run]
 
 
-def _rows(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows)]
+def markdown_rows(heads: Sequence[str], found: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
+    return [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *found)]
 
 
 def _page(results: Results, judged: dict[str, Verdict], pictures: dict[str, list[Path]]) -> str:

@@ -94,8 +94,8 @@ def test_a_dense_run_does_not_depend_on_what_routers_do():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "no claim; accepted are --list, all, report, or names"),
-        (["table5"], "table5: no such claim; accepted are all, report, table1"),
+        ([], "no claim; accepted are --list, all, power, report, or names"),
+        (["table5"], "table5: no such claim; accepted are all, power, report, table1"),
         (["table4"], "table4: not yet runnable, missing: fine-tuning"),
         (["figure9"], "figure9: no matter of training runs: `pytest"),
         (["table3", "--scale=huge"], "--scale=huge: accepted is one of tiny, small, base"),
@@ -243,6 +243,35 @@ def test_a_claim_whose_runs_are_done_is_judged_and_nothing_is_run_again(tmp_path
     )
     assert paper.main(["paper", "z_loss", f"--workdir={out}"]) == exits.EXIT_BAD_INPUT
     assert "holds another sweep" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_power_says_seeds_and_hours_from_pilots(tmp_path, capsys):
+    """Pilots of seeds that no claim uses; their differences vary by 0.01."""
+    used = {seed for claim in CLAIMS.values() for seed in range(claim.seeds)}
+    assert not used & set(claims.PILOT_SEEDS)
+    out, noise = tmp_path / "out", {100: 0.01, 101: -0.01, 102: 0.0, 103: 0.0}
+
+    def loss(settings):
+        seed = settings.train.seed
+        sparse = noise.get(seed, 0) - 0.1 if settings.sparse else 0.0
+        return 4.0 + sparse + seed if seed in noise else ""
+
+    fabricate_all(out, loss)
+    assert paper.main(["paper", "power", f"--workdir={out}", *MICRO]) == 0
+    text = (out / "report" / "power.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "dense: seeds 100, 101, 102, 103; sparse: seeds 100, 101, 102, 103" in text
+    assert "| 6 | 1 | +0.1000 | 0.0082 | 1.8239 |" in text
+    row = next(
+        line for line in text.splitlines() if line.startswith("| table1 | loss of Switch 1.25 below T5")
+    )
+    assert row.split("|")[3:5] == [" the paper's ", " 0.178 "]
+    assert "| table2 | loss of selective within 0.005 nats of float32 | none | 0 |" in text
+    # 8 arms, of 6 steps of 0.1 s each.
+    seeds, hours = (cell.strip() for cell in row.split("|")[5:7])
+    assert int(seeds) == 3 and hours == f"{8 * 3 * 0.6 / 3600:.1f}"
+    assert paper.main(["paper", "power", "--scale=small", f"--workdir={out}"]) == exits.EXIT_BAD_INPUT
 
 
 @pytest.mark.long
