@@ -25,7 +25,6 @@ Exit codes: 0 done; 2 bad input; 4 a file that can't be written or read.
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,8 +38,8 @@ NUMBERS: dict[str, tuple[Callable, str]] = {  # option: its type, and what is ac
     "top_k": (int, "an integer >= 0"),
     "top_p": (float, "a number > 0, at most 1"),
     "beams": (int, "an integer >= 1"),
-    "length_penalty": (float, "a number"),
-    "seed": (int, "an integer >= 0"),
+    "length_penalty": (float, "a number from -10 to 10"),
+    "seed": (int, "an integer from 0 to 2**31 - 1"),
     "batch_size": (int, "an integer >= 1"),
 }
 Note = Callable[[str], None]
@@ -109,6 +108,11 @@ def parse(arguments: Sequence[str]) -> Arguments:
     ):
         if value < 1:
             raise ValueError(f"--{name}={value}: accepted is an integer >= 1")
+    for name, limits in (("top_k", found.top_k), ("top_p", 0 < found.top_p < 1)):
+        if limits and not found.temperature:
+            raise ValueError(
+                f"--{name}={getattr(found, name)}: accepted with --temperature= above 0, which draws"
+            )
     if found.file and found.prompt:
         raise ValueError(f"--file={found.file}: accepted is --file= or --prompt=, not both")
     if found.out and (Path(found.out).is_dir() or not Path(found.out).parent.is_dir()):
@@ -120,7 +124,8 @@ def _number(name: str, text: str) -> Any:
     kind, accepted = NUMBERS.get(name, (int, "a token's id"))
     try:
         value = kind(text)
-        if not math.isfinite(value) or (value < 0 and name != "length_penalty"):
+        least, most = (-10, 10) if name == "length_penalty" else (0, 2**31 - 1)
+        if not least <= value <= most:
             raise ValueError
     except ValueError:
         raise ValueError(f"--{name}={text}: accepted is {accepted}") from None
@@ -131,6 +136,10 @@ def _generate(arguments: Arguments) -> int:
     asked = _asked(arguments)
     process.check_devices()
     generator, prompt_of, text_of = _model(arguments)
+    if asked is None and arguments.out:
+        raise ValueError(
+            f"--out={arguments.out}: accepted with --prompt=, --file= or prompts on standard input"
+        )
     if asked is None:
         return _converse(generator, prompt_of, None if arguments.ids else text_of)
     prompts = []
@@ -191,6 +200,9 @@ def _model(arguments: Arguments) -> tuple[Any, Callable[[Any], Prompt], Callable
     settings = trained.changed(model.settings, arguments.overrides)
     settings = dataclasses.replace(settings, mesh=MeshSettings())  # one device, however it was trained
     eos = 1 if vocabulary is None else vocabulary.eos_id
+    for token in arguments.stop:
+        if token >= settings.embedding_rows:
+            raise ValueError(f"--stop={token}: accepted is a token's id, below {settings.embedding_rows}")
     how = Choosing(arguments.temperature, arguments.top_k, arguments.top_p, (eos, *arguments.stop))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     numbers = arguments.max_tokens, how, arguments.beams, arguments.length_penalty
@@ -198,11 +210,18 @@ def _model(arguments: Arguments) -> tuple[Any, Callable[[Any], Prompt], Callable
     generator = generation.Generator(settings, params, *numbers, arguments.batch_size, arguments.seed)
 
     def prompt_of(given: Any) -> Prompt:
+        if not arguments.ids and not _is_unicode(given):
+            raise ValueError("a prompt that is not Unicode; accepted is UTF-8")
         ids = given if arguments.ids else generation.prompt_ids(given, settings, vocabulary)
         generator.check(ids)
         return Prompt(given, ids)
 
     return generator, prompt_of, vocabulary.decode if vocabulary else None
+
+
+def _is_unicode(text: str) -> bool:
+    """Without halves of surrogate pairs, which stand for bytes that are not UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _asked(arguments: Arguments) -> list[tuple[str, Any]] | None:
@@ -212,16 +231,16 @@ def _asked(arguments: Arguments) -> list[tuple[str, Any]] | None:
       ValueError: a line that holds no prompt.
     """
     if arguments.prompt:
-        lines = [(f"--prompt={text}", text) for text in arguments.prompt]
+        lines = [(f"--prompt={text.encode('utf-8', 'replace').decode()}", text) for text in arguments.prompt]
         return [(where, _ids(where, text) if arguments.ids else text) for where, text in lines]
     if not arguments.file and sys.stdin.isatty():
         return None
     name = arguments.file or "standard input"
     try:
-        text = Path(name).read_text(encoding="utf-8") if arguments.file else sys.stdin.read()
+        text = Path(name).read_text(encoding="utf-8-sig") if arguments.file else sys.stdin.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"--file={name}: {error}; accepted is UTF-8") from error
-    lines = [(f"{name}, line {n}", line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(f"{name}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     records = arguments.ids or arguments.file.endswith((".jsonl", ".ndjson"))
     return [(where, _field(where, line, arguments.ids) if records else line) for where, line in lines]
 
@@ -233,7 +252,7 @@ def _field(where: str, line: str, ids: bool) -> Any:
     accepted = '{"ids": [INTEGER, ...]}' if ids else '{"prompt": "TEXT"}'
     try:
         value = json.loads(line)[name]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{where}: {line[:80]}: accepted is {accepted}") from None
     good = (
         isinstance(value, list) and all(type(token) is int for token in value)

@@ -85,7 +85,8 @@ def main(argv: list[str]) -> int:
     from experiments.bench import generate, layer, step
 
     bench = {"layer": layer, "step": step, "generate": generate}[options.what]
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    used = getattr(bench, "OPTIONS", vars(options))
+    settings = {name: value for name, value in vars(options).items() if name in used and name != "out"}
     found = {
         "command": " ".join(["python -m experiments.bench", *(a for a in argv if not a.startswith("--out"))]),
         "options": settings,

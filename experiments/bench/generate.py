@@ -20,6 +20,7 @@ TINY = SHAPE | dict(d_model=64, d_ff=128, d_kv=16, num_heads=4, num_layers=2)
 ROWS, TINY_ROWS = 32128, 512  # of the vocabulary
 PROMPT, NEW = 64, 64  # tokens
 BATCHES = (1, 16)
+OPTIONS = ("what", "experts", "repeats", "seed", "hf", "tiny")  # those that it reads
 PROMPT_ONLY = ", prompt"  # ends the name of a case that generates one token: the prompt's time and a step's
 
 

@@ -159,12 +159,12 @@ def eval_batches(
 
     Args:
       num_batches: 0: all that the documents hold.
-      padded: fills the last batch up with rows of padding.
+      padded: fills the last batch up with rows of padding; with `causal_lm` the last row as well.
 
     Raises:
       DataError: the documents do not fill one batch, or where it is padded one sequence.
     """
-    raw_length = objectives.lengths(settings).raw
+    raw_length, objective = objectives.lengths(settings).raw, objectives.OBJECTIVES[settings.objective]
     wanted = num_batches * settings.batch_size * raw_length or math.inf
     parts, total = [], 0
     for text in _items(documents):
@@ -172,7 +172,10 @@ def eval_batches(
         total += len(parts[-1])
         if total >= wanted:
             break
-    sequences = int(min(total, wanted) // raw_length)
+    tokens_N = np.concatenate(parts)[: int(min(total, wanted))] if parts else np.zeros(0, np.int32)
+    if padded and objective.ends:  # after a document's end padding is nobody's
+        tokens_N = np.pad(tokens_N, (0, -len(tokens_N) % raw_length))
+    sequences = len(tokens_N) // raw_length
     full = sequences // settings.batch_size
     if not (sequences if padded else full):
         raise DataError(
@@ -181,8 +184,7 @@ def eval_batches(
             + (f"at most {sequences}" if sequences else "a smaller data.input_length, or more text")
         )
     rows = sequences if padded else full * settings.batch_size
-    pieces_NL = np.concatenate(parts)[: rows * raw_length].reshape(-1, raw_length)
-    objective = objectives.OBJECTIVES[settings.objective]
+    pieces_NL = tokens_N[: rows * raw_length].reshape(-1, raw_length)
     draws = objective.draws(len(pieces_NL), settings, np.random.default_rng(EVAL_SEED))
     joined = objective.example(pieces_NL, draws, settings, vocabulary)
     missing = -len(pieces_NL) % settings.batch_size

@@ -95,9 +95,7 @@ def beam_search(
     first_BW = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, NEVER)[None], (batch, beams))
     none_BWN = jnp.full((batch, beams, tokens), PAD_ID, jnp.int32)
     ended = _Beams(none_BWN, jnp.full((batch, beams), NEVER))
-    begun = _Search(
-        jnp.int32(0), wide, _Beams(none_BWN, first_BW), ended, jnp.ones(batch, bool), jnp.array(False)
-    )
+    begun = _Search(jnp.int32(0), wide, _Beams(none_BWN, first_BW), ended, count_B > 0, jnp.array(False))
     done = jax.lax.while_loop(go_on, one, rank(begun))
     return Decoded(done.ended.tokens_BWN[:, 0], done.ended.score_BW[:, 0])
 

@@ -181,7 +181,7 @@ def sample(
     Args:
       params: with the settings, of `prepared` or `laid_out`.
       prompt_BP: int32, the encoder's inputs, or of a decoder alone what it reads first (one token at least).
-      count_B: each prompt's tokens.
+      count_B: each prompt's tokens; 0: a row that fills the batch up, and has no answer.
       key_B: a key for each sequence, which draws its tokens whoever is beside it.
     """
     decoder = Decoder(settings, params)
@@ -206,8 +206,7 @@ def sample(
         return step + 1, state, token_B, ended_B, tokens_BN, score_B + gain_B
 
     state = decoder.start(prompt_BP, count_B, tokens - 1)
-    none_B = jnp.zeros(len(prompt_BP), bool)
-    token_B, score_B, ended_B = choose(state, jnp.int32(0), none_B)
+    token_B, score_B, ended_B = choose(state, jnp.int32(0), count_B == 0)
     tokens_BN = jnp.full((len(prompt_BP), tokens), PAD_ID, jnp.int32).at[:, 0].set(token_B)
     carry = jnp.int32(1), state, token_B, ended_B, tokens_BN, score_B
     *_, tokens_BN, score_B = jax.lax.while_loop(go_on, one, carry)

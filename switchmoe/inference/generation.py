@@ -92,7 +92,7 @@ class Generator:
             while length < longest:
                 length *= 2
             prompt_BP = np.zeros((rows, length), np.int32)
-            count_B = np.ones(rows, np.int32)
+            count_B = np.zeros(rows, np.int32)
             for row, prompt in enumerate(part):
                 prompt_BP[row, : len(prompt)] = prompt
                 count_B[row] = len(prompt)

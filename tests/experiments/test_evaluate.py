@@ -89,6 +89,17 @@ def test_a_padded_last_batch_has_what_was_left_out(words):
     assert 0 < real.sum() < 5 and not padded[-1]["targets"][~real].any()
 
 
+def test_a_decoder_alone_is_measured_on_all_of_a_text_however_short(words):
+    settings = DataSettings(vocab_size=600, batch_size=2, input_length=64, objective="causal_lm")
+    found = batches.eval_batches(settings, words, SENTENCES[:1], padded=True)
+    ids = [*words.encode(SENTENCES[0]), words.eos_id]
+    targets = np.concatenate([batch["targets"] for batch in found]).ravel()
+    assert targets[: len(ids)].tolist() == ids and not targets[len(ids) :].any()
+    whole = batches.eval_batches(settings, words, SENTENCES, padded=True)
+    tokens = sum(len(words.encode(text)) + 1 for text in SENTENCES)
+    assert sum((batch["targets"] != 0).sum() for batch in whole) == tokens
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -226,6 +226,20 @@ def test_beams_do_not_see_their_neighbours():
     np.testing.assert_allclose(together.score_B[0], others.score_B[2], rtol=1e-5)
 
 
+def test_rows_that_fill_a_batch_up_do_not_go_on():
+    """They have ended before the first token, so the batch ends with its answers."""
+    of = settings("decoder_only")
+    prompt_BP, count_B = prompts([7, 3])
+    none_B = count_B.at[1].set(0)
+    found = sample(of, prompt_BP, none_B, 6)
+    assert not found.tokens_BN[1].any() and found.score_B[1] == 0
+    np.testing.assert_array_equal(found.tokens_BN[0], sample(of, prompt_BP, count_B, 6).tokens_BN[0])
+    own, params = decoding.laid_out(of, init(of))
+    search = jax.jit(functools.partial(beam_search, tokens=4, settings=own, beams=2, stop_ids=()))
+    together, filled = search(params, prompt_BP, count_B), search(params, prompt_BP, none_B)
+    np.testing.assert_array_equal(together.tokens_BN[0], filled.tokens_BN[0])
+
+
 def test_a_generator_answers_in_order_whatever_the_batch():
     of = settings("decoder_only")
     asked, how = [[0, *range(3, 3 + n)] for n in (1, 20, 4)], Choosing(temperature=2.0)
