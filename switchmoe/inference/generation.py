@@ -3,6 +3,7 @@
 Letters: B batch, P prompt length, N new tokens.
 """
 
+import copy
 import functools
 import re
 from collections.abc import Iterator, Sequence
@@ -55,8 +56,15 @@ class Generator:
         self._settings, self._params = decoding.laid_out(settings, params)
         self._tokens, self._how, self._batch_size = tokens, how, batch_size
         self._key = jax.random.key(seed)
-        search = beams > 1, beams, length_penalty
-        self._program = jax.jit(functools.partial(self._run, search=search))
+        self._search = beams > 1, beams, length_penalty
+        self._program = jax.jit(functools.partial(self._run, search=self._search))
+
+    def with_tokens(self, tokens: int) -> "Generator":
+        """One of the same parameters, which are not copied, for so many new tokens."""
+        other = copy.copy(self)
+        other._tokens = tokens
+        other._program = jax.jit(functools.partial(other._run, search=other._search))
+        return other
 
     def _run(
         self, params: Any, prompt_BP: jax.Array, count_B: jax.Array, number_B: jax.Array, search: tuple
