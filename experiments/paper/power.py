@@ -51,11 +51,12 @@ def _pilots(workdir: Path, scale: str) -> dict[str, dict[int, sweeps.Run]]:
     if definition is None:
         raise ValueError(f"--workdir={workdir}: no runs; accepted is a directory of this command's")
     names = {tuple(overrides.items()): name for name, overrides in definition["runs"].items()}
-    arms: dict[str, dict[int, sweeps.Run]] = {}
-    for (arm, seed), overrides in claims.pilots(scale).items():
+    pilots = claims.pilots(scale)
+    arms: dict[str, dict[int, sweeps.Run]] = {arm: {} for arm, _ in pilots}
+    for (arm, seed), overrides in pilots.items():
         name = names.get(tuple(overrides.items()))
         try:
-            arms.setdefault(arm, {})[seed] = sweeps.read(workdir / str(name))
+            arms[arm][seed] = sweeps.read(workdir / str(name))
         except (ValueError, OSError):
             continue
     return arms
