@@ -3,10 +3,13 @@
 import dataclasses
 import functools
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
 from test_transformer import apply, tiny
 
 from switchmoe.inference import decoding
@@ -88,20 +91,41 @@ def teacher_forced(of, prompt_BP, count_B, answer_BN):
     )
 
 
+def assert_decodes_as_forced(of, counts, tokens, padding=0, seed=0):
+    """Each token is the best of what the whole decoder says, whoever is beside."""
+    prompt_BP, count_B = prompts(counts, seed, max(counts) + padding)
+    prompt_BP = prompt_BP.at[:, 0].set(0 if of.stacks == ("decoder",) else 9)
+    found = sample(of, prompt_BP, count_B, tokens)
+    log_prob_BNV = teacher_forced(of, prompt_BP, count_B, found.tokens_BN)
+    chosen_BN = jnp.take_along_axis(log_prob_BNV, found.tokens_BN[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(chosen_BN, log_prob_BNV.max(-1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.score_B, chosen_BN.sum(-1), rtol=1e-4, atol=1e-4)
+    others = sample(of, prompt_BP.at[1:].set(7)[::-1], count_B[::-1], tokens)
+    np.testing.assert_array_equal(found.tokens_BN[0], others.tokens_BN[-1])
+    np.testing.assert_allclose(found.score_B[0], others.score_B[-1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("router", CAUSAL)
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
 def test_each_token_is_the_best_by_teacher_forcing_whoever_is_beside(kind, router):
     """Also where evaluation has all sequences in one group, with too few slots; prompts of unequal lengths."""
-    of = settings(kind, router, eval_group_size=64, eval_capacity_factor=0.5)
-    prompt_BP, count_B = prompts([7, 3, 5])
-    prompt_BP = prompt_BP.at[:, 0].set(0 if kind == "decoder_only" else 9)
-    found = sample(of, prompt_BP, count_B, 6)
-    log_prob_BNV = teacher_forced(of, prompt_BP, count_B, found.tokens_BN)
-    np.testing.assert_array_equal(found.tokens_BN, log_prob_BNV.argmax(-1))
-    np.testing.assert_allclose(found.score_B, log_prob_BNV.max(-1).sum(-1), rtol=1e-4)
-    others = sample(of, prompt_BP.at[1:].set(7)[::-1], count_B[::-1], 6)
-    np.testing.assert_array_equal(found.tokens_BN[0], others.tokens_BN[2])
-    np.testing.assert_allclose(found.score_B[0], others.score_B[2], rtol=1e-5)
+    assert_decodes_as_forced(
+        settings(kind, router, eval_group_size=64, eval_capacity_factor=0.5), [7, 3, 5], 6
+    )
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=8)
+@given(
+    kind=st.sampled_from(["encoder_decoder", "decoder_only"]),
+    router=st.sampled_from(CAUSAL),
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    tokens=st.integers(1, 7),
+    padding=st.integers(0, 4),
+    seed=st.integers(0, 99),
+)
+def test_so_it_is_with_any_shape_and_padding(kind, router, counts, tokens, padding, seed):
+    assert_decodes_as_forced(settings(kind, router), counts, tokens, padding, seed)
 
 
 @pytest.mark.parametrize(

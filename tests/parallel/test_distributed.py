@@ -11,7 +11,7 @@ from concurrent import futures
 
 import numpy as np
 import pytest
-from test_run import losses, wait_for_step
+from test_run import DECODER_ONLY, losses, wait_for_step
 
 from experiments import run as command
 from switchmoe.parallel import distributed
@@ -66,8 +66,20 @@ class Job:
         return [err for _, err in ends]
 
 
+@pytest.fixture(
+    scope="module",
+    params=["encoder_decoder", pytest.param("decoder_only", marks=pytest.mark.long)],
+)
+def kind(request):
+    """What befalls a job befalls it with both kinds of models."""
+    options = DECODER_ONLY if request.param == "decoder_only" else []
+    SMALL.extend(options)
+    yield request.param
+    del SMALL[len(SMALL) - len(options) :]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, kind):
     """A run of one process, of eight devices, that nothing disturbs."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     assert command.main(["run", f"--workdir={workdir}", *SMALL, EXPERTS]) == 0
@@ -138,6 +150,7 @@ def test_a_job_killed_and_stopped_and_moved_ends_like_one_undisturbed_process(
 
 @pytest.mark.long
 @pytest.mark.faults
+@pytest.mark.usefixtures("kind")
 def test_a_save_that_fails_on_one_process_ends_the_job(tmp_path, user_environment, table):
     """Whatever checkpoint.on_error: the others wait for it, and are ended. It can write no file over 1 KiB."""
     (tmp_path / "text.txt").write_text(
@@ -163,6 +176,7 @@ def test_a_save_that_fails_on_one_process_ends_the_job(tmp_path, user_environmen
 
 @pytest.mark.long
 @pytest.mark.faults
+@pytest.mark.usefixtures("kind")
 def test_sigterm_while_a_job_compiles(tmp_path, user_environment):
     job = Job(tmp_path / "run", user_environment, 2, EXPERTS)
     while not (tmp_path / "run" / "config.json").exists():
@@ -228,6 +242,7 @@ def test_what_a_failing_process_says_after_its_runtime_is_shown(tmp_path, user_e
     ids=["other settings", "other text", "no text on one", "no text on any"],
 )
 @pytest.mark.faults
+@pytest.mark.usefixtures("kind")
 def test_a_mistake_of_one_process_is_refused_by_all_at_start(
     tmp_path, user_environment, mistake, said, table, request
 ):

@@ -178,17 +178,18 @@ def test_a_rematerialization_is_heard_where_there_is_one():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_tokens_over_data_while_experts_lie_apart(fsdp):
+def test_tokens_over_data_while_experts_lie_apart(fsdp, kind):
     """2 x 2 x 2: the numbers of one device, and no more all-to-alls than without the data axis."""
     sizes = dict(data=2, expert=2, model=2)
-    state, metrics, slopes, step, said = trained("data_expert_model", fsdp, "auto", **sizes)
-    wanted, wanted_metrics, wanted_slopes = alone("encoder_decoder")
+    state, metrics, slopes, step, said = trained("data_expert_model", fsdp, "auto", kind, **sizes)
+    wanted, wanted_metrics, wanted_slopes = alone(kind)
     assert_close(slopes, wanted_slopes, 1e-4)
     assert_close(metrics, wanted_metrics, 1e-4)
     assert_close(state.params, wanted.params, 1e-4)
     found = collections.Counter(kind for kind, _ in collectives(step))
-    assert found["all-to-all"] == 8 and found["collective-permute"] == 0
+    assert found["all-to-all"] == 4 * len(case(kind=kind).stacks) and found["collective-permute"] == 0
     assert REMATERIALIZED not in said
 
 
@@ -197,10 +198,12 @@ def bytes_of(tree):
 
 
 @pytest.mark.long
-def test_bytes_of_a_device_are_what_the_layout_predicts():
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_a_device_are_what_the_layout_predicts(kind):
     """Shares of experts, of widths and of all the rest, in eighths and by hand."""
-    boxes = train_state.abstract_variables(case())["params"]
-    names = train_state.axis_names(case())
+    of = case(kind=kind)
+    boxes = train_state.abstract_variables(of)["params"]
+    names = train_state.axis_names(of)
     sizes = jax.tree.map(lambda box: 4 * box.value.size, boxes, is_leaf=lambda x: hasattr(x, "names"))
     flat = list(
         zip(
@@ -222,22 +225,26 @@ def test_bytes_of_a_device_are_what_the_layout_predicts():
             for n, size in flat
         )
 
-    assert bytes_of(trained("data", False, "auto")[0].params) == predicted(1, 1)
-    assert bytes_of(trained("model", False, "auto")[0].params) == predicted(1, 8)
-    assert bytes_of(trained("data_model", False, "auto")[0].params) == predicted(1, 2)
-    assert bytes_of(trained("data_expert", False, "auto")[0].params) == predicted(8, 1)
-    assert bytes_of(trained("data_expert_model", False, "auto")[0].params) == predicted(4, 2)
-    assert bytes_of(trained("data", True, "auto")[0].params) == predicted(1, 1, lambda n: 8)
+    def on_each(layout, fsdp):
+        return bytes_of(trained(layout, fsdp, "auto", kind)[0].params)
+
+    assert on_each("data", False) == predicted(1, 1)
+    assert on_each("model", False) == predicted(1, 8)
+    assert on_each("data_model", False) == predicted(1, 2)
+    assert on_each("data_expert", False) == predicted(8, 1)
+    assert on_each("data_expert_model", False) == predicted(4, 2)
+    assert on_each("data", True) == predicted(1, 1, lambda n: 8)
     both = predicted(4, 2, lambda n: 1 if "expert" in n else 4)
-    assert bytes_of(trained("data_expert_model", True, "auto")[0].params) == both
+    assert on_each("data_expert_model", True) == both
 
 
-def test_moments_take_twice_the_bytes_of_their_parameters_on_each_device():
-    adamw = dataclasses.replace(case(), optimizer=OptimizerSettings(name="adamw"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_take_twice_the_bytes_of_their_parameters_on_each_device(kind):
+    adamw = dataclasses.replace(case(kind=kind), optimizer=OptimizerSettings(name="adamw"))
     state = jax.eval_shape(functools.partial(train_state.init_state, adamw, optimizer(adamw)))
     boxes = train_state.abstract_variables(adamw)["params"]
     for layout, fsdp in itertools.product(sharding.LAYOUTS, (False, True)):
-        s = case(layout, fsdp)
+        s = case(layout, fsdp, kind=kind)
         where = train_state.state_shardings(state, boxes, s, sharding.make_mesh(s.mesh))
 
         def local(part, where=where):
@@ -249,14 +256,15 @@ def test_moments_take_twice_the_bytes_of_their_parameters_on_each_device():
         assert local("opt_state") == 2 * local("params"), (layout, fsdp)
 
 
-def test_adding_a_layout_is_adding_a_table(monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_adding_a_layout_is_adding_a_table(monkeypatch, kind):
     """Experts over all but two devices, which have half of each width of them and no other width."""
     rules = (*sharding.TOKENS, *sharding.EXPERTS, ("mlp", "model"))
     new = sharding.Layout(rules, {"data": 1, "expert": -1, "model": 2})
     monkeypatch.setitem(sharding.LAYOUTS, "expert_widths", new)
-    s = case("expert_widths")
+    s = case("expert_widths", kind=kind)
     mesh = sharding.make_mesh(s.mesh)
-    sharding.check(s, {"encoder": 12, "decoder": 6}, mesh.shape)
+    sharding.check(s, lengths(s), mesh.shape)
     state = train_state.sharded_state(s, optimizer(s), mesh)
     shapes = {
         jax.tree_util.keystr(path): leaf.sharding.shard_shape(leaf.shape)
@@ -267,12 +275,14 @@ def test_adding_a_layout_is_adding_a_table(monkeypatch):
     assert wi == (1, 2, 16, 16) and query == (1, 16, 8, 4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "momentum"), [("adafactor", 0.0), ("adafactor", 0.9), ("adamw", 0.0)])
-def test_state_lies_where_its_parameter_lies(name, momentum):
+def test_state_lies_where_its_parameter_lies(name, momentum, kind):
     """Moments like the parameter, factors without the axis that they sum over; never across experts."""
     model = dict(d_model=128, d_ff=256, num_heads=4, d_kv=64)
+    model, data = (model | ALONE, dict(objective="causal_lm")) if kind == "decoder_only" else (model, {})
     moe, mesh = dict(num_experts=4), dict(layout="data_expert_model", fsdp=True, data=1, expert=2, model=4)
-    s = settings(model, moe, mesh=mesh, optimizer=dict(name=name, momentum=momentum))
+    s = settings(model, moe, mesh=mesh, data=data, optimizer=dict(name=name, momentum=momentum))
     state = jax.eval_shape(functools.partial(train_state.init_state, s, optimizer(s)))
     mesh = sharding.make_mesh(s.mesh)
     where = train_state.state_shardings(state, train_state.abstract_variables(s)["params"], s, mesh)
