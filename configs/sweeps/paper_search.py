@@ -4,15 +4,16 @@
       --config.data.documents=block --resources=CPU=1
 
 It looks at dense against experts alone, with seeds from 200 on, which no claim's run has, and it is done before the
-first of them. Each product changes one thing of the base: the objective, the twin as wide as 16 experts, width, depth,
-the dense layer's width, every second layer, two experts a token, the vocabulary.
+first of them. First span corruption against a causal language model, 600 steps each. The causal one was 0.25 nats ahead
+with 16 experts after 600 steps and as much after 300 of them, at the same time a step; span corruption 0.17. So the rest,
+each of which changes one thing, is of causal models and 300 steps: more experts and fewer, the twin as wide as 16
+experts, two experts a token, every second layer, depth, width, the dense layer's width, the vocabulary.
 """
 
 from ml_collections import ConfigDict
 
 from configs.sweeps import experts_tiny
 
-SEEDS = [200, 201]
 CAUSAL = {"data.objective": ["causal_lm"], "model.stacks": ["decoder_only"], "data.input_length": [96]}
 
 
@@ -28,19 +29,17 @@ def get_config() -> ConfigDict:
 
 
 def get_sweep() -> list[dict[str, list]]:
-    pair, first = [1, 16], [200]
-    return [
-        {"moe.num_experts": pair, "train.seed": SEEDS},
-        CAUSAL | {"moe.num_experts": pair, "train.seed": SEEDS},
-        {"moe.num_experts": [1], "model.d_ff": [512], "train.seed": SEEDS},
-        CAUSAL | {"moe.num_experts": [1], "model.d_ff": [512], "train.seed": SEEDS},
-        {"moe.num_experts": [64], "train.seed": SEEDS},
-        CAUSAL | {"moe.num_experts": [64], "train.seed": SEEDS},
-        {"moe.num_experts": [16], "moe.router": ["top_k"], "moe.choices": [2], "train.seed": first},
-        {"moe.num_experts": [16], "moe.every": [2], "train.seed": first},
-        {"moe.num_experts": pair, "model.num_layers": [4], "train.seed": first},
-        {"moe.num_experts": pair, "model.d_model": [128], "model.d_ff": [64], "train.seed": first},
-        {"moe.num_experts": pair, "model.d_ff": [128], "train.seed": first},
-        {"moe.num_experts": pair, "data.vocab_size": [1948], "train.seed": first},
-        {"moe.num_experts": [4], "train.seed": first},
+    pair, short = [1, 16], CAUSAL | {"train.num_steps": [300]}
+    found = [objective | {"moe.num_experts": pair, "train.seed": [200, 201]} for objective in ({}, CAUSAL)]
+    found.append(short | {"moe.num_experts": pair, "train.seed": [200, 201, 202]})
+    changes = [
+        {"moe.num_experts": [64, 4]},
+        {"moe.num_experts": [1], "model.d_ff": [512]},
+        {"moe.num_experts": [16], "moe.router": ["top_k"], "moe.choices": [2]},
+        {"moe.num_experts": pair, "model.num_layers": [4]},
+        {"moe.num_experts": pair, "model.d_model": [128], "model.d_ff": [64]},
+        {"moe.num_experts": pair, "model.d_ff": [128]},
+        {"moe.num_experts": pair, "data.vocab_size": [1948]},
+        {"moe.num_experts": [16], "moe.every": [2]},
     ]
+    return found + [short | change | {"train.seed": [200]} for change in changes]
