@@ -25,7 +25,7 @@ def products(scale: str) -> list[dict[str, list]]:
     """What a sweep's ``get_sweep()`` returns: every run of every claim, once, with the claims' first arms first; then the pilots."""
     found = [run for claim in CLAIMS.values() for run in runs(claim, scale)]
     found += pilots(scale).values()
-    return [{field: [value] for field, value in run.items()} for run in _unique(found)]
+    return [{field: [value] for field, value in run.items()} for run in unique(found)]
 
 
 def pilots(scale: str) -> dict[tuple[str, int], Overrides]:
@@ -37,7 +37,12 @@ def pilots(scale: str) -> dict[tuple[str, int], Overrides]:
 def runs(claim: Claim, scale: str) -> list[Overrides]:
     """The overrides of a claim's runs, seed by seed: what is cut short has whole seeds."""
     arms = claim.arms(SCALES[scale]).values()
-    return _unique([run_of(arm, seed, scale) for seed in range(claim.seeds) for arm in arms])
+    return unique([run_of(arm, seed, scale) for seed in range(seeds(claim, scale)) for arm in arms])
+
+
+def seeds(claim: Claim, scale: str) -> int:
+    """How many a claim takes: its own number, or the scale's where that is more."""
+    return max(claim.seeds, SCALES[scale].seeds)
 
 
 def run_of(arm: Overrides, seed: int, scale: str) -> Overrides:
@@ -58,8 +63,9 @@ def _base(scale: str) -> dict[str, Any]:
     return {f"{group}.{field}": value for group in config for field, value in config[group].items()}
 
 
-def _unique(found: list[Overrides]) -> list[Overrides]:
+def unique(found: list[Overrides]) -> list[Overrides]:
+    """Each once, in their order."""
     return [run for place, run in enumerate(found) if run not in found[:place]]
 
 
-__all__ = ["CLAIMS", "SCALES", "Claim", "Scale", "pilots", "products", "run_of", "runs"]
+__all__ = ["CLAIMS", "SCALES", "Claim", "Scale", "pilots", "products", "run_of", "runs", "seeds", "unique"]

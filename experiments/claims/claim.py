@@ -20,6 +20,7 @@ class Scale:
     large: Overrides  # the dense model with about 3.5 times the FLOPs a token (T5-Large)
     hot: float  # optimizer.learning_rate of ST-MoE's stability runs, well above the base's
     early: Overrides = dataclasses.field(default_factory=dict)  # of what the paper shows early in training
+    seeds: int = 3  # of a claim that does not ask for more
 
 
 SCALES = {

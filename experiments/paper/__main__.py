@@ -1,4 +1,4 @@
-"""Tries the papers' claims: ``python -m experiments.paper NAME... [--scale=tiny|small|base] [--workdir=DIR] [--dry_run] [--config.GROUP.FIELD=VALUE ...]``
+"""Tries the papers' claims: ``python -m experiments.paper NAME... [--scale=tiny|small|base] [--workdir=DIR] [--kept=FILE] [--dry_run] [--config.GROUP.FIELD=VALUE ...]``
 
   --list      the claims, and what the others wait for
   NAME...     makes the runs that these claims need and that are not done, then says what they came to; all: of every claim
@@ -9,6 +9,8 @@
 A claim's runs, criterion and the papers' figures are in `experiments/claims`; the rule is `verdicts.RULE`. All claims of a
 scale are one sweep in one directory (default: runs/paper_SCALE) and share runs; what `experiments.sweep` takes is taken here:
 ``--dry_run`` lists the runs with their time, overrides change the base of all runs, and the same command continues.
+``--kept=FILE`` is a small file with a line a finished run, which outlives DIR: runs in it count as done, and those that are done
+in DIR are added to it.
 
 Exit codes: those of `experiments.sweep` (a verdict is none of them); of report 0 done; 2 bad input; 4 a file that can't be
 written or read.
@@ -28,6 +30,7 @@ class Arguments(NamedTuple):
     names: list[str]
     scale: str
     workdir: Path
+    kept: Path | None
     rest: list[str]  # for the sweep
 
 
@@ -53,7 +56,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
     Raises:
       ValueError: a claim or a scale that there is not, or a claim that can't be run; one line.
     """
-    names, rest, chosen = [], [], {"scale": "tiny", "workdir": ""}
+    names, rest, chosen = [], [], {"scale": "tiny", "workdir": "", "kept": ""}
     for argument in command_line.joined(arguments):
         name, equals, value = argument.lstrip("-").partition("=")
         if not argument.startswith("-"):
@@ -75,10 +78,11 @@ def parse(arguments: Sequence[str]) -> Arguments:
     if not names:
         raise ValueError("no claim; accepted are --list, all, power, report, or names of claims")
     if names == ["report"] and rest:
-        raise ValueError(f"{rest[0]}: accepted with report are --scale= and --workdir=")
+        raise ValueError(f"{rest[0]}: accepted with report are --scale=, --workdir= and --kept=")
     names = RUNNABLE if "all" in names else names
     workdir = chosen["workdir"] or f"runs/paper_{chosen['scale']}"
-    return Arguments(list(dict.fromkeys(names)), chosen["scale"], Path(workdir), rest)
+    kept = Path(chosen["kept"]) if chosen["kept"] else None
+    return Arguments(list(dict.fromkeys(names)), chosen["scale"], Path(workdir), kept, rest)
 
 
 def listing() -> str:
@@ -94,23 +98,31 @@ def listing() -> str:
 def _try(arguments: Arguments) -> int:
     """Runs the claims' part of the scale's sweep; prints the verdicts."""
     wanted = [run for name in arguments.names for run in claims.runs(CLAIMS[name], arguments.scale)]
-    code, done = _make(arguments, wanted)
+    code, done = _make(arguments, claims.unique(wanted))
     if done:
         from experiments.paper import scorecard
 
-        results = scorecard.read(arguments.workdir, arguments.scale)
+        results = scorecard.read(arguments.workdir, arguments.scale, arguments.kept)
         for name in arguments.names:
             print(scorecard.told(CLAIMS[name], results))
     return code
 
 
 def _make(arguments: Arguments, wanted: list[dict]) -> tuple[int, bool]:
-    """(exit code of the sweep of these runs, whether it went to its end)."""
+    """(exit code of the sweep of these runs, whether it went to its end); what is done is kept."""
+    from experiments.paper import finished
     from experiments.sweep import command
 
     where = [f"--config={SCALES[arguments.scale].config}", f"--workdir={arguments.workdir}"]
-    code = command.command(["experiments.paper", *where, *arguments.rest], __doc__, wanted)
-    return code, "--dry_run" not in arguments.rest and code in (0, exits.EXIT_FAILED)
+    argv = ["experiments.paper", *where, *arguments.rest]
+    missing = finished.missing(wanted, argv, __doc__, arguments.scale, arguments.kept)
+    if len(missing) < len(wanted):
+        print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are in {arguments.kept}")
+    dry_run = "--dry_run" in arguments.rest
+    code = command.command(argv, __doc__, missing) if missing else 0
+    if arguments.kept and not dry_run:
+        finished.update(arguments.kept, arguments.workdir, arguments.scale)
+    return code, not dry_run and code in (0, exits.EXIT_FAILED)
 
 
 def _power(arguments: Arguments) -> int:
@@ -118,15 +130,17 @@ def _power(arguments: Arguments) -> int:
     if done:
         from experiments.paper import power
 
-        text, path = power.write(arguments.workdir, arguments.scale)
+        text, path = power.write(arguments.workdir, arguments.scale, arguments.kept)
         print(f"{text}\n{path}")
     return code
 
 
 def _report(arguments: Arguments) -> int:
-    from experiments.paper import scorecard
+    from experiments.paper import finished, scorecard
 
-    print(scorecard.write(arguments.workdir, arguments.scale))
+    if arguments.kept:
+        finished.update(arguments.kept, arguments.workdir, arguments.scale)
+    print(scorecard.write(arguments.workdir, arguments.scale, arguments.kept))
     return 0
 
 

@@ -9,8 +9,7 @@ import numpy as np
 
 from experiments import claims
 from experiments.claims import CLAIMS, SCALES
-from experiments.paper import scorecard
-from experiments.sweep import study
+from experiments.paper import finished, scorecard
 from switchmoe.analysis import power, report, sweeps
 from switchmoe.analysis.power import Spread
 from switchmoe.analysis.verdicts import Check
@@ -22,13 +21,13 @@ SPREAD_HEADS = ["after step", "loss is the mean of", "dense less sparse", "st. d
 CLAIM_HEADS = ["claim", "part", "effect", "nats", "seeds", "hours of one core"]
 
 
-def write(workdir: Path, scale: str) -> tuple[str, Path]:
+def write(workdir: Path, scale: str, kept: Path | None = None) -> tuple[str, Path]:
     """Reads the pilots' runs in a scale's directory; returns the tables as Markdown, and the file they are in.
 
     Raises:
       ValueError: no pilots of two seeds are done; one line.
     """
-    arms = _pilots(workdir, scale)
+    arms = _pilots(finished.read(workdir, scale, kept), scale)
     names = list(arms)
     found = {last: power.spreads(arms[names[0]], arms[names[1]], last) for last in MEANS}
     steps = [spread.step for spread in found[1]]
@@ -45,20 +44,14 @@ def write(workdir: Path, scale: str) -> tuple[str, Path]:
     return text, path
 
 
-def _pilots(workdir: Path, scale: str) -> dict[str, dict[int, sweeps.Run]]:
+def _pilots(done: finished.Finished, scale: str) -> dict[str, dict[int, sweeps.Run]]:
     """The pilots that are done, by arm and seed."""
-    definition = study.read_definition(workdir)
-    if definition is None:
-        raise ValueError(f"--workdir={workdir}: no runs; accepted is a directory of this command's")
-    names = {tuple(overrides.items()): name for name, overrides in definition["runs"].items()}
     pilots = claims.pilots(scale)
     arms: dict[str, dict[int, sweeps.Run]] = {arm: {} for arm, _ in pilots}
     for (arm, seed), overrides in pilots.items():
-        name = names.get(tuple(overrides.items()))
-        try:
-            arms[arm][seed] = sweeps.read(workdir / str(name))
-        except (ValueError, OSError):
-            continue
+        outcome = done.run(overrides)
+        if outcome and outcome[0]:
+            arms[arm][seed] = outcome[0]
     return arms
 
 

@@ -1,10 +1,8 @@
 """The scorecard: what the runs in a directory say of each claim, as text, Markdown and HTML."""
 
-import functools
 import html
 import shlex
 from collections.abc import Iterable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +10,10 @@ import numpy as np
 
 from experiments import claims
 from experiments.claims import CLAIMS, SCALES, Claim
-from experiments.sweep import study
+from experiments.paper import finished
 from switchmoe.analysis import plots, report, sweep_plots, sweeps, verdicts
 from switchmoe.analysis.verdicts import Check, Finding, Table, Verdict
 from switchmoe.runs.reporting import duration
-from switchmoe.runs.resuming import flat
-from switchmoe.runs.rundir import read_run
-from switchmoe.settings import from_config, to_dict
 
 COLOURS = (*sweep_plots.COLOURS, plots.GREY)
 PART_HEADS = ["part of the claim", "the paper", "here, with 95 % interval", "seeds", "verdict"]
@@ -37,66 +32,38 @@ class Results(NamedTuple):
         return f"python -m experiments.paper {names} {self.arguments}"
 
 
-def read(workdir: Path, scale: str) -> Results:
-    """The runs of a scale's directory, by claim.
+def read(workdir: Path, scale: str, kept: Path | None = None) -> Results:
+    """The runs of a scale's directory and of the file ``kept``, by claim.
 
     Raises:
-      ValueError: no sweep is there, or not that of this scale.
+      ValueError: as `finished.read`.
     """
-    found = study.read_definition(workdir)
-    if found is None:
-        raise ValueError(
-            f"--workdir={workdir}: no runs; accepted is a directory of this command's, or run a claim first"
-        )
-    known = [{field: value for field, (value,) in one.items()} for one in claims.products(scale)]
-    if not all(overrides in known for overrides in found["runs"].values()):
-        raise ValueError(
-            f"--workdir={workdir}: not the runs of --scale={scale}; accepted is the scale's own directory"
-        )
-    names = {tuple(overrides.items()): name for name, overrides in found["runs"].items()}
-    origins: dict[str, dict[str, Any]] = {}
-    read_once = functools.cache(functools.partial(_outcome, workdir, origins))
-    tables = {}
+    done = finished.read(workdir, scale, kept)
+    tables, origins = {}, {}
     for claim in CLAIMS.values():
         tables[claim.name] = {
             arm: {
                 seed: outcome[0]
-                for seed in range(claim.seeds)
-                if (name := names.get(tuple(claims.run_of(overrides, seed, scale).items())))
-                and (outcome := read_once(name))
+                for seed in range(claims.seeds(claim, scale))
+                if (outcome := done.run(claims.run_of(overrides, seed, scale)))
             }
             for arm, overrides in claim.arms(SCALES[scale]).items()
         }
+        used = {tuple(run.items()) for run in claims.runs(claim, scale)}
+        origins |= {key: origin for key, (_, origin) in done.runs.items() if key in used}
     seeds = sorted({seed for table in tables.values() for runs in table.values() for seed in runs})
-    source, arguments = found["base"]["data"]["source"], _arguments(found["base"], scale, workdir)
+    source, arguments = done.base["data"]["source"], _arguments(done.base, scale, workdir)
     return Results(scale, source, arguments, tables, list(origins.values()), seeds)
 
 
-def _outcome(workdir: Path, origins: dict[str, dict[str, Any]], name: str) -> tuple[sweeps.Run | None] | None:
-    """(run,) if it is done, (None,) if it stopped at a loss that is no number, None otherwise."""
-    known = read_run(workdir / name)
-    try:
-        run = sweeps.read(workdir / name)
-    except ValueError:
-        if "not_finite" not in known:
-            return None
-        run = None
-    origins[name] = known
-    return (run,)
-
-
 def _arguments(base: dict[str, Any], scale: str, workdir: Path) -> str:
-    """Scale, directory and overrides of the base that this directory's runs were made with."""
-    config = import_module(SCALES[scale].config.removesuffix(".py").replace("/", ".")).get_config()
-    plain = flat(to_dict(from_config(config)))
-    changed = [
-        f"--config.{field}={value}" for field, value in flat(base).items() if plain.get(field) != value
-    ]
+    """Scale, directory and overrides of the base that the runs were made with."""
     words = [
         f"--scale={scale}",
         *([] if workdir == Path(f"runs/paper_{scale}") else [f"--workdir={workdir}"]),
     ]
-    return " ".join(map(shlex.quote, words + changed))
+    words += [f"--config.{field}={value}" for field, value in finished.changed(base, scale).items()]
+    return " ".join(map(shlex.quote, words))
 
 
 def judge(claim: Claim, results: Results) -> Verdict:
@@ -141,13 +108,13 @@ def _arm(claim: Claim, arm: str, runs: dict[int, sweeps.Run | None]) -> list[str
     ]
 
 
-def write(workdir: Path, scale: str) -> Path:
+def write(workdir: Path, scale: str, kept: Path | None = None) -> Path:
     """Writes the scorecard, HTML and Markdown, each at once or not at all; returns the HTML's path.
 
     Raises:
       ValueError: as `read`.
     """
-    results = read(workdir, scale)
+    results = read(workdir, scale, kept)
     directory = workdir / "report"
     (directory / "plots").mkdir(parents=True, exist_ok=True)
     judged = {name: judge(claim, results) for name, claim in CLAIMS.items() if not claim.not_run}

@@ -104,7 +104,7 @@ def test_a_dense_run_does_not_depend_on_what_routers_do():
         (["table3", "--config.data.batch_size=-1"], "data.batch_size=-1"),
         (["table3", "--config.train.seed=4"], "accepted are fields that the sweep does not vary"),
         (["table3", "--dryrun"], "Unknown command line flag 'dryrun'"),
-        (["report", "--config.train.num_steps=4"], "accepted with report are --scale= and --workdir="),
+        (["report", "--config.train.num_steps=4"], "accepted with report are --scale=, --workdir= and --kept="),
         (["report"], "no runs; accepted is a directory of this command's"),
     ],
 )  # fmt: skip
@@ -243,6 +243,41 @@ def test_a_claim_whose_runs_are_done_is_judged_and_nothing_is_run_again(tmp_path
     )
     assert paper.main(["paper", "z_loss", f"--workdir={out}"]) == exits.EXIT_BAD_INPUT
     assert "holds another sweep" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_runs_that_are_kept_in_a_file_outlive_their_directories(tmp_path, capsys):
+    """The same verdict and report from the file alone; it grows, and runs of another base are refused."""
+    out, kept = tmp_path / "out", tmp_path / "results" / "runs.jsonl"
+
+    def loss(settings):
+        better = 0.1 * (settings.moe.z_loss_weight > 0)
+        return None if settings.moe.router_dtype == "bfloat16" else 4 + settings.train.seed - better
+
+    fabricate_all(out, loss)
+    assert paper.main(["paper", "report", f"--workdir={out}", f"--kept={kept}"]) == 0
+    assert str(tmp_path) not in kept.read_text()
+    asked = ["z_loss", "table2", f"--kept={kept}", *MICRO]
+    results = scorecard.read(out, "tiny")
+    told = [line for name in asked[:2] for line in scorecard.told(CLAIMS[name], results).splitlines()]
+    capsys.readouterr()
+    elsewhere = tmp_path / "elsewhere"
+    assert paper.main(["paper", *asked, f"--workdir={elsewhere}"]) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert again[0] == f"12 of 12 runs are in {kept}" and again[1:] == told and not elsewhere.exists()
+    before = kept.read_bytes()
+    for directory in (out, elsewhere):
+        assert paper.main(["paper", "report", f"--kept={kept}", f"--workdir={directory}"]) == 0
+    first, second = ((directory / "report" / "scorecard.md").read_text() for directory in (out, elsewhere))
+    assert first.replace(str(out), str(elsewhere)) == second
+    assert kept.read_bytes() == before
+    for wrong in ("--config.train.num_steps=12", "--config.data.batch_size=16"):
+        assert paper.main(["paper", "alpha", f"--kept={kept}", f"--workdir={elsewhere}", *MICRO, wrong]) == 2
+        err = capsys.readouterr().err
+        assert wrong.split(".", 1)[1].split("=")[0] in err and err.count("\n") == 1
+    kept.write_text(before.decode() + "{}\n")
+    assert paper.main(["paper", "report", f"--kept={kept}", f"--workdir={out}"]) == 2
+    assert "not a run that this command kept" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("here")

@@ -72,7 +72,8 @@ class Job:
 )
 def kind(request):
     """What befalls a job befalls it with both kinds of models."""
-    options = DECODER_ONLY if request.param == "decoder_only" else []
+    # A head of keys for each of the two shares of the widths.
+    options = [*DECODER_ONLY, "--config.model.num_kv_heads=2"] if request.param == "decoder_only" else []
     SMALL.extend(options)
     yield request.param
     del SMALL[len(SMALL) - len(options) :]
