@@ -231,6 +231,14 @@ class DataSettings:
     validation_share: float = (
         0.05  # held out by a hash of the document: of files, and of tfds sets with train alone
     )
+    split_field: str = (
+        ""  # a JSON record's field by whose hash it is held out, as pages of one id; "": by the text's
+    )
+    # "" or file: each file of the source is a part of a mixture, such as a language, measured by itself as well
+    parts: str = ""
+    parts_exponent: float = (
+        1.0  # a part's share of what is read goes with its documents to this power; 0: all alike
+    )
     train_split: str = ""  # of a tfds set, such as train[:90%]; "": train
     validation_split: str = ""  # likewise; "": validation, or test, or else a share of train
     batch_size: int = 128  # sequences a step, over all devices
@@ -260,6 +268,9 @@ class DataSettings:
         _one_of("data", self, "documents", ("line", "block"))
         _one_of("data", self, "normalization", ("nmt_nfkc", "identity"))
         _one_of("data", self, "objective", OBJECTIVES)
+        _one_of("data", self, "parts", ("", "file"))
+        if not 0 <= self.parts_exponent <= 1:
+            raise _bad("data.parts_exponent", self.parts_exponent, "a number from 0 to 1")
         _one_of("data", self, "prefix", ("random", "full"))
         if not self.source:
             raise _bad("data.source", "''", "wiki_vital_en, a tfds name, or a glob of text files")

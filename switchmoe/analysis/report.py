@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from switchmoe.analysis import plots
+from switchmoe.analysis import parts, plots
 from switchmoe.runs.reporting import METRICS_FILE, Record, duration, read_metrics
 from switchmoe.runs.rundir import REPORT_FILE
 
@@ -29,6 +29,7 @@ CAPTIONS = {
     "A panel's numbers are its least and its greatest load, on average over the last tenth of the run.",
     "routing": "Tokens dropped because their expert was full, and the entropy of the router's distribution over "
     "the experts: ln E where it has no preference, 0 where it is certain.",
+    "parts": "Load per expert and part of the mixture at the last evaluation, in the last sparse layer of each stack.",
     "speed": "Tokens per second and the share of the time in which the device waited for input.",
 }
 
@@ -74,6 +75,8 @@ def write_report(workdir: str | os.PathLike) -> Path:
     records = read_metrics(directory / METRICS_FILE)
     run, config = _read_json(directory / "run.json"), _read_json(directory / "config.json")
     pictures = plots.save_all(records, run, directory / "plots")
+    if parts.names(records) and plots.layer_names(records):
+        pictures.append(parts.save_loads(records, directory / "plots" / "parts.png"))
     path = directory / REPORT_FILE
     write_whole(path, page(directory.resolve().name, records, run, config, pictures))
     return path
@@ -101,6 +104,11 @@ def page(
         *(picture(path, CAPTIONS[path.stem]) for path in pictures),
         "<h2>Routing by layer</h2>",
         _layers(records),
+        *(
+            ["<h2>Parts of the mixture</h2>", grid(parts.HEADS, rows)]
+            if (rows := parts.rows(records))
+            else []
+        ),
         "<h2>Held-out examples</h2>",
         _examples(run.get("examples")),
         "<h2>Settings</h2>",

@@ -18,11 +18,12 @@ import grain
 import grain.experimental
 import numpy as np
 
-from switchmoe.data import objectives
+from switchmoe.data import objectives, prepared
 from switchmoe.data.errors import DataError
 from switchmoe.data.vocabulary import Vocabulary
 from switchmoe.settings import DataSettings
 
+WINDOW = 64  # documents of each stream among which those of a mixture's parts are shuffled
 EVAL_SEED = 20170612  # the same held-out examples whatever the run's seed
 
 Batch = dict[str, np.ndarray]
@@ -64,15 +65,32 @@ def real_tokens(settings: DataSettings) -> int:
 
 
 def document_order(
-    documents: Sequence[str], seed: int, stream: int = 0, streams: int = 1
+    documents: Sequence[str], seed: int, stream: int = 0, streams: int = 1, exponent: float = 1.0
 ) -> grain.MapDataset:
     """One stream's endless share of the documents, shuffled anew each epoch.
 
-    Within an epoch the streams' shares are disjoint, and together they hold every document once.
+    Within an epoch the streams' shares are disjoint, and together they hold every document once. Where the documents are
+    a mixture (`data.parts`) that holds for each part by itself, and a part's share of the order goes with its number of
+    documents to the power ``exponent`` (mT5's sampling; 2010.11934, 3.1).
     """
     # Grain adds the epoch to the seed: neighbouring seeds would share their epochs.
     (shuffle_seed,) = np.random.SeedSequence(seed).generate_state(1)
-    return grain.MapDataset.source(documents).shuffle(int(shuffle_seed)).repeat()[stream::streams]
+
+    def endless(records: Sequence[str]) -> grain.MapDataset:
+        return grain.MapDataset.source(records).shuffle(int(shuffle_seed)).repeat()
+
+    parts = getattr(documents, "parts", {})
+    if not parts:
+        return endless(documents)[stream::streams]
+    mixed = grain.MapDataset.mix(
+        [endless(prepared.Reordered(documents, numbers)) for numbers in parts.values()],
+        [float(len(numbers)) ** exponent for numbers in parts.values()],
+    )
+    # Parts take turns in a fixed order, of which a stream would meet some alone.
+    window = WINDOW * streams
+    return grain.experimental.WindowShuffleMapDataset(mixed, window_size=window, seed=int(shuffle_seed))[
+        stream::streams
+    ]
 
 
 def stream_rows(settings: DataSettings) -> np.ndarray:
@@ -127,7 +145,8 @@ def train_batches(
         # Threads hide a bucket's latency; on a local disk they only get in one another's way.
         threads = -(-16 // count) if "://" in settings.data_dir else 0
         read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * threads)
-        tokens = document_order(documents, seed, stream, count).map(encode)
+        order = document_order(documents, seed, stream, count, settings.parts_exponent)
+        tokens = order.map(encode)
         return _Pieces(tokens.to_iter_dataset(read_options), raw_length)
 
     mine = list(range(count) if streams is None else streams)

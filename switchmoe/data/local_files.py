@@ -72,8 +72,10 @@ class Reading:
     def done(self) -> int:
         return self.before + (self.file.tell() if self.file and not self.file.closed else 0)
 
-    def documents(self, settings: DataSettings, first: int = 0) -> Iterator[tuple[int, str]]:
-        """(number of the file, document): the non-empty ones, of the files from ``first`` on.
+    def documents(self, settings: DataSettings, first: int = 0) -> Iterator[tuple[int, str, float]]:
+        """(number of the file, document, place): the non-empty ones, of the files from ``first`` on.
+
+        The place is the `fraction` of what says whether the document is held out: its text, or `data.split_field`.
 
         Raises:
           DataError: names the file and the line that can't be read.
@@ -81,8 +83,8 @@ class Reading:
         for number, path in enumerate(self.paths):
             if number >= first:
                 with open(path, "rb") as self.file:
-                    for text in _documents(path, self.file, settings):
-                        yield number, text
+                    for text, key in _documents(path, self.file, settings):
+                        yield number, text, fraction(key)
             self.before += os.path.getsize(path)
 
 
@@ -94,20 +96,31 @@ def fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def _documents(path: str, file: IO[bytes], settings: DataSettings) -> Iterator[str]:
+def _documents(path: str, file: IO[bytes], settings: DataSettings) -> Iterator[tuple[str, str]]:
+    """(text, what it is held out by)."""
     name = path.lower()
     kind = os.path.splitext(os.path.splitext(name)[0] if name.endswith(PACKINGS[1:]) else name)[1]
+    if kind in RECORDS:
+        return _stripped(_records(path, _lines(path, file, settings.source), settings), settings)
+    if settings.split_field:
+        raise DataError(
+            f"data.split_field={settings.split_field}: {path} has no fields; accepted is '', or files of JSON records"
+        )
     if kind == ".parquet":
         texts: Iterable[str] = _columns(path, file, settings)
-    elif kind in RECORDS:
-        texts = _records(path, _lines(path, file, settings.source), settings)
     elif settings.documents == "block":
         texts = _blocks(_lines(path, file, settings.source))
     else:
         texts = (line for _, line in _lines(path, file, settings.source))
-    if settings.normalization == "identity":  # indentation is text
-        return (text for text in texts if text.strip())
-    return (text.strip() for text in texts if text.strip())
+    return _stripped(((text, "") for text in texts), settings)
+
+
+def _stripped(found: Iterable[tuple[str, str]], settings: DataSettings) -> Iterator[tuple[str, str]]:
+    """Those with text; "" in place of a key stands for the text."""
+    for text, key in found:
+        if text.strip():
+            kept = text if settings.normalization == "identity" else text.strip()  # indentation is text
+            yield kept, key or kept
 
 
 def _unpacked(path: str, file: IO[bytes], source: str) -> Any:
@@ -218,7 +231,10 @@ def _blocks(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
         yield "\n".join(block)
 
 
-def _records(path: str, lines: Iterable[tuple[int, str]], settings: DataSettings) -> Iterator[str]:
+def _records(
+    path: str, lines: Iterable[tuple[int, str]], settings: DataSettings
+) -> Iterator[tuple[str, str]]:
+    """(text, the value of `data.split_field` or "")."""
     for number, line in lines:
         if not line.strip():
             continue
@@ -243,4 +259,40 @@ def _records(path: str, lines: Iterable[tuple[int, str]], settings: DataSettings
             raise DataError(
                 f"data.source={settings.source}: {where}: half of a surrogate pair, not Unicode text"
             )
-        yield text
+        yield text, _split_key(record, where, settings)
+
+
+def _split_key(record: dict[str, Any], where: str, settings: DataSettings) -> str:
+    if not settings.split_field:
+        return ""
+    value = record.get(settings.split_field)
+    if not isinstance(value, (str, int)) or value == "":
+        raise DataError(
+            f"data.split_field={settings.split_field}: not in {where}; accepted is a field with a string or an integer in each record"
+        )
+    return str(value)
+
+
+def part_names(found: list[str], settings: DataSettings) -> list[str]:
+    """Names of a mixture's parts: those of the files without what says their kind.
+
+    Raises:
+      DataError: two of them are called alike.
+    """
+    names = [
+        next(
+            (
+                name[: -len(end)]
+                for end in sorted(SUFFIXES, key=len, reverse=True)
+                if name.lower().endswith(end)
+            ),
+            name,
+        )
+        for name in map(os.path.basename, found)
+    ]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"data.parts=file: two files are called {twice}; accepted are files with names of their own"
+        )
+    return names

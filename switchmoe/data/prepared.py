@@ -34,10 +34,14 @@ DONE, JOURNAL = "done.json", "journal.json"
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Documents of one split: those to train on in the files' order, held-out ones in the order of their hashes."""
+    """Documents of one split: those to train on in the files' order, held-out ones in the order of their hashes.
+
+    ``files`` has the numbers of each file's own documents.
+    """
 
     records: Sequence[Any] = dataclasses.field(repr=False)
     fingerprint: str
+    files: Sequence[Sequence[int]] = ()
 
 
 def splits(settings: DataSettings, cache: str, note: Note = lambda _: None) -> dict[str, Split]:
@@ -62,19 +66,29 @@ def splits(settings: DataSettings, cache: str, note: Note = lambda _: None) -> d
 def _in_memory(reading: local_files.Reading, settings: DataSettings) -> dict[str, Split] | None:
     """None where it is too much."""
     train, held_out, size = [], [], 0
-    for _, text in reading.documents(settings):
+    for number, text, place in reading.documents(settings):
         size += len(text)
         if size > IN_MEMORY:
             return None
-        place = local_files.fraction(text)
         if place < settings.validation_share:
-            held_out.append((place, text))
+            held_out.append((local_files.fraction(text), text, number))
         else:
-            train.append(text)
-    texts = {"train": train, "validation": [text for _, text in sorted(held_out)]}
+            train.append((text, number))
+    held_out.sort()
     if not (train or held_out):
         raise no_text(settings, len(reading.paths))
-    return {name: Split(found, fingerprint(found)) for name, found in texts.items()}
+    found = {"train": train, "validation": [(text, number) for _, text, number in held_out]}
+    return {name: _split(pairs, len(reading.paths)) for name, pairs in found.items()}
+
+
+def _split(pairs: Sequence[tuple[str, int]], files: int) -> Split:
+    texts = [text for text, _ in pairs]
+    return Split(texts, fingerprint(texts), _by_file(np.array([number for _, number in pairs], int), files))
+
+
+def _by_file(file_N: np.ndarray, files: int) -> list[np.ndarray]:
+    """The numbers of each file's documents, in their order."""
+    return [np.flatnonzero(file_N == file) for file in range(files)]
 
 
 def fingerprint(texts: Sequence[str]) -> str:
@@ -158,6 +172,9 @@ class _Preparation:
         digests = [self._file_digest(path) for path in self.paths]
         kinds = [pathlib.Path(path).suffixes[-2:] for path in self.paths]
         said = [digests, kinds, s.text_field, s.documents, s.validation_share, s.normalization]
+        said += (
+            [s.split_field, s.parts] if s.split_field or s.parts else []
+        )  # else the name that it always had
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
     def _file_digest(self, path: str) -> str:
@@ -188,15 +205,15 @@ class _Preparation:
             rate = reading.done() / max(time.monotonic() - began, 1e-3) / 1e6
             return f"{reading.done() / 1e9:.2f} of {total / 1e9:.2f} GB, {rate:.0f} MB/s"
 
-        writer = _Shards(directory, self.settings.validation_share)
+        writer = _Shards(directory, self.settings.validation_share, len(self.paths))
         self.note(f"preparing {self._size()} of text in {directory}, once")
         with told(self.note, "preparing text", state):
             file, skipped = writer.resume()
-            for number, text in reading.documents(self.settings, first=file):
+            for number, text, place in reading.documents(self.settings, first=file):
                 if number == file and skipped:
                     skipped -= 1
                     continue
-                writer.write(number, text)
+                writer.write(number, text, place)
             writer.finish()
 
     def _open(self, directory: pathlib.Path) -> dict[str, Split]:
@@ -208,11 +225,15 @@ class _Preparation:
             for name in SPLITS:
                 shards = [str(directory / shard) for shard in done["shards"][name]]
                 records = array_record_data_source.ArrayRecordDataSource(shards) if shards else []
+                # What was prepared before there were parts does not tell how many documents a file has.
+                file_N = np.repeat(range(len(self.paths)), done.get("files", {}).get(name, 0))
                 if name == "validation":
-                    records = Reordered(records, np.load(directory / "order.npy"))
+                    order_N = np.load(directory / "order.npy")
+                    records = Reordered(records, order_N)
+                    file_N = file_N[order_N] if len(file_N) else file_N
                 if len(records) != done["documents"][name]:
                     raise ValueError(f"{len(records)} documents of {done['documents'][name]}")
-                found[name] = Split(records, done["fingerprints"][name])
+                found[name] = Split(records, done["fingerprints"][name], _by_file(file_N, len(self.paths)))
         except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
             raise DataError(
                 f"data.source={self.settings.source}: what was prepared of it in {directory} is damaged ({error}); accepted is"
@@ -226,9 +247,10 @@ class _Preparation:
 class _Shards:
     """Writes documents into shards of both splits; a shard that is closed is never written again."""
 
-    def __init__(self, directory: pathlib.Path, share: float):
+    def __init__(self, directory: pathlib.Path, share: float, files: int):
         self.directory, self.share = directory, share
         self.shards: dict[str, list[str]] = {name: [] for name in SPLITS}
+        self.files = {name: [0] * files for name in SPLITS}  # documents of each
         self.counts = dict.fromkeys(SPLITS, 0)
         self.train = hashlib.sha256()
         self.places, self.digests = array.array("d"), bytearray()  # of the held-out documents
@@ -241,23 +263,23 @@ class _Shards:
 
         try:
             journal = json.loads((self.directory / JOURNAL).read_text(encoding="utf-8"))
-            self.file, self.in_file = journal["file"], journal["in_file"]
-            self.shards = journal["shards"]
+            file, in_file, shards, files = (journal[name] for name in ("file", "in_file", "shards", "files"))
         except (OSError, ValueError, KeyError):
             return 0, 0
+        self.file, self.in_file, self.shards, self.files = file, in_file, shards, files
         for name in SPLITS:
             paths = [str(self.directory / shard) for shard in self.shards[name]]
             for record in array_record_data_source.ArrayRecordDataSource(paths) if paths else ():
                 self._note(name, record.decode())
         return self.file, self.in_file
 
-    def write(self, file: int, text: str) -> None:
-        place = local_files.fraction(text)
+    def write(self, file: int, text: str, place: float) -> None:
         name = "validation" if place < self.share else "train"
         if name not in self.open:
             self.open[name] = self._new(name)
         self.open[name].write(text.encode())
         self._note(name, text)
+        self.files[name][file] += 1
         self.in_file = self.in_file + 1 if file == self.file else 1
         self.file, self.size = file, self.size + len(text)
         if self.size > SHARD:
@@ -282,7 +304,8 @@ class _Shards:
         for writer in self.open.values():
             writer.close()
         self.open, self.size = {}, 0
-        _write(self.directory / JOURNAL, {"file": self.file, "in_file": self.in_file, "shards": self.shards})
+        journal = {"file": self.file, "in_file": self.in_file, "shards": self.shards, "files": self.files}
+        _write(self.directory / JOURNAL, journal)
 
     def finish(self) -> None:
         self.close()
@@ -292,7 +315,12 @@ class _Shards:
             held_out.update(self.digests[32 * index : 32 * index + 32])
         np.save(self.directory / "order.npy", numbers)
         fingerprints = {"train": self.train.hexdigest(), "validation": held_out.hexdigest()}
-        done = {"shards": self.shards, "documents": self.counts, "fingerprints": fingerprints}
+        done = {
+            "shards": self.shards,
+            "documents": self.counts,
+            "files": self.files,
+            "fingerprints": fingerprints,
+        }
         _write(self.directory / DONE, done)
 
 

@@ -14,7 +14,7 @@ import pathlib
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,13 +33,15 @@ class Documents:
     """Random-access documents, usable as a grain source.
 
     ``records`` holds strings, or mappings whose ``text_field`` holds the text as str or UTF-8 bytes.
-    ``fingerprint`` changes when the corpus does; ``directory`` is where the corpus is.
+    ``fingerprint`` changes when the corpus does; ``directory`` is where the corpus is. ``parts`` has the numbers of the
+    documents of each part of a mixture (`data.parts`), by its name.
     """
 
     records: Sequence[Any] = dataclasses.field(repr=False)
     fingerprint: str
     directory: str
     text_field: str = ""
+    parts: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -110,9 +112,15 @@ def _local(settings: DataSettings, note: Note) -> dict[str, Documents]:
                 f"data.{field}={getattr(settings, field)}: accepted with local files is '' (data.validation_share splits them)"
             )
     cache = _local_cache(settings)
-    directory = os.path.dirname(os.path.abspath(local_files.paths(settings)[0]))
-    found = prepared.splits(settings, cache, note)
-    return {name: Documents(split.records, split.fingerprint, directory) for name, split in found.items()}
+    paths = local_files.paths(settings)
+    names = local_files.part_names(paths, settings) if settings.parts else []
+    directory = os.path.dirname(os.path.abspath(paths[0]))
+    return {
+        name: Documents(
+            split.records, split.fingerprint, directory, parts=dict(zip(names, split.files, strict=False))
+        )
+        for name, split in prepared.splits(settings, cache, note).items()
+    }
 
 
 def _checked(found: dict[str, Documents], settings: DataSettings) -> dict[str, Documents]:
@@ -123,7 +131,20 @@ def _checked(found: dict[str, Documents], settings: DataSettings) -> dict[str, D
             f" {sum(map(len, found.values()))} in {settings.source}; accepted is a share that leaves some on both sides, or more"
             " documents (data.documents says what a document is)"
         )
+    for split, documents in found.items():
+        missing = [part for part, numbers in documents.parts.items() if not len(numbers)]
+        if missing:
+            raise DataError(
+                f"data.parts={settings.parts}: {missing[0]} has no {split} document; accepted are files with documents on both"
+                " sides of data.validation_share"
+            )
     return found
+
+
+def part(documents: Documents, name: str) -> Documents:
+    """The documents of one part of a mixture."""
+    records = prepared.Reordered(documents.records, documents.parts[name])
+    return dataclasses.replace(documents, records=records, parts={})
 
 
 def cache_directory(settings: DataSettings) -> str:
@@ -188,6 +209,10 @@ def _local_cache(settings: DataSettings) -> str:
 
 def _load_tfds(settings: DataSettings, split: str, note: Note) -> Documents:
     from google.protobuf import json_format
+
+    for field in ("parts", "split_field"):
+        if value := getattr(settings, field):
+            raise DataError(f"data.{field}={value}: accepted with {settings.source} is '', or local files")
 
     name, data_dir = settings.source, os.path.expanduser(cache_directory(settings))
     try:

@@ -116,7 +116,12 @@ class Progress:
         self._first: tuple[int, float] | None = None  # step and time of the first training record
 
     def update(self, record: Record) -> None:
-        """Shows a training record on the live line, or prints a validation record as a line of its own."""
+        """Shows a training record on the live line, or prints a validation record as a line of its own.
+
+        Those of a mixture's parts, such as `validation/de`, are in the report.
+        """
+        if "/" in record["split"]:
+            return
         if record["split"] != "train":
             self.note("  ".join(_fields(record, self._num_steps)))
             return

@@ -18,6 +18,7 @@ from switchmoe.settings import Settings
 from switchmoe.training import objective
 
 UNIGRAM_BATCHES = 200
+PART_BATCHES = 1  # of each part of a mixture, at most
 UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.01, 0.5  # shares of the held-out pieces
 VOCABULARY_FILE = start.VOCABULARY_FILE
 
@@ -36,10 +37,15 @@ def pretraining(context: Context) -> Parts:
     settings, beginning = context.settings, start.beginning(context)
     text = Text(context, beginning.vocabulary)
     minimised = objective.CROSS_ENTROPY
+    whole = HeldOut("validation", text.evaluation, minimised, settings, context.mesh)
+    parts = (
+        HeldOut(f"validation/{part}", found, minimised, settings, context.mesh, like=whole)
+        for part, found in text.parts.items()
+    )
     return Parts(
         data=text,
         objective=minimised,
-        judges=(HeldOut("validation", text.evaluation, minimised, settings, context.mesh),),
+        judges=(whole, *parts),
         best=("validation", "cross_entropy"),
         start=beginning.start,
         flops=flops.train_flops(settings, lengths(settings)),
@@ -53,7 +59,7 @@ PRETRAINING = Kind(lengths, pretraining)
 class Text:
     """Documents, their vocabulary, and the batches of both (`parts.Data`).
 
-    ``evaluation``: the held-out batches, the same whatever the seed.
+    ``evaluation``: the held-out batches, the same whatever the seed; ``parts``: those of each part of a mixture.
 
     Args:
       vocabulary_file: a model, to be used where the settings name none.
@@ -76,7 +82,15 @@ class Text:
         self.evaluation = batches.eval_batches(
             settings.data, self.vocabulary, documents["validation"], settings.train.eval_batches
         )
+        held_out = documents["validation"]
+        self.parts = {part: self._held_out(sources.part(held_out, part), part) for part in held_out.parts}
         self._rare = _rare_shares(settings, self.evaluation, self.vocabulary)
+
+    def _held_out(self, documents: sources.Documents, part: str) -> list[batches.Batch]:
+        """Of a part, which a mistake's line names."""
+        data = self._settings.data
+        named = dataclasses.replace(data, source=f"{data.source} ({part})")
+        return batches.eval_batches(named, self.vocabulary, documents, PART_BATCHES, padded=True)
 
     def batches(self, streams: Sequence[int] | None = None) -> Any:
         settings = self._settings
