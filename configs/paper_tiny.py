@@ -20,15 +20,15 @@ Measured on 2 cores of an Intel Xeon with AMX (4th generation), one run to a cor
 
 from ml_collections import ConfigDict
 
-from configs.sweeps import experts_tiny
+from configs.sweeps import paper_search
 
 
 def get_config() -> ConfigDict:
-    config = experts_tiny.get_config()
-    config.moe.update(num_experts=8, capacity_factor=1.25, jitter=1e-2, group_size=4096, eval_group_size=4096)
-    config.data.update(batch_size=128)
-    config.train.update(num_steps=1000, eval_every=100, eval_batches=16)
-    config.checkpoint.update(every=500, keep=1, keep_best=0)
+    config = paper_search.get_config()
+    config.model.stacks = "decoder_only"
+    config.moe.update(num_experts=16, dropless=False, capacity_factor=1.25, jitter=1e-2)
+    config.moe.update(group_size=32768, eval_group_size=32768)
+    config.data.update(objective="causal_lm", input_length=96)
     return config
 
 

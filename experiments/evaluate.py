@@ -6,6 +6,7 @@ sees it, and of each sparse layer drops, load and entropy.
 
   --split=all|validation   the documents: all of them, or those held out of training (the default for the run's own text)
   --batches=N              at most so many batches; 0 (the default): the whole text
+  --average=N              the model whose parameters are the mean of those of the N newest checkpoints
   --out=FILE               writes the figures as JSON
   --config.GROUP.FIELD=V   what a reader may choose: where the text is and how it is cut, batch size, capacity at
                            evaluation, back end, type of the activations, mesh
@@ -22,13 +23,14 @@ from typing import Any, NamedTuple
 
 from experiments import command_line, exits, process
 
-OPTIONS = ("source", "split", "batches", "out")
+OPTIONS = ("source", "split", "batches", "average", "out")
 
 
 class Arguments(NamedTuple):
     source: str
     split: str
     batches: int
+    average: int
     out: Path | None
     overrides: dict[str, Any]
 
@@ -56,10 +58,14 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ValueError(f"--split={found['split']}: accepted is all or validation")
     if not (found["batches"] or "0").isdecimal():
         raise ValueError(f"--batches={found['batches']}: accepted is an integer >= 0")
+    average = found["average"] or "1"
+    if not average.isdecimal() or int(average) < 1:
+        raise ValueError(f"--average={average}: accepted is an integer >= 1")
     out = Path(found["out"]) if found["out"] else None
     if out and out.is_dir():
         raise ValueError(f"--out={out}: a directory; accepted is a file")
-    return Arguments(found["source"], found["split"], int(found["batches"] or 0), out, overrides)
+    batches = int(found["batches"] or 0)
+    return Arguments(found["source"], found["split"], batches, int(average), out, overrides)
 
 
 def _evaluate(arguments: Arguments) -> int:
@@ -78,7 +84,7 @@ def _evaluate(arguments: Arguments) -> int:
         documents = sources.load_whole(settings.data, note)
     else:
         documents = sources.load_splits(settings.data, note)["validation"]
-    figures = measure(model, settings, documents, arguments.batches, note)
+    figures = measure(model, settings, documents, arguments.batches, note, arguments.average)
     figures = {"source": arguments.source, "text": settings.data.source, "split": split} | figures
     for line in told(figures):
         print(line)
@@ -89,9 +95,18 @@ def _evaluate(arguments: Arguments) -> int:
 
 
 def measure(
-    model: Any, settings: Any, documents: Sequence[str], count: int, note: Callable[[str], None]
+    model: Any,
+    settings: Any,
+    documents: Sequence[str],
+    count: int,
+    note: Callable[[str], None],
+    average: int = 1,
 ) -> dict[str, Any]:
-    """The figures of a `trained.Source` on these documents, of which at most so many batches; 0: all."""
+    """The figures of a `trained.Source` on these documents, of which at most so many batches; 0: all.
+
+    Args:
+      average: checkpoints of which the parameters are the mean.
+    """
     import jax
     import numpy as np
 
@@ -107,7 +122,7 @@ def measure(
     mesh = sharding.make_mesh(settings.mesh)
     sharding.check(settings, batches.lengths(settings.data), mesh.shape)
     with jax.set_mesh(mesh), sharding.rules(settings):
-        params = trained.parameters(model, settings, mesh)
+        params, steps = trained.mean_parameters(model, settings, mesh, average)
         judge = judges.HeldOut("text", held_out, objective.CROSS_ENTROPY, settings, mesh)
         with telling(note, "measuring", lambda: f"{judge.done} of {len(held_out)} batches"):
             judge.compile(params)
@@ -117,6 +132,7 @@ def measure(
     tokens, size = int((targets_BL != 0).sum()), int(model.vocabulary.bytes_of_ids[targets_BL].sum())
     return {
         "step": int(model.step.name),
+        "mean_of_steps": steps,
         "documents": len(documents),
         "sequences": int((targets_BL != 0).any(axis=1).sum()),
         "target_tokens": tokens,
@@ -130,8 +146,10 @@ def measure(
 
 def told(figures: dict[str, Any]) -> list[str]:
     """The figures as lines."""
+    steps = ", ".join(map(str, figures["mean_of_steps"]))
+    which = f"step {steps}" if len(figures["mean_of_steps"]) == 1 else f"mean of steps {steps}"
     lines = [
-        f"{figures['source']} (step {figures['step']}) on {figures['text']}: {figures['split']} of it, "
+        f"{figures['source']} ({which}) on {figures['text']}: {figures['split']} of it, "
         f"{figures['documents']:,} documents, {figures['sequences']:,} sequences, {figures['target_tokens']:,} target tokens",
         f"cross-entropy {figures['cross_entropy']:.4f} nats a target token, perplexity {figures['perplexity']:,.2f}, "
         f"accuracy {figures['accuracy']:.2%}, {figures['bits_per_byte']:.4f} bits a byte of the targets' text",

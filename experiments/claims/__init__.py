@@ -23,9 +23,22 @@ PILOT_SEEDS = (100, 101, 102, 103)
 
 def products(scale: str) -> list[dict[str, list]]:
     """What a sweep's ``get_sweep()`` returns: every run of every claim, once, with the claims' first arms first; then the pilots."""
-    found = [run for claim in CLAIMS.values() for run in runs(claim, scale)]
+    found = [run for claim in tried(scale) for run in runs(claim, scale)]
     found += pilots(scale).values()
     return [{field: [value] for field, value in run.items()} for run in unique(found)]
+
+
+def why_not(claim: Claim, scale: str) -> str:
+    """Why a claim has no runs at a scale; "" if it has."""
+    if claim.not_run or claim.mixture == SCALES[scale].mixture:
+        return claim.not_run
+    others = [name for name, other in SCALES.items() if other.mixture == claim.mixture]
+    return f"tried at another scale: {', '.join(others)}"
+
+
+def tried(scale: str) -> list[Claim]:
+    """The claims that have runs at a scale."""
+    return [claim for claim in CLAIMS.values() if not why_not(claim, scale)]
 
 
 def pilots(scale: str) -> dict[tuple[str, int], Overrides]:
@@ -68,4 +81,6 @@ def unique(found: list[Overrides]) -> list[Overrides]:
     return [run for place, run in enumerate(found) if run not in found[:place]]
 
 
-__all__ = ["CLAIMS", "SCALES", "Claim", "Scale", "pilots", "products", "run_of", "runs", "seeds", "unique"]
+__all__ = [
+    "CLAIMS", "SCALES", "Claim", "Scale", "pilots", "products", "run_of", "runs", "seeds", "tried", "unique", "why_not",
+]  # fmt: skip

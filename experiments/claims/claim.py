@@ -20,18 +20,28 @@ class Scale:
     large: Overrides  # the dense model with about 3.5 times the FLOPs a token (T5-Large)
     hot: float  # optimizer.learning_rate of ST-MoE's stability runs, well above the base's
     early: Overrides = dataclasses.field(default_factory=dict)  # of what the paper shows early in training
+    wide: Overrides = dataclasses.field(
+        default_factory=dict
+    )  # the dense model of as many parameters as the sparse one
+    encoder: Overrides = dataclasses.field(
+        default_factory=dict
+    )  # of runs that need one, where the base has none
+    mixture: bool = False  # the text is one of languages (`data.parts`), for the claims about them alone
     seeds: int = 3  # of a claim that does not ask for more
 
 
+SMALL_CAUSAL = dict(
+    experts=16,
+    experts_table_1=16,
+    large={"model.d_model": 96, "model.d_ff": 48, "model.d_kv": 24, "model.num_layers": 4},
+    hot=0.5,
+    wide={"model.d_ff": 512},
+    encoder={"model.stacks": "encoder_decoder", "data.objective": "span_corruption"},
+)
 SCALES = {
-    "tiny": Scale(
-        "configs/paper_tiny.py",
-        experts=8,
-        experts_table_1=8,
-        counts=(2, 8, 32),
-        large={"model.d_model": 96, "model.d_ff": 48, "model.d_kv": 24, "model.num_layers": 4},
-        hot=0.5,
-    ),
+    "tiny": Scale("configs/paper_tiny.py", counts=(2, 4, 8, 16, 64), **SMALL_CAUSAL),
+    "laptop": Scale("configs/paper_laptop.py", counts=(2, 4, 8, 16, 32, 64, 128), **SMALL_CAUSAL),
+    "languages": Scale("configs/paper_languages.py", counts=(16,), mixture=True, **SMALL_CAUSAL),
     "small": Scale(
         "configs/paper_small.py",
         experts=32,
@@ -39,6 +49,7 @@ SCALES = {
         counts=(2, 8, 32, 128),
         large={"model.d_model": 512, "model.d_ff": 2048, "model.num_heads": 8, "model.num_layers": 8},
         hot=0.3,
+        wide={"model.d_ff": 33 * 1536 // 2},
     ),
     "base": Scale(
         "configs/paper_base.py",
@@ -53,6 +64,7 @@ SCALES = {
             "model.num_layers": 24,
         },
         hot=10.0,
+        wide={"model.d_ff": 33 * 3072 // 2},
         early={"train.num_steps": 3500},
     ),
 }
@@ -75,6 +87,7 @@ class Claim:
     checks: Callable[[Scale], Sequence[Check]] = lambda scale: ()
     expected: str = ""  # at small scale
     seeds: int = 3
+    mixture: bool = False  # of languages: tried at the scales with such a text
     missing: str = ""
     elsewhere: str = ""  # what checks it, where that is no matter of training runs
 

@@ -1,6 +1,6 @@
 """What Switch Transformers (2101.03961) says in its text."""
 
-from experiments.claims.claim import Claim, Scale, switch
+from experiments.claims.claim import Claim, Scale, dense, switch
 from switchmoe.analysis.verdicts import alike, below, dropped, fewer, lower
 
 DROPPED = "choices dropped at the end of training"
@@ -13,6 +13,10 @@ def _alphas(scale: Scale) -> dict:
 
 def _counts(scale: Scale) -> dict:
     return {f"E={experts}": switch(experts) for experts in scale.counts}
+
+
+def _twins(scale: Scale) -> dict:
+    return {"dense": dense(), "wide": dense(**scale.wide), "Switch": switch(scale.experts)}
 
 
 CLAIMS = [
@@ -46,10 +50,24 @@ CLAIMS = [
         "To send tokens that found no slot to their next best expert brings no benefit.",
         {},
         lambda scale: {
-            "dropped": switch(scale.experts),
-            "rerouted": switch(scale.experts, reroute=1),
+            "dropped": switch(scale.experts) | scale.encoder,
+            "rerouted": switch(scale.experts, reroute=1) | scale.encoder,
         },
         lambda scale: [lower("dropped", "rerouted", by=-0.005)],
-        "A benefit below 0.005 counts as none. Here only the encoder can reroute: it would not be causal in the decoder.",
+        "A benefit below 0.005 counts as none. Here only the encoder can reroute, as it would not be causal in the decoder: where the "
+        "scale's model is a decoder alone, these runs are of an encoder-decoder and span corruption.",
+    ),
+    Claim(
+        "twins",
+        "2605.13769",
+        "A sparse model is better than the dense one of the same work a token, and worse than the dense one of as many parameters.",
+        {},
+        _twins,
+        lambda scale: [
+            lower("Switch", "dense", paper="0.076 nats"),
+            lower("wide", "Switch", paper="0.018 nats"),
+        ],
+        "The paper's are of under 25 M parameters, 4 experts, two a token. Where the text is short, width may be no better than "
+        "experts.",
     ),
 ]

@@ -1,12 +1,15 @@
-"""Tries the papers' claims: ``python -m experiments.paper NAME... [--scale=tiny|small|base] [--workdir=DIR] [--kept=FILE] [--dry_run] [--config.GROUP.FIELD=VALUE ...]``
+"""Tries the papers' claims: ``python -m experiments.paper NAME... [--scale=NAME] [--workdir=DIR] [--kept=FILE] [--dry_run] [--config.GROUP.FIELD=VALUE ...]``
 
   --list      the claims, and what the others wait for
   NAME...     makes the runs that these claims need and that are not done, then says what they came to; all: of every claim
   power       makes pilot runs (dense and sparse, of seeds that no claim uses), then says how losses vary over seeds, and how
               many seeds and hours decide each claim: DIR/report/power.md
+  times [NAME...] [--repeats=N]   times a step of the arms of claims about time, one after the other in each of N rounds (15): to
+              be run on a machine that does nothing else, before report; DIR/times.json, or beside --kept
   report      writes the scorecard of the runs in DIR: DIR/report/scorecard.html, scorecard.md and plots/*.png
 
-A claim's runs, criterion and the papers' figures are in `experiments/claims`; the rule is `verdicts.RULE`. All claims of a
+--scale: tiny (the default, hours of two cores), laptop (a night), languages (a mixture, for the claims about one), small (a GPU),
+base (the papers' own). A claim's runs, criterion and the papers' figures are in `experiments/claims`; the rule is `verdicts.RULE`. All claims of a
 scale are one sweep in one directory (default: runs/paper_SCALE) and share runs; what `experiments.sweep` takes is taken here:
 ``--dry_run`` lists the runs with their time, overrides change the base of all runs, and the same command continues.
 ``--kept=FILE`` is a small file with a line a finished run, which outlives DIR: runs in it count as done, and those that are done
@@ -22,15 +25,18 @@ from typing import NamedTuple
 
 from experiments import claims, command_line, exits
 from experiments.claims import CLAIMS, SCALES
+from experiments.paper import times
 
-RUNNABLE = [claim.name for claim in CLAIMS.values() if not claim.not_run]
+COMMANDS = ("power", "times", "report")
 
 
 class Arguments(NamedTuple):
+    command: str  # one of COMMANDS, or "": to try claims
     names: list[str]
     scale: str
     workdir: Path
     kept: Path | None
+    repeats: int
     rest: list[str]  # for the sweep
 
 
@@ -45,9 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(arguments: Arguments) -> int:
-    if arguments.names == ["report"]:
-        return _report(arguments)
-    return _power(arguments) if arguments.names == ["power"] else _try(arguments)
+    return {"": _try, "power": _power, "times": _times, "report": _report}[arguments.command](arguments)
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -56,7 +60,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
     Raises:
       ValueError: a claim or a scale that there is not, or a claim that can't be run; one line.
     """
-    names, rest, chosen = [], [], {"scale": "tiny", "workdir": "", "kept": ""}
+    names, rest = [], []
+    chosen = {"scale": "tiny", "workdir": "", "kept": "", "repeats": ""}
     for argument in command_line.joined(arguments):
         name, equals, value = argument.lstrip("-").partition("=")
         if not argument.startswith("-"):
@@ -69,20 +74,33 @@ def parse(arguments: Sequence[str]) -> Arguments:
             chosen[name] = value
         else:
             rest.append(argument)
-    if chosen["scale"] not in SCALES:
-        raise ValueError(f"--scale={chosen['scale']}: accepted is one of {', '.join(SCALES)}")
-    for name in names:
-        if name not in ("all", *RUNNABLE) and names not in (["report"], ["power"]):
-            why = CLAIMS[name].not_run if name in CLAIMS else "no such claim"
-            raise ValueError(f"{name}: {why}; accepted are all, power, report, {', '.join(RUNNABLE)}")
-    if not names:
-        raise ValueError("no claim; accepted are --list, all, power, report, or names of claims")
-    if names == ["report"] and rest:
+    scale = chosen["scale"]
+    if scale not in SCALES:
+        raise ValueError(f"--scale={scale}: accepted is one of {', '.join(SCALES)}")
+    command = names.pop(0) if names and names[0] in COMMANDS else ""
+    names = _names(command, names, scale)
+    if command == "report" and rest:
         raise ValueError(f"{rest[0]}: accepted with report are --scale=, --workdir= and --kept=")
-    names = RUNNABLE if "all" in names else names
-    workdir = chosen["workdir"] or f"runs/paper_{chosen['scale']}"
+    repeats = chosen["repeats"] or str(times.REPEATS)
+    if chosen["repeats"] and command != "times" or not repeats.isdecimal() or int(repeats) < 3:
+        raise ValueError(f"--repeats={repeats}: accepted is an integer >= 3, with times")
     kept = Path(chosen["kept"]) if chosen["kept"] else None
-    return Arguments(list(dict.fromkeys(names)), chosen["scale"], Path(workdir), kept, rest)
+    workdir = Path(chosen["workdir"] or f"runs/paper_{scale}")
+    return Arguments(command, names, scale, workdir, kept, int(repeats), rest)
+
+
+def _names(command: str, names: Sequence[str], scale: str) -> list[str]:
+    """The claims that are meant, each once."""
+    runnable = [claim.name for claim in claims.tried(scale)]
+    for name in names:
+        if command in ("power", "report"):
+            raise ValueError(f"{name}: accepted after {command} are options alone")
+        if name not in ("all", *runnable):
+            why = claims.why_not(CLAIMS[name], scale) if name in CLAIMS else "no such claim"
+            raise ValueError(f"{name}: {why}; accepted are all, {', '.join((*COMMANDS, *runnable))}")
+    if not (names or command):
+        raise ValueError(f"no claim; accepted are --list, all, {', '.join(COMMANDS)}, or names of claims")
+    return list(dict.fromkeys(runnable if "all" in names else names))
 
 
 def listing() -> str:
@@ -108,13 +126,18 @@ def _try(arguments: Arguments) -> int:
     return code
 
 
+def _sweep(arguments: Arguments) -> list[str]:
+    """The command line of the scale's sweep."""
+    where = [f"--config={SCALES[arguments.scale].config}", f"--workdir={arguments.workdir}"]
+    return ["experiments.paper", *where, *arguments.rest]
+
+
 def _make(arguments: Arguments, wanted: list[dict]) -> tuple[int, bool]:
     """(exit code of the sweep of these runs, whether it went to its end); what is done is kept."""
     from experiments.paper import finished
     from experiments.sweep import command
 
-    where = [f"--config={SCALES[arguments.scale].config}", f"--workdir={arguments.workdir}"]
-    argv = ["experiments.paper", *where, *arguments.rest]
+    argv = _sweep(arguments)
     missing = finished.missing(wanted, argv, __doc__, arguments.scale, arguments.kept)
     if len(missing) < len(wanted):
         print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are in {arguments.kept}")
@@ -133,6 +156,23 @@ def _power(arguments: Arguments) -> int:
         text, path = power.write(arguments.workdir, arguments.scale, arguments.kept)
         print(f"{text}\n{path}")
     return code
+
+
+def _times(arguments: Arguments) -> int:
+    from experiments.sweep import study
+    from switchmoe.settings import to_dict
+
+    chosen = [CLAIMS[name] for name in arguments.names] or claims.tried(arguments.scale)
+    wanted = claims.unique([arm for claim in chosen for arm in times.arms(claim, arguments.scale)])
+    if not wanted:
+        raise ValueError(
+            f"{', '.join(arguments.names)}: nothing about time; accepted are claims about it, or no name"
+        )
+    base = study.read(_sweep(arguments), __doc__, ()).base
+    path = times.place(arguments.workdir, arguments.kept)
+    times.measure(to_dict(base), wanted, arguments.repeats, path)
+    print(path)
+    return 0
 
 
 def _report(arguments: Arguments) -> int:

@@ -150,6 +150,10 @@ def _written(run: sweeps.Run | None, origin: dict[str, Any]) -> dict[str, Any]:
     # Four digits of a time, six of a loss: more than either is worth.
     found |= {name: [float(f"{value:.6g}") for value in getattr(run, name)] for name in ARRAYS}
     found |= {name: getattr(run, name) for name in NUMBERS}
+    found["parts"] = {
+        part: [[float(f"{value:.6g}") for value in values] for values in series]
+        for part, series in run.parts.items()
+    }
     return found | {"routing": run.routing._asdict() if run.routing else None}
 
 
@@ -159,8 +163,8 @@ def _kept(path: Path, scale: str) -> tuple[dict[str, Any] | None, dict[Key, Any]
         where = f"--kept={path}, line {number}"
         try:
             found = json.loads(line)
-            here = _merged(_plain(scale), found["base"])
-            runs[tuple(found["run"].items())] = _restored(found, from_config(_merged(here, found["run"])))
+            here = merged(_plain(scale), found["base"])
+            runs[tuple(found["run"].items())] = _restored(found, from_config(merged(here, found["run"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: not a run that this command kept ({error})") from error
         base = base or here
@@ -169,7 +173,8 @@ def _kept(path: Path, scale: str) -> tuple[dict[str, Any] | None, dict[Key, Any]
     return base, runs
 
 
-def _merged(groups: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+def merged(groups: dict[str, Any], fields: Overrides) -> dict[str, Any]:
+    """Settings by group with some fields ("group.field") in place of theirs."""
     found = {group: dict(values) for group, values in groups.items()}
     for path, value in fields.items():
         group, field = path.split(".")
@@ -187,5 +192,6 @@ def _restored(found: dict[str, Any], settings: Settings) -> tuple[sweeps.Run | N
         field.name: found[field.name] for field in dataclasses.fields(sweeps.Run) if field.name in NUMBERS
     }
     name = ",".join(f"{field}={value}" for field, value in found["run"].items())
+    values["parts"] = {part: tuple(map(np.array, series)) for part, series in found["parts"].items()}
     told = {"device": str(origin.get("device", "not recorded")), "versions": origin.get("versions") or {}}
     return sweeps.Run(name, settings, **arrays, **values, routing=routing, **told), origin

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import claims
-from experiments.claims import CLAIMS, SCALES
+from experiments.claims import SCALES
 from experiments.paper import finished, scorecard
 from switchmoe.analysis import power, report, sweeps
 from switchmoe.analysis.power import Spread
@@ -98,9 +98,7 @@ def _explained(best: Spread) -> str:
 
 def _claim_rows(scale: str, best: Spread, seconds: float) -> list[list[str]]:
     rows = []
-    for claim in CLAIMS.values():
-        if claim.not_run:
-            continue
+    for claim in claims.tried(scale):
         arms = len(claim.arms(SCALES[scale]))
         for check in claim.checks(SCALES[scale]):
             if check.unit != "nats":

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments import claims
 from experiments.claims import CLAIMS, SCALES, Claim
-from experiments.paper import finished
+from experiments.paper import finished, times
 from switchmoe.analysis import plots, report, sweep_plots, sweeps, verdicts
 from switchmoe.analysis.verdicts import Check, Finding, Table, Verdict
 from switchmoe.runs.reporting import duration
@@ -38,14 +38,15 @@ def read(workdir: Path, scale: str, kept: Path | None = None) -> Results:
     Raises:
       ValueError: as `finished.read`.
     """
-    done = finished.read(workdir, scale, kept)
+    done, seconds = finished.read(workdir, scale, kept), times.read(times.place(workdir, kept))
     tables, origins = {}, {}
-    for claim in CLAIMS.values():
+    for claim in claims.tried(scale):
+        count = claims.seeds(claim, scale)
         tables[claim.name] = {
             arm: {
-                seed: outcome[0]
-                for seed in range(claims.seeds(claim, scale))
-                if (outcome := done.run(claims.run_of(overrides, seed, scale)))
+                seed: times.timed(outcome[0], run, seed, count, seconds)
+                for seed in range(count)
+                if (outcome := done.run(run := claims.run_of(overrides, seed, scale)))
             }
             for arm, overrides in claim.arms(SCALES[scale]).items()
         }
@@ -117,7 +118,7 @@ def write(workdir: Path, scale: str, kept: Path | None = None) -> Path:
     results = read(workdir, scale, kept)
     directory = workdir / "report"
     (directory / "plots").mkdir(parents=True, exist_ok=True)
-    judged = {name: judge(claim, results) for name, claim in CLAIMS.items() if not claim.not_run}
+    judged = {claim.name: judge(claim, results) for claim in claims.tried(scale)}
     report.write_whole(directory / "scorecard.md", _markdown(results, judged))
     path = directory / "scorecard.html"
     report.write_whole(path, _page(results, judged, _pictures(results, directory / "plots")))
@@ -187,12 +188,21 @@ def _markdown(results: Results, judged: dict[str, Verdict]) -> str:
         lines += [f"At small scale: {claim.expected}", "", f"    {results.command(name)}"]
         for heads, rows in _tables(claim, results, found):
             lines += ["", *markdown_rows(heads, rows)]
-    lines += ["", "## Not run", "", *markdown_rows(["claim", "source", "says", "why"], _not_run())]
+    lines += [
+        "",
+        "## Not run",
+        "",
+        *markdown_rows(["claim", "source", "says", "why"], _not_run(results.scale)),
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _not_run() -> list[list[str]]:
-    return [[one.name, one.source, one.says, one.not_run] for one in CLAIMS.values() if one.not_run]
+def _not_run(scale: str) -> list[list[str]]:
+    return [
+        [one.name, one.source, one.says, why]
+        for one in CLAIMS.values()
+        if (why := claims.why_not(one, scale))
+    ]
 
 
 def markdown_rows(heads: Sequence[str], found: Iterable[Sequence[str]]) -> list[str]:
@@ -225,7 +235,7 @@ def _page(results: Results, judged: dict[str, Verdict], pictures: dict[str, list
         ]
     sections += [
         "<h2>Not run</h2>",
-        report.grid(["claim", "source", "says", "why"], _not_run(), style="score"),
+        report.grid(["claim", "source", "says", "why"], _not_run(results.scale), style="score"),
     ]
     return report.document(f"Claims at scale {results.scale}", sections)
 

@@ -52,7 +52,7 @@ def loads(records: Sequence[Record]) -> Figure:
     parts = names(records)
     found = [plots.layer_series(records, PREFIX + part, "layer_expert_load")[1][-1] for part in parts]
     load_PLE = np.stack(found) * found[0].shape[-1]
-    figure = Figure(figsize=(8, 1.2 + 0.24 * len(parts)), layout="constrained")
+    figure = Figure(figsize=(8, max(2.8, 1.2 + 0.24 * len(parts))), layout="constrained")
     panels = figure.subplots(1, len(last), sharey=True, squeeze=False)[0]
     norm = LogNorm(1 / plots.LOAD_RANGE, plots.LOAD_RANGE)
     for axes, (stack, place) in zip(panels, last.items(), strict=True):
@@ -64,7 +64,7 @@ def loads(records: Sequence[Record]) -> Figure:
         axes.set_xlabel("expert, by the part that uses it most", fontsize=9)
         axes.set_yticks(np.arange(len(parts)) + 0.5, labels=parts, fontsize=8)
         axes.tick_params(labelsize=8)
-        axes.invert_yaxis()
+    panels[0].invert_yaxis()
     bar = figure.colorbar(ScalarMappable(norm, plots.LOAD_COLOURS), ax=panels, extend="both", aspect=30)
     bar.set_ticks([1 / 4, 1 / 2, 1, 2, 4], labels=["1/4", "1/2", "fair", "2", "4"], fontsize=8)
     bar.minorticks_off()

@@ -6,13 +6,13 @@ Letters: T training records, V evaluations of the held-out text, R runs.
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from switchmoe.analysis import plots
+from switchmoe.analysis import parts, plots
 from switchmoe.analysis.report import STARVED
 from switchmoe.parallel import sharding
 from switchmoe.planning import memory
@@ -61,6 +61,8 @@ class Run:
     routing: Routing | None  # of a dense model
     device: str
     versions: dict[str, str]
+    # Of a mixture's parts: step_V and loss_V of each
+    parts: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     @property
     def experts(self) -> int:
@@ -149,6 +151,9 @@ def read(directory: Path) -> Run:
     return Run(
         directory.name, settings, *counts, **series, routing=routing,
         device=str(known.get("device", "not recorded")), versions=dict(known.get("versions") or {}),
+        parts={
+            part: plots.series(records, parts.PREFIX + part, "cross_entropy") for part in parts.names(records)
+        },
     )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ class Check(NamedTuple):
     below: float
     unit: str  # nats | ratio | share: how the figure is written
     paper: str = ""  # the paper's figure, "" where it gives none
+    timed: bool = False  # of how long a step takes
 
 
 class Finding(NamedTuple):
@@ -93,7 +94,7 @@ def _find(check: Check, table: Table) -> Finding:
 def lower(better: str, worse: str, by: float = 0.0, paper: str = "") -> Check:
     """The held-out loss of ``better`` ends below that of ``worse``, by more than ``by`` nats; ``by`` < 0: at most so much above."""
     more = f" by more than {by:g} nats" if by > 0 else f", or above by less than {-by:g} nats" if by else ""
-    return _paired(
+    return paired(
         f"loss of {better} below {worse}{more}",
         better,
         worse,
@@ -107,7 +108,7 @@ def lower(better: str, worse: str, by: float = 0.0, paper: str = "") -> Check:
 def equal(one: str, other: str, within: float, paper: str = "") -> Check:
     """Held-out losses that differ by less than ``within`` nats."""
     says = f"loss of {one} within {within:g} nats of {other}"
-    return _paired(says, one, other, _loss_difference, (-within, within), "nats", paper)
+    return paired(says, one, other, _loss_difference, (-within, within), "nats", paper)
 
 
 def faster(fast: str, slow: str, paper: str = "") -> Check:
@@ -116,9 +117,8 @@ def faster(fast: str, slow: str, paper: str = "") -> Check:
     def speed_up(fast: Run | None, slow: Run | None) -> float:
         return math.nan if fast is None or slow is None else _log_ratio(slow.step_seconds, fast.step_seconds)
 
-    return _paired(
-        f"steps of {fast} faster than {slow}", fast, slow, speed_up, (0.0, math.inf), "ratio", paper
-    )
+    says = f"steps of {fast} faster than {slow}"
+    return paired(says, fast, slow, speed_up, (0.0, math.inf), "ratio", paper)._replace(timed=True)
 
 
 def sooner(fast: str, slow: str, against: str, to: str = "", paper: str = "") -> Check:
@@ -140,7 +140,8 @@ def sooner(fast: str, slow: str, against: str, to: str = "", paper: str = "") ->
     says = f"{fast} reaches the loss of {goal} in less {against} than {slow}".replace(
         "less steps", "fewer steps"
     )
-    return Check(says, tuple(dict.fromkeys((fast, slow, goal))), interval, 0.0, math.inf, "ratio", paper)
+    arms = tuple(dict.fromkeys((fast, slow, goal)))
+    return Check(says, arms, interval, 0.0, math.inf, "ratio", paper, timed=against == "time")
 
 
 def below(arm: str, figure: Callable[[Run], float], what: str, bound: float, paper: str = "") -> Check:
@@ -169,7 +170,7 @@ def stabler(stable: str, other: str, paper: str = "") -> Check:
         return float(_unstable(other)) - float(_unstable(stable))
 
     says = f"fewer unstable runs of {stable} than of {other}"
-    return _paired(says, stable, other, difference, (0.0, math.inf), "share", paper)
+    return paired(says, stable, other, difference, (0.0, math.inf), "share", paper)
 
 
 def dropped(run: Run) -> float:
@@ -253,7 +254,7 @@ def _without_number(found: Interval) -> str:
     return f"{np.exp(found.low):.2f} or more, as the other did not reach it with each seed"
 
 
-def _paired(
+def paired(
     says: str,
     one: str,
     other: str,
@@ -262,7 +263,7 @@ def _paired(
     unit: str,
     paper: str,
 ) -> Check:
-    """A check of a figure of two arms' runs of one seed."""
+    """A check of a figure of two arms' runs of one seed: its mean over the seeds lies between ``accepted``."""
 
     def interval(table: Table) -> Interval:
         return t_interval([figure(table[one][seed], table[other][seed]) for seed in table[one]])
@@ -281,7 +282,7 @@ def _shares(
     def difference(one: Run | None, other: Run | None) -> float:
         return math.nan if one is None or other is None else figure(other) - figure(one)
 
-    return _paired(says, one, other, difference, accepted, "share", paper)
+    return paired(says, one, other, difference, accepted, "share", paper)
 
 
 def _loss(run: Run | None) -> float:

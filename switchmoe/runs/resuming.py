@@ -87,7 +87,8 @@ RULES: dict[str, Rule] = (
         (
             f"data.{name}"
             for name in (
-                "text_field", "documents", "validation_share", "train_split", "validation_split", "batch_size", "input_length", "target_length", "vocab_size",
+                "text_field", "documents", "validation_share", "split_field", "parts", "parts_exponent", "train_split", "validation_split",
+                "batch_size", "input_length", "target_length", "vocab_size",
                 "normalization", "objective", "prefix", "noise_density", "mean_span_length", "streams",
             )
         ),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
@@ -22,7 +23,7 @@ READERS = {
     "data": (
         *("source", "data_dir", "text_field", "documents", "validation_share", "train_split", "validation_split"),
         *("batch_size", "input_length", "target_length", "objective", "prefix", "noise_density"),
-        *("mean_span_length",),
+        *("mean_span_length", "split_field"),
     ),
     "mesh": tuple(field.name for field in dataclasses.fields(Settings().mesh)),
 }  # fmt: skip
@@ -74,8 +75,10 @@ def changed(settings: Settings, overrides: Mapping[str, Any]) -> Settings:
                 f"--config.{name}={value}: it is of the model or its training; accepted are {known}"
             )
         groups[group][field] = value
-    # A stream more or less, and steps of the optimizer, are nothing to a reader.
-    groups["data"]["streams"], groups["train"]["accumulate"] = 0, 1
+    # A stream more or less, parts to be measured apart and steps of the optimizer are nothing to a reader.
+    groups["data"]["streams"], groups["data"]["parts"], groups["train"]["accumulate"] = 0, "", 1
+    if "data.source" in overrides and "data.split_field" not in overrides:
+        groups["data"]["split_field"] = ""  # another text has other fields
     return from_config(groups)
 
 
@@ -93,3 +96,26 @@ def parameters(source: Source, settings: Settings, mesh: Mesh) -> Any:
     where = train_state.state_shardings(shapes, boxes, settings, mesh)
     like = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, where)
     return unflatten_dict(start.read_parameters(source.step, flatten_dict(like, sep="/")), sep="/")
+
+
+def mean_parameters(source: Source, settings: Settings, mesh: Mesh, count: int) -> tuple[Any, list[int]]:
+    """The mean of the parameters of the ``count`` newest checkpoints up to the source's step, and their steps.
+
+    Raises:
+      ValueError: there are fewer, or one is damaged.
+    """
+    found = sorted(
+        (path for path in source.step.parent.iterdir() if path.name.isdigit()),
+        key=lambda path: int(path.name),
+    )
+    steps = [path for path in found if int(path.name) <= int(source.step.name)][-count:]
+    if len(steps) < count:
+        known = ", ".join(path.name for path in steps)
+        raise ValueError(
+            f"--average={count}: accepted is at most {len(steps)}, as checkpoints up to {source.step} are of the steps {known}"
+        )
+    total = None
+    for path in steps:
+        one = jax.tree.map(lambda p: p / count, parameters(source._replace(step=path), settings, mesh))
+        total = one if total is None else jax.tree.map(jnp.add, total, one)
+    return total, [int(path.name) for path in steps]

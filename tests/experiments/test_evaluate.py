@@ -3,13 +3,16 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from test_run import finish, start
 
 from experiments import evaluate, exits
 from switchmoe.data import batches, vocabulary
+from switchmoe.parallel import sharding
 from switchmoe.runs.reporting import read_metrics
+from switchmoe.runs.trained import find, mean_parameters, parameters
 from switchmoe.settings import DataSettings
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -38,6 +41,21 @@ def test_the_runs_own_held_out_text_gives_the_runs_own_figures(trained, tmp_path
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-6, err_msg=name)
     assert f"cross-entropy {wanted['cross_entropy']:.4f} nats" in captured.out
     assert all(f"{layer}: dropped" in captured.out for layer in wanted["layers"])
+
+
+def test_the_mean_of_the_last_checkpoints_parameters(trained, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    code, captured = run(capsys, f"--source={trained}", "--batches=1", "--average=2", f"--out={out}")
+    assert code == 0, captured.err
+    assert "(mean of steps 5, 10)" in captured.out
+    assert json.loads(out.read_text())["mean_of_steps"] == [5, 10]
+    model = find(str(trained))
+    mesh = sharding.make_mesh(model.settings.mesh)
+    found, _ = mean_parameters(model, model.settings, mesh, 2)
+    one, other = (parameters(find(f"{trained}|{step}"), model.settings, mesh) for step in (5, 10))
+    for mean, a, b in zip(*map(jax.tree.leaves, (found, one, other)), strict=True):
+        np.testing.assert_allclose(mean, (a + b) / 2, rtol=1e-6)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
 
 
 def test_another_text_is_measured_whole_whatever_the_batch(trained, tmp_path, capsys):
@@ -117,6 +135,8 @@ def test_a_decoder_alone_is_measured_on_all_of_a_text_however_short(words):
         ),
         (["--source={}", "--config.data.size=3"], "config.data has no field size"),
         (["--source={}", "--config.data.source=/no/*.txt"], "data.source=/no/*.txt: "),
+        (["--source={}", "--average=0"], "--average=0: accepted is an integer >= 1"),
+        (["--source={}", "--average=3"], "--average=3: accepted is at most 2, as checkpoints up to"),
         (["--source={}", "--steps=3"], "argument --steps=3: accepted are --source="),
     ],
 )
