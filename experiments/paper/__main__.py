@@ -7,6 +7,8 @@
   times [NAME...] [--repeats=N]   times a step of the arms of claims about time, one after the other in each of N rounds (15): to
               be run on a machine that does nothing else, before report; DIR/times.json, or beside --kept
   report      writes the scorecard of the runs in DIR: DIR/report/scorecard.html, scorecard.md and plots/*.png
+  page [--results=DIR]   writes DIR/scorecard.md, a line a claim, from DIR/paper_SCALE/runs.jsonl of each scale (what --kept kept) and
+              DIR/notes.md; DIR: experiments/results
 
 --scale: tiny (the default, hours of two cores), laptop (a night), languages (a mixture, for the claims about one), small (a GPU),
 base (the papers' own). A claim's runs, criterion and the papers' figures are in `experiments/claims`; the rule is `verdicts.RULE`. All claims of a
@@ -27,7 +29,9 @@ from experiments import claims, command_line, exits
 from experiments.claims import CLAIMS, SCALES
 from experiments.paper import times
 
-COMMANDS = ("power", "times", "report")
+COMMANDS = ("power", "times", "report", "page")
+
+ACCEPTED = {"report": "--scale=, --workdir= and --kept=", "page": "--results="}  # options
 
 
 class Arguments(NamedTuple):
@@ -37,6 +41,7 @@ class Arguments(NamedTuple):
     workdir: Path
     kept: Path | None
     repeats: int
+    results: Path
     rest: list[str]  # for the sweep
 
 
@@ -51,7 +56,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(arguments: Arguments) -> int:
-    return {"": _try, "power": _power, "times": _times, "report": _report}[arguments.command](arguments)
+    return {"": _try, "power": _power, "times": _times, "report": _report, "page": _page}[arguments.command](
+        arguments
+    )
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -61,7 +68,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
       ValueError: a claim or a scale that there is not, or a claim that can't be run; one line.
     """
     names, rest = [], []
-    chosen = {"scale": "tiny", "workdir": "", "kept": "", "repeats": ""}
+    chosen = {"scale": "tiny", "workdir": "", "kept": "", "repeats": "", "results": ""}
     for argument in command_line.joined(arguments):
         name, equals, value = argument.lstrip("-").partition("=")
         if not argument.startswith("-"):
@@ -79,21 +86,22 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ValueError(f"--scale={scale}: accepted is one of {', '.join(SCALES)}")
     command = names.pop(0) if names and names[0] in COMMANDS else ""
     names = _names(command, names, scale)
-    if command == "report" and rest:
-        raise ValueError(f"{rest[0]}: accepted with report are --scale=, --workdir= and --kept=")
+    if command in ACCEPTED and rest:
+        raise ValueError(f"{rest[0]}: accepted with {command} are {ACCEPTED[command]}")
     repeats = chosen["repeats"] or str(times.REPEATS)
     if chosen["repeats"] and command != "times" or not repeats.isdecimal() or int(repeats) < 3:
         raise ValueError(f"--repeats={repeats}: accepted is an integer >= 3, with times")
     kept = Path(chosen["kept"]) if chosen["kept"] else None
     workdir = Path(chosen["workdir"] or f"runs/paper_{scale}")
-    return Arguments(command, names, scale, workdir, kept, int(repeats), rest)
+    results = Path(chosen["results"] or "experiments/results")
+    return Arguments(command, names, scale, workdir, kept, int(repeats), results, rest)
 
 
 def _names(command: str, names: Sequence[str], scale: str) -> list[str]:
     """The claims that are meant, each once."""
     runnable = [claim.name for claim in claims.tried(scale)]
     for name in names:
-        if command in ("power", "report"):
+        if command not in ("", "times"):
             raise ValueError(f"{name}: accepted after {command} are options alone")
         if name not in ("all", *runnable):
             why = claims.why_not(CLAIMS[name], scale) if name in CLAIMS else "no such claim"
@@ -172,6 +180,13 @@ def _times(arguments: Arguments) -> int:
     path = times.place(arguments.workdir, arguments.kept)
     times.measure(to_dict(base), wanted, arguments.repeats, path)
     print(path)
+    return 0
+
+
+def _page(arguments: Arguments) -> int:
+    from experiments.paper import page
+
+    print(page.write(arguments.results))
     return 0
 
 

@@ -13,11 +13,19 @@ from experiments.paper import finished, scorecard
 from switchmoe.analysis import power, report, sweeps
 from switchmoe.analysis.power import Spread
 from switchmoe.analysis.verdicts import Check
+from switchmoe.data import batches
 from switchmoe.runs.reporting import duration
 
 SMALLEST = 0.01  # nats: below it a difference is of no use to anybody here
 MEANS = (1, 2, 3)  # evaluations of which a loss is the mean
-SPREAD_HEADS = ["after step", "loss is the mean of", "dense less sparse", "st. dev. over seeds", "unpaired"]
+SPREAD_HEADS = [
+    "after step",
+    "loss is the mean of",
+    "dense less sparse",
+    "st. dev. over seeds",
+    "unpaired",
+    "3 seeds decide",
+]
 CLAIM_HEADS = ["claim", "part", "effect", "nats", "seeds", "hours of one core"]
 
 
@@ -28,13 +36,9 @@ def write(workdir: Path, scale: str, kept: Path | None = None) -> tuple[str, Pat
       ValueError: no pilots of two seeds are done; one line.
     """
     arms = _pilots(finished.read(workdir, scale, kept), scale)
-    names = list(arms)
-    found = {last: power.spreads(arms[names[0]], arms[names[1]], last) for last in MEANS}
-    steps = [spread.step for spread in found[1]]
-    best = min((spreads[-1] for spreads in found.values() if spreads), key=lambda spread: spread.paired)
-    seconds = {name: _seconds(list(runs.values())) for name, runs in arms.items()}
+    found, best, seconds = _measured(arms)
     lines = [f"# Power at scale `{scale}`", "", *_origin(arms, seconds), ""]
-    lines += scorecard.markdown_rows(SPREAD_HEADS, _spread_rows(found, steps))
+    lines += scorecard.markdown_rows(SPREAD_HEADS, _spread_rows(found, [spread.step for spread in found[1]]))
     lines += ["", _explained(best), ""]
     lines += scorecard.markdown_rows(CLAIM_HEADS, _claim_rows(scale, best, max(seconds.values())))
     path = workdir / "report" / "power.md"
@@ -42,6 +46,26 @@ def write(workdir: Path, scale: str, kept: Path | None = None) -> tuple[str, Pat
     text = "\n".join(lines) + "\n"
     report.write_whole(path, text)
     return text, path
+
+
+def costs(workdir: Path, scale: str, kept: Path) -> list[list[str]]:
+    """Lines of `CLAIM_HEADS`.
+
+    Raises:
+      ValueError: as `write`.
+    """
+    _, best, seconds = _measured(_pilots(finished.read(workdir, scale, kept), scale))
+    return _claim_rows(scale, best, max(seconds.values()))
+
+
+def _measured(
+    arms: dict[str, dict[int, sweeps.Run]],
+) -> tuple[dict[int, list[Spread]], Spread, dict[str, float]]:
+    """Spreads by how many evaluations a loss is the mean of, the least at the end, and seconds of a run by arm."""
+    one, other = arms.values()
+    found = {last: power.spreads(one, other, last) for last in MEANS}
+    best = min((spreads[-1] for spreads in found.values() if spreads), key=lambda spread: spread.paired)
+    return found, best, {name: _seconds(list(runs.values())) for name, runs in arms.items()}
 
 
 def _pilots(done: finished.Finished, scale: str) -> dict[str, dict[int, sweeps.Run]]:
@@ -60,15 +84,20 @@ def _seconds(runs: Sequence[sweeps.Run]) -> float:
     return float(np.median([run.step_seconds * run.settings.train.num_steps for run in runs]))
 
 
+def millions(run: sweeps.Run) -> float:
+    """Of tokens in a run."""
+    data = run.settings.data
+    return run.settings.train.num_steps * data.batch_size * batches.real_tokens(data) / 1e6
+
+
 def _origin(arms: dict[str, dict[int, sweeps.Run]], seconds: dict[str, float]) -> list[str]:
     run = next(iter(next(iter(arms.values())).values()))
-    data, train = run.settings.data, run.settings.train
-    tokens = train.num_steps * data.batch_size * (data.input_length + (data.target_length or 0))
+    train = run.settings.train
     told = "; ".join(f"{name}: seeds {', '.join(map(str, runs))}" for name, runs in arms.items())
     times = "; ".join(f"{name} {duration(seconds[name])}" for name in arms)
     return [
         f"- Pilots, which no claim uses: {told}",
-        f"- {train.num_steps} steps of {data.batch_size} examples ({tokens / 1e6:.1f} M tokens), "
+        f"- {train.num_steps} steps of {run.settings.data.batch_size} examples ({millions(run):.1f} M tokens), "
         f"{train.eval_batches} batches of held-out text",
         f"- Training a run: {times} ({run.device})",
     ]
@@ -79,7 +108,14 @@ def _spread_rows(found: dict[int, list[Spread]], steps: Sequence[int]) -> list[l
         step for place, step in enumerate(steps) if (len(steps) - 1 - place) % max(1, len(steps) // 4) == 0
     ]
     return [
-        [str(one.step), str(last), f"{one.mean:+.4f}", f"{one.paired:.4f}", f"{one.unpaired:.4f}"]
+        [
+            str(one.step),
+            str(last),
+            f"{one.mean:+.4f}",
+            f"{one.paired:.4f}",
+            f"{one.unpaired:.4f}",
+            f"{power.smallest_effect(3, one.high):.4f}",
+        ]
         for last, spreads in found.items()
         for one in spreads
         if one.step in shown
@@ -89,7 +125,7 @@ def _spread_rows(found: dict[int, list[Spread]], steps: Sequence[int]) -> list[l
 def _explained(best: Spread) -> str:
     least = power.smallest_effect(5, best.high)
     return (
-        f"Planned is with the upper end of the 80 % interval of the smallest spread at the end, {best.high:.4f} nats "
+        f"The last column is the least difference that three seeds decide four times in five. Planned is with the upper end of the 80 % interval of the smallest spread at the end, {best.high:.4f} nats "
         f"({best.paired:.4f} measured, {best.seeds} seeds). Five seeds then decide a difference of {least:.4f} nats with a "
         f"chance of {power.POWER:.0%}. Seeds are those at which the 95 % interval lies on one side of the claim's bound with that chance, if the true difference is as said. "
         f"Parts whose figure is a ratio or a share are not in the table."

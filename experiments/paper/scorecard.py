@@ -75,15 +75,16 @@ def told(claim: Claim, results: Results) -> str:
     """The verdict as lines of text."""
     found = judge(claim, results)
     lines = [f"{claim.name} ({claim.source}): {found.outcome}"]
-    for part in map(_part, found.findings):
-        says, paper, here, seeds, outcome = part
+    for one in map(part, found.findings):
+        says, paper, here, seeds, outcome = one
         lines.append(
             f"  {says}: {outcome}; {here}, {seeds} seeds" + (f"; the paper: {paper}" if paper else "")
         )
     return "\n".join(lines)
 
 
-def _part(finding: Finding) -> list[str]:
+def part(finding: Finding) -> list[str]:
+    """A line of `PART_HEADS`."""
     check: Check = finding.check
     if finding.interval is None:
         return [check.says, check.paper, report.MDASH, "0", finding.outcome]
@@ -125,7 +126,7 @@ def write(workdir: Path, scale: str, kept: Path | None = None) -> Path:
     return path
 
 
-def _summary(results: Results, judged: dict[str, Verdict]) -> list[tuple[str, str]]:
+def summary(results: Results, judged: dict[str, Verdict]) -> list[tuple[str, str]]:
     """Where the results come from."""
     outcomes = [found.outcome for found in judged.values()]
     kinds = (verdicts.HELD, verdicts.NOT_HELD, verdicts.UNDECIDED, verdicts.NOT_RUN)
@@ -160,14 +161,14 @@ def _summary(results: Results, judged: dict[str, Verdict]) -> list[tuple[str, st
 def _tables(claim: Claim, results: Results, found: Verdict) -> list[tuple[list[str], list[list[str]]]]:
     """(heads, rows) of a claim's parts and of its runs."""
     arms = [_arm(claim, arm, runs) for arm, runs in results.tables[claim.name].items()]
-    return [(PART_HEADS, [_part(finding) for finding in found.findings]), (ARM_HEADS, arms)]
+    return [(PART_HEADS, [part(finding) for finding in found.findings]), (ARM_HEADS, arms)]
 
 
 def _score(judged: dict[str, Verdict]) -> list[list[str]]:
     rows = []
     for name, found in judged.items():
-        for place, part in enumerate(map(_part, found.findings)):
-            says, paper, here, seeds, outcome = part
+        for place, one in enumerate(map(part, found.findings)):
+            says, paper, here, seeds, outcome = one
             claim = [name, CLAIMS[name].source, found.outcome] if place == 0 else ["", "", ""]
             rows.append([*claim, says, paper, here, seeds, outcome])
     return rows
@@ -178,7 +179,7 @@ SCORE_HEADS = ["claim", "source", "verdict", *PART_HEADS[:4], "of the part"]
 
 def _markdown(results: Results, judged: dict[str, Verdict]) -> str:
     lines = [f"# The papers' claims at scale `{results.scale}`", ""]
-    lines += [f"- {name}: {value}" for name, value in _summary(results, judged)]
+    lines += [f"- {name}: {value}" for name, value in summary(results, judged)]
     lines += ["", verdicts.RULE, "", *markdown_rows(SCORE_HEADS, _score(judged))]
     for name, found in judged.items():
         claim = CLAIMS[name]
@@ -213,7 +214,7 @@ def markdown_rows(heads: Sequence[str], found: Iterable[Sequence[str]]) -> list[
 def _page(results: Results, judged: dict[str, Verdict], pictures: dict[str, list[Path]]) -> str:
     sections = [
         f"<h1>The papers' claims at scale {results.scale}</h1>",
-        report.table(_summary(results, judged)),
+        report.table(summary(results, judged)),
         f'<p class="note">{html.escape(verdicts.RULE)}</p>',
         report.grid(SCORE_HEADS, _score(judged), style="score"),
     ]

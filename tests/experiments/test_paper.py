@@ -95,9 +95,11 @@ def test_a_dense_run_does_not_depend_on_what_routers_do():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "no claim; accepted are --list, all, power, times, report, or names"),
-        (["table5"], "table5: no such claim; accepted are all, power, times, report, table1"),
+        ([], "no claim; accepted are --list, all, power, times, report, page, or names"),
+        (["table5"], "table5: no such claim; accepted are all, power, times, report, page, table1"),
         (["power", "table3"], "table3: accepted after power are options alone"),
+        (["page", "--results=no"], "--results=no: no paper_SCALE/runs.jsonl; accepted is"),
+        (["page", "--dry_run"], "--dry_run: accepted with page are --results="),
         (["times", "alpha"], "alpha: nothing about time; accepted are claims about it, or no name"),
         (["times", "--repeats=2"], "--repeats=2: accepted is an integer >= 3, with times"),
         (["figure7"], "figure7: tried at another scale: languages; accepted are all"),
@@ -252,7 +254,7 @@ def test_a_claim_whose_runs_are_done_is_judged_and_nothing_is_run_again(tmp_path
 @pytest.mark.usefixtures("here")
 def test_runs_that_are_kept_in_a_file_outlive_their_directories(tmp_path, capsys):
     """The same verdict and report from the file alone; it grows, and runs of another base are refused."""
-    out, kept = tmp_path / "out", tmp_path / "results" / "runs.jsonl"
+    out, kept = tmp_path / "out", tmp_path / "results" / "paper_tiny" / "runs.jsonl"
 
     def loss(settings):
         better = 0.1 * (settings.moe.z_loss_weight > 0)
@@ -275,6 +277,20 @@ def test_runs_that_are_kept_in_a_file_outlive_their_directories(tmp_path, capsys
     first, second = ((directory / "report" / "scorecard.md").read_text() for directory in (out, elsewhere))
     assert first.replace(str(out), str(elsewhere)) == second
     assert kept.read_bytes() == before
+    (tmp_path / "results" / "notes.md").write_text("How the scale was chosen.")
+    assert paper.main(["paper", "page", f"--results={tmp_path / 'results'}"]) == 0
+    page = (tmp_path / "results" / "scorecard.md").read_text()
+    assert (
+        "How the scale was chosen." in page
+        and "| z_loss | ST-MoE, Table 4 | held | 1 held | loss of z-loss" in page
+    )
+    assert "+0.1000 nats (+0.1000 to +0.1000) | 3 x 0.0 |" in page and "| table4 | Switch, Table 4 |" in page
+    for picture in ("loss_experts.png", "speedups.png"):
+        assert f"(paper_tiny/{picture})" in page and (kept.parent / picture).stat().st_size > 10_000
+    assert (
+        "What deciding the rest costs" in page
+        and "| figure1 | loss of E=2 below dense | smallest worth" in page
+    )
     for wrong in ("--config.train.num_steps=12", "--config.data.batch_size=16"):
         assert paper.main(["paper", "alpha", f"--kept={kept}", f"--workdir={elsewhere}", *MICRO, wrong]) == 2
         err = capsys.readouterr().err

@@ -1,0 +1,138 @@
+"""The page that a reader opens: a line a claim, the best pictures, what is not decided and what that would cost."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import claims
+from experiments.claims import SCALES, Claim
+from experiments.paper import power, scorecard
+from switchmoe.analysis import plots, report, sweep_plots, sweeps, verdicts
+from switchmoe.analysis.verdicts import Finding, Verdict
+
+KEPT = "runs.jsonl"  # of a scale, in paper_SCALE
+PAGE, NOTES = "scorecard.md", "notes.md"
+HEADS = [
+    "claim",
+    "source",
+    "verdict",
+    "parts",
+    "the part that decides it",
+    "the paper",
+    "here",
+    "seeds x M tokens",
+]
+ORDER = (verdicts.NOT_HELD, verdicts.UNDECIDED, verdicts.HELD)  # of the parts: which is shown
+
+
+def write(results: Path) -> Path:
+    """Writes the page and its pictures from the kept runs of each scale, and the notes beside them, into a directory.
+
+    Raises:
+      ValueError: no scale's runs are there, or they can't be read.
+    """
+    found = [scale for scale in SCALES if (results / f"paper_{scale}" / KEPT).exists()]
+    if not found:
+        raise ValueError(f"--results={results}: no paper_SCALE/{KEPT}; accepted is a directory with one")
+    lines = ["# The papers' claims", ""]
+    notes = results / NOTES
+    lines += [notes.read_text(encoding="utf-8").strip(), ""] if notes.exists() else []
+    for scale in found:
+        directory = results / f"paper_{scale}"
+        read = scorecard.read(directory, scale, directory / KEPT)
+        # The runs were made elsewhere.
+        own = f" --workdir={shlex.quote(str(directory))}"
+        lines += _scale(directory, read._replace(arguments=read.arguments.replace(own, "")))
+    lines += ["## Not run at any scale", ""]
+    waiting = [
+        [claim.name, claim.source, claim.says, claim.not_run]
+        for claim in claims.CLAIMS.values()
+        if claim.not_run
+    ]
+    lines += scorecard.markdown_rows(["claim", "source", "says", "why"], waiting)
+    path = results / PAGE
+    report.write_whole(path, "\n".join(lines).rstrip() + "\n")
+    return path
+
+
+def _scale(directory: Path, results: scorecard.Results) -> list[str]:
+    scale = results.scale
+    judged = [(claim, scorecard.judge(claim, results)) for claim in claims.tried(scale)]
+    summary = scorecard.summary(results, {claim.name: found for claim, found in judged})
+    lines = [
+        f"## Scale `{scale}`",
+        "",
+        *(f"- {name}: {value}" for name, value in summary),
+        "",
+    ]
+    lines += scorecard.markdown_rows(HEADS, [_row(claim, found, results) for claim, found in judged])
+    lines += [
+        "",
+        f"Every part and arm: [paper_{scale}/scorecard.md](paper_{scale}/scorecard.md). {verdicts.RULE}",
+        "",
+    ]
+    for name, title in _pictures(directory, results).items():
+        lines += [f"![{title}](paper_{scale}/{name})", ""]
+    return lines + _costs(directory, results, judged)
+
+
+def _row(claim: Claim, found: Verdict, results: scorecard.Results) -> list[str]:
+    counts = [
+        f"{number} {outcome}"
+        for outcome in (verdicts.HELD, verdicts.NOT_HELD, verdicts.UNDECIDED, verdicts.NOT_RUN)
+        if (number := sum(finding.outcome == outcome for finding in found.findings))
+    ]
+    shown = _deciding(found.findings)
+    start = [claim.name, claim.source, found.outcome, ", ".join(counts)]
+    if shown is None:
+        return [*start, "", "", "", ""]
+    says, paper, here, seeds, _ = scorecard.part(shown)
+    arm = results.tables[claim.name][shown.check.arms[0]]
+    done = [run for run in arm.values() if run]
+    return [*start, says, paper, here, f"{seeds} x {power.millions(done[0]):.1f}" if done else seeds]
+
+
+def _deciding(findings: Sequence[Finding]) -> Finding | None:
+    """Of the parts that were run the first of the worst outcome; of those that held that of the greatest distance."""
+    for outcome in ORDER:
+        chosen = [finding for finding in findings if finding.outcome == outcome]
+        if chosen:
+            return chosen[0]
+    return None
+
+
+@plots.own_style
+def _pictures(directory: Path, results: scorecard.Results) -> dict[str, str]:
+    """File names and titles: loss and speed-up against experts, where runs of two numbers are there."""
+    runs = [run for arm in results.tables.get("figure1", {}).values() for run in arm.values() if run]
+    groups = sweeps.group(runs) if runs else []
+    if len(groups) != 1 or len(groups[0].cells) < 3:
+        return {}
+    made = {"loss_experts.png": (sweep_plots.loss_experts(groups, [None]), "held-out loss against experts")}
+    if sweeps.speed_ups(groups[0]):
+        made["speedups.png"] = (
+            sweep_plots.speed_ups(groups),
+            "speed-up to the dense model's loss against experts",
+        )
+    for name, (figure, _) in made.items():
+        figure.savefig(directory / name, dpi=plots.DPI)
+    return {name: f"{title}, mean and range over seeds" for name, (_, title) in made.items()}
+
+
+def _costs(directory: Path, results: scorecard.Results, judged: Sequence[tuple[Claim, Verdict]]) -> list[str]:
+    """What deciding the undecided parts costs, by the pilots' spread."""
+    try:
+        rows = power.costs(directory, results.scale, directory / KEPT)
+    except ValueError:
+        return []
+    open_parts = {
+        (claim.name, finding.check.says)
+        for claim, verdict in judged
+        for finding in verdict.findings
+        if finding.outcome in (verdicts.UNDECIDED, verdicts.NOT_RUN)
+    }
+    chosen = [row for row in rows if (row[0], row[1]) in open_parts]
+    if not chosen:
+        return []
+    heading = "What deciding the rest costs, by the spread of the pilots ([power.md](paper_{}/power.md)):"
+    return [heading.format(results.scale), "", *scorecard.markdown_rows(power.CLAIM_HEADS, chosen), ""]
