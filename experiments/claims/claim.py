@@ -33,7 +33,7 @@ class Scale:
 SMALL_CAUSAL = dict(
     experts=16,
     experts_table_1=16,
-    large={"model.d_model": 96, "model.d_ff": 48, "model.d_kv": 24, "model.num_layers": 4},
+    large={"model.d_model": 96, "model.d_ff": 96, "model.d_kv": 24, "model.num_layers": 4},
     hot=0.5,
     wide={"model.d_ff": 512},
     encoder={"model.stacks": "encoder_decoder", "data.objective": "span_corruption"},
