@@ -14,6 +14,7 @@ sees it, and of each sparse layer drops, load and entropy.
 Exit codes: 0 done; 2 bad input; 4 a file that can't be written or read.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -80,7 +81,8 @@ def _evaluate(arguments: Arguments) -> int:
     own = settings.data.source == model.settings.data.source
     split = arguments.split or ("validation" if own else "all")
     note = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    if split == "all":
+    if split == "all":  # whatever is held out
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, split_field=""))
         documents = sources.load_whole(settings.data, note)
     else:
         documents = sources.load_splits(settings.data, note)["validation"]

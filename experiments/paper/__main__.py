@@ -4,8 +4,9 @@
   NAME...     makes the runs that these claims need and that are not done, then says what they came to; all: of every claim
   power       makes pilot runs (dense and sparse, of seeds that no claim uses), then says how losses vary over seeds, and how
               many seeds and hours decide each claim: DIR/report/power.md
-  times [NAME...] [--repeats=N]   times a step of the arms of claims about time, one after the other in each of N rounds (15): to
-              be run on a machine that does nothing else, before report; DIR/times.json, or beside --kept
+  times [NAME...] [--repeats=N]   times a step of the arms of claims about time, one after the other in each of N rounds (15), in
+              a process for each seed: to be run on a machine that does nothing else, before report. DIR/times_SCALE.json, or
+              beside --kept
   report      writes the scorecard of the runs in DIR: DIR/report/scorecard.html, scorecard.md and plots/*.png
   page [--results=DIR]   writes DIR/scorecard.md, a line a claim, from DIR/paper_SCALE/runs.jsonl of each scale (what --kept kept) and
               DIR/notes.md; DIR: experiments/results
@@ -177,8 +178,11 @@ def _times(arguments: Arguments) -> int:
             f"{', '.join(arguments.names)}: nothing about time; accepted are claims about it, or no name"
         )
     base = study.read(_sweep(arguments), __doc__, ()).base
-    path = times.place(arguments.workdir, arguments.kept)
-    times.measure(to_dict(base), wanted, arguments.repeats, path)
+    path = times.place(arguments.workdir, arguments.scale, arguments.kept)
+    seeds = max(
+        claims.seeds(claim, arguments.scale) for claim in chosen if times.arms(claim, arguments.scale)
+    )
+    times.measure(to_dict(base), wanted, seeds, arguments.repeats, path)
     print(path)
     return 0
 

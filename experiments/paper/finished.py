@@ -1,13 +1,15 @@
 """A scale's finished runs: those of a sweep's directory, and those kept in a small file that outlives it.
 
-The file has a JSON object a line, a line a run: what it overrides of the scale's config, and what verdicts and pictures are
+The file has a JSON object a line, a line a run: scale, settings, what it overrides of them, and what verdicts and pictures are
 made of. A run that is kept need not be made again, and its directory may go.
 """
 
-import dataclasses
+import contextlib
+import fcntl
 import functools
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,47 +25,54 @@ from switchmoe.runs.resuming import flat
 from switchmoe.runs.rundir import read_run
 from switchmoe.settings import Settings, from_config, to_dict
 
-Key = tuple[tuple[str, Any], ...]  # a run's overrides
+Key = tuple[tuple[str, Any], ...]  # a run's overrides, in the order of their names
+Outcome = tuple[sweeps.Run | None, dict[str, Any]]  # (None if it diverged, `run.json`)
 ORIGIN = (
     "device", "machine", "versions", "commit", "documents", "documents_sha256", "train_seconds", "not_finite",
 )  # fmt: skip
 ARRAYS = ("step_V", "loss_V", "step_T", "seconds_T")
 NUMBERS = ("parameters", "parameters_active", "step_seconds")
-# Of the base, what may differ between runs that are compared: where files lie, and what only shows.
+# Of the base, what may differ between runs that are compared: where files lie, and what only shows. The text itself is
+# compared by its fingerprints.
 FREE = ("data.source", "data.data_dir", "data.prefetch", "mesh.", "checkpoint.")
 
 
 class Finished(NamedTuple):
     base: dict[str, Any]  # settings, by group, of which the runs override some
-    runs: dict[Key, tuple[sweeps.Run | None, dict[str, Any]]]  # and `run.json`; None: diverged
+    runs: dict[Key, Outcome]
 
     def run(self, overrides: Overrides) -> tuple[sweeps.Run | None] | None:
         """(run,), (None,) if its loss was no number, None if there is none."""
-        found = self.runs.get(tuple(overrides.items()))
+        found = self.runs.get(key(overrides))
         return None if found is None else found[:1]
+
+
+def key(overrides: Overrides) -> Key:
+    return tuple(sorted(overrides.items()))
 
 
 def read(workdir: Path, scale: str, kept: Path | None = None) -> Finished:
     """The runs that are done of a scale's directory, and of the file.
 
     Raises:
-      ValueError: neither has runs, or they are not of this scale or of one base; one line.
+      ValueError: neither has runs, or they are not of this scale, of one base and of one text; one line.
     """
-    base, runs = _kept(kept, scale) if kept and kept.exists() else (None, {})
+    base, runs = _kept(kept, scale)
     definition = study.read_definition(workdir)
     if definition is None and base is None:
         raise ValueError(
             f"--workdir={workdir}: no runs; accepted is a directory of this command's, or run a claim first"
         )
     if definition is not None:
-        _check(f"--workdir={workdir}", definition["runs"].values(), scale)
+        _check_scale(workdir, definition["runs"].values(), scale)
         if base is not None:
             _same(kept, base, from_config(definition["base"]), f"are in {workdir}")
         base = definition["base"]
         for name, overrides in definition["runs"].items():
             outcome = _outcome(workdir / name)
             if outcome is not None:
-                runs[tuple(overrides.items())] = outcome
+                runs[key(overrides)] = outcome
+    _check_text(workdir, kept, runs)
     return Finished(base, runs)
 
 
@@ -75,67 +84,97 @@ def missing(
     Raises:
       ValueError: the file's runs have another base; one line.
     """
-    if not (kept and kept.exists()):
-        return list(wanted)
     base, runs = _kept(kept, scale)
+    if base is None:
+        return list(wanted)
     _, arguments = choice.read([argument for argument in argv if argument != "--dry_run"])
     _same(kept, base, study.read(arguments, doc, ()).base, "are asked")
-    return [run for run in wanted if tuple(run.items()) not in runs]
+    return [run for run in wanted if key(run) not in runs]
 
 
 def update(kept: Path, workdir: Path, scale: str) -> None:
     """Adds the runs that are done in the directory to the file, at once or not at all."""
-    found = read(workdir, scale, kept)
-    base = _portable(found.base, scale)
-    lines = [
-        json.dumps({"run": dict(key), "base": base, **_written(run, origin)})
-        for key, (run, origin) in found.runs.items()
-    ]
     kept.parent.mkdir(parents=True, exist_ok=True)
-    report.write_whole(kept, "".join(line + "\n" for line in sorted(lines)))
+    with _alone(kept.parent):
+        found = read(workdir, scale, kept)
+        base = changed(_portable(found.base), to_dict(Settings()))
+        lines = [
+            json.dumps({"scale": scale, "run": dict(overrides), "base": base, **_written(run, origin)})
+            for overrides, (run, origin) in found.runs.items()
+        ]
+        report.write_whole(kept, "".join(line + "\n" for line in sorted(lines)))
 
 
-def _check(where: str, found: Iterable[Overrides], scale: str) -> None:
-    known = [{field: value for field, (value,) in one.items()} for one in claims.products(scale)]
-    if not all(overrides in known for overrides in found):
-        raise ValueError(f"{where}: not the runs of --scale={scale}; accepted is the scale's own directory")
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One command at a time adds to a directory's files."""
+    number = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
-def _same(kept: Path, base: dict[str, Any], other: Settings, there: str) -> None:
+def _check_scale(workdir: Path, found: Any, scale: str) -> None:
+    """Refuses the runs of another scale: those that this one has not, or all of another's and no more."""
+    asked = {key(overrides) for overrides in found}
+    runs = {
+        name: {key({field: value for field, (value,) in one.items()}) for one in claims.products(name)}
+        for name in SCALES
+    }
+    others = [name for name, known in runs.items() if asked == known]
+    if asked - runs[scale] or (others and scale not in others):
+        raise ValueError(
+            f"--workdir={workdir}: not the runs of --scale={scale}; accepted is the scale's own directory"
+        )
+
+
+def _check_text(workdir: Path, kept: Path | None, runs: dict[Key, Outcome]) -> None:
+    found = (origin.get("documents_sha256") for _, origin in runs.values())
+    texts = {json.dumps(hashes, sort_keys=True) for hashes in found if hashes}
+    if len(texts) > 1:
+        where = f"--workdir={workdir}" + (f" and --kept={kept}" if kept else "")
+        raise ValueError(
+            f"{where}: runs of {len(texts)} texts (documents_sha256 in run.json); accepted are runs of one"
+        )
+
+
+def _same(kept: Path | None, base: dict[str, Any], other: Settings, there: str) -> None:
     """Refuses runs of another base than the file's."""
-    a, b = flat(to_dict(from_config(base))), flat(to_dict(other))
-    differ = [
-        f"{field} ({a[field]} kept, {b[field]} asked)"
-        for field in a
-        if a[field] != b[field] and not field.startswith(FREE)
-    ]
-    if differ:
+    if differ := different(base, to_dict(other)):
         raise ValueError(
             f"--kept={kept}: runs that differ from those that {there} in {', '.join(differ)}; accepted is a file of the same base"
         )
 
 
-def changed(base: dict[str, Any], scale: str) -> dict[str, Any]:
-    """The fields of a base that are not those of the scale's config."""
-    plain = flat(_plain(scale))
-    return {field: value for field, value in flat(base).items() if plain.get(field) != value}
+def different(base: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The fields in which two bases differ so that their runs can't be compared, with both values."""
+    a, b = flat(to_dict(from_config(base))), flat(to_dict(from_config(other)))
+    fields = (field for field in a if a[field] != b[field] and not field.startswith(FREE))
+    return [f"{field} ({a[field]} and {b[field]})" for field in fields]
+
+
+def changed(base: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a base that are not those of another one."""
+    other = flat(plain)
+    return {field: value for field, value in flat(base).items() if other.get(field) != value}
 
 
 @functools.cache
-def _plain(scale: str) -> dict[str, Any]:
+def plain(scale: str) -> dict[str, Any]:
+    """The settings of a scale's config, by group."""
     config = import_module(SCALES[scale].config.removesuffix(".py").replace("/", ".")).get_config()
     return to_dict(from_config(config))
 
 
-def _portable(base: dict[str, Any], scale: str) -> dict[str, Any]:
+def _portable(base: dict[str, Any]) -> dict[str, Any]:
     """Without this machine's directories."""
-    found = {field: value for field, value in changed(base, scale).items() if field != "data.data_dir"}
-    if "data.source" in found:
-        found["data.source"] = Path(found["data.source"]).name
-    return found
+    return merged(base, {"data.data_dir": "", "data.source": Path(base["data"]["source"]).name})
 
 
-def _outcome(directory: Path) -> tuple[sweeps.Run | None, dict[str, Any]] | None:
+def _outcome(directory: Path) -> Outcome | None:
     known = read_run(directory)
     try:
         return sweeps.read(directory), known
@@ -147,29 +186,38 @@ def _written(run: sweeps.Run | None, origin: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"origin": {name: origin[name] for name in ORIGIN if name in origin}}
     if run is None:
         return found | {"diverged": True}
-    # Four digits of a time, six of a loss: more than either is worth.
-    found |= {name: [float(f"{value:.6g}") for value in getattr(run, name)] for name in ARRAYS}
+    found |= {name: _numbers(getattr(run, name)) for name in ARRAYS}
     found |= {name: getattr(run, name) for name in NUMBERS}
-    found["parts"] = {
-        part: [[float(f"{value:.6g}") for value in values] for values in series]
-        for part, series in run.parts.items()
-    }
+    found["parts"] = {part: [*map(_numbers, series)] for part, series in run.parts.items()}
     return found | {"routing": run.routing._asdict() if run.routing else None}
 
 
-def _kept(path: Path, scale: str) -> tuple[dict[str, Any] | None, dict[Key, Any]]:
+def _numbers(values: np.ndarray) -> list[float]:
+    """To six digits, more than a loss or a time is worth."""
+    return [float(f"{value:.6g}") for value in values]
+
+
+def _kept(path: Path | None, scale: str) -> tuple[dict[str, Any] | None, dict[Key, Outcome]]:
+    """(base, runs) of the file; None where there is no file or no line. Runs that no claim asks for any more stay."""
     base, runs = None, {}
+    if not (path and path.exists()):
+        return base, runs
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         where = f"--kept={path}, line {number}"
         try:
             found = json.loads(line)
-            here = merged(_plain(scale), found["base"])
-            runs[tuple(found["run"].items())] = _restored(found, from_config(merged(here, found["run"])))
+            here = merged(to_dict(Settings()), found["base"])
+            outcome = _restored(found, from_config(merged(here, found["run"])))
+            if found["scale"] != scale:
+                raise ValueError(f"it is of --scale={found['scale']}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: not a run that this command kept ({error})") from error
+            raise ValueError(
+                f"{where}: not a run that this command kept of --scale={scale} ({error}); accepted is a file of its own for each"
+                " scale"
+            ) from error
         base = base or here
         _same(path, base, from_config(here), f"are in line {number}")
-    _check(f"--kept={path}", map(dict, runs), scale)
+        runs[key(found["run"])] = outcome
     return base, runs
 
 
@@ -182,16 +230,13 @@ def merged(groups: dict[str, Any], fields: Overrides) -> dict[str, Any]:
     return found
 
 
-def _restored(found: dict[str, Any], settings: Settings) -> tuple[sweeps.Run | None, dict[str, Any]]:
+def _restored(found: dict[str, Any], settings: Settings) -> Outcome:
     origin = dict(found["origin"])
     if found.get("diverged"):
         return None, origin
-    arrays = {name: np.array(found[name]) for name in ARRAYS}
-    routing = sweeps.Routing(**found["routing"]) if found["routing"] else None
-    values = {
-        field.name: found[field.name] for field in dataclasses.fields(sweeps.Run) if field.name in NUMBERS
-    }
-    name = ",".join(f"{field}={value}" for field, value in found["run"].items())
+    values = {name: np.array(found[name]) for name in ARRAYS} | {name: found[name] for name in NUMBERS}
+    values["routing"] = sweeps.Routing(**found["routing"]) if found["routing"] else None
     values["parts"] = {part: tuple(map(np.array, series)) for part, series in found["parts"].items()}
+    name = ",".join(f"{field}={value}" for field, value in found["run"].items())
     told = {"device": str(origin.get("device", "not recorded")), "versions": origin.get("versions") or {}}
-    return sweeps.Run(name, settings, **arrays, **values, routing=routing, **told), origin
+    return sweeps.Run(name, settings, **values, **told), origin

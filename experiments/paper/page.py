@@ -22,7 +22,12 @@ HEADS = [
     "here",
     "seeds x M tokens",
 ]
-ORDER = (verdicts.NOT_HELD, verdicts.UNDECIDED, verdicts.HELD)  # of the parts: which is shown
+ORDER = (
+    verdicts.NOT_HELD,
+    verdicts.NOT_RUN,
+    verdicts.UNDECIDED,
+    verdicts.HELD,
+)  # of the parts: which is shown
 
 
 def write(results: Path) -> Path:
@@ -42,7 +47,10 @@ def write(results: Path) -> Path:
         read = scorecard.read(directory, scale, directory / KEPT)
         # The runs were made elsewhere.
         own = f" --workdir={shlex.quote(str(directory))}"
-        lines += _scale(directory, read._replace(arguments=read.arguments.replace(own, "")))
+        read = read._replace(arguments=read.arguments.replace(own, ""))
+        judged = scorecard.judged(read)
+        report.write_whole(directory / "scorecard.md", scorecard.markdown(read, judged))
+        lines += _scale(directory, read, judged)
     lines += ["## Not run at any scale", ""]
     waiting = [
         [claim.name, claim.source, claim.says, claim.not_run]
@@ -55,17 +63,17 @@ def write(results: Path) -> Path:
     return path
 
 
-def _scale(directory: Path, results: scorecard.Results) -> list[str]:
-    scale = results.scale
-    judged = [(claim, scorecard.judge(claim, results)) for claim in claims.tried(scale)]
-    summary = scorecard.summary(results, {claim.name: found for claim, found in judged})
+def _scale(directory: Path, results: scorecard.Results, judged: dict[str, Verdict]) -> list[str]:
+    scale, summary = results.scale, scorecard.summary(results, judged)
     lines = [
         f"## Scale `{scale}`",
         "",
         *(f"- {name}: {value}" for name, value in summary),
         "",
     ]
-    lines += scorecard.markdown_rows(HEADS, [_row(claim, found, results) for claim, found in judged])
+    lines += scorecard.markdown_rows(
+        HEADS, [_row(claims.CLAIMS[name], found, results) for name, found in judged.items()]
+    )
     lines += [
         "",
         f"Every part and arm: [paper_{scale}/scorecard.md](paper_{scale}/scorecard.md). {verdicts.RULE}",
@@ -93,12 +101,8 @@ def _row(claim: Claim, found: Verdict, results: scorecard.Results) -> list[str]:
 
 
 def _deciding(findings: Sequence[Finding]) -> Finding | None:
-    """Of the parts that were run the first of the worst outcome; of those that held that of the greatest distance."""
-    for outcome in ORDER:
-        chosen = [finding for finding in findings if finding.outcome == outcome]
-        if chosen:
-            return chosen[0]
-    return None
+    """The first part of the worst outcome."""
+    return next((one for outcome in ORDER for one in findings if one.outcome == outcome), None)
 
 
 @plots.own_style
@@ -122,12 +126,13 @@ def _pictures(directory: Path, results: scorecard.Results) -> dict[str, str]:
 def _costs(directory: Path, results: scorecard.Results, judged: Sequence[tuple[Claim, Verdict]]) -> list[str]:
     """What deciding the undecided parts costs, by the pilots' spread."""
     try:
-        rows = power.costs(directory, results.scale, directory / KEPT)
+        text, rows = power.table(directory, results.scale, directory / KEPT)
     except ValueError:
         return []
+    report.write_whole(directory / "power.md", text)
     open_parts = {
-        (claim.name, finding.check.says)
-        for claim, verdict in judged
+        (name, finding.check.says)
+        for name, verdict in judged.items()
         for finding in verdict.findings
         if finding.outcome in (verdicts.UNDECIDED, verdicts.NOT_RUN)
     }

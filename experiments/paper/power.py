@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from switchmoe.analysis import power, report, sweeps
 from switchmoe.analysis.power import Spread
 from switchmoe.analysis.verdicts import Check
 from switchmoe.data import batches
+from switchmoe.planning import flops
 from switchmoe.runs.reporting import duration
+from switchmoe.settings import Settings, from_config
 
 SMALLEST = 0.01  # nats: below it a difference is of no use to anybody here
 MEANS = (1, 2, 3)  # evaluations of which a loss is the mean
@@ -33,39 +36,31 @@ def write(workdir: Path, scale: str, kept: Path | None = None) -> tuple[str, Pat
     """Reads the pilots' runs in a scale's directory; returns the tables as Markdown, and the file they are in.
 
     Raises:
-      ValueError: no pilots of two seeds are done; one line.
+      ValueError: as `table`.
     """
-    arms = _pilots(finished.read(workdir, scale, kept), scale)
-    found, best, seconds = _measured(arms)
-    lines = [f"# Power at scale `{scale}`", "", *_origin(arms, seconds), ""]
-    lines += scorecard.markdown_rows(SPREAD_HEADS, _spread_rows(found, [spread.step for spread in found[1]]))
-    lines += ["", _explained(best), ""]
-    lines += scorecard.markdown_rows(CLAIM_HEADS, _claim_rows(scale, best, max(seconds.values())))
+    text, _ = table(workdir, scale, kept)
     path = workdir / "report" / "power.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(lines) + "\n"
     report.write_whole(path, text)
     return text, path
 
 
-def costs(workdir: Path, scale: str, kept: Path) -> list[list[str]]:
-    """Lines of `CLAIM_HEADS`.
+def table(workdir: Path, scale: str, kept: Path | None = None) -> tuple[str, list[list[str]]]:
+    """(the tables as Markdown, lines of `CLAIM_HEADS`).
 
     Raises:
-      ValueError: as `write`.
+      ValueError: no pilots of two seeds are done; one line.
     """
-    _, best, seconds = _measured(_pilots(finished.read(workdir, scale, kept), scale))
-    return _claim_rows(scale, best, max(seconds.values()))
-
-
-def _measured(
-    arms: dict[str, dict[int, sweeps.Run]],
-) -> tuple[dict[int, list[Spread]], Spread, dict[str, float]]:
-    """Spreads by how many evaluations a loss is the mean of, the least at the end, and seconds of a run by arm."""
+    done = finished.read(workdir, scale, kept)
+    arms = _pilots(done, scale)
     one, other = arms.values()
     found = {last: power.spreads(one, other, last) for last in MEANS}
-    best = min((spreads[-1] for spreads in found.values() if spreads), key=lambda spread: spread.paired)
-    return found, best, {name: _seconds(list(runs.values())) for name, runs in arms.items()}
+    best = found[1][-1]  # a verdict is of the last evaluation
+    claimed = _claim_rows(scale, best, done.base, _seconds_a_flop(arms))
+    lines = [f"# Power at scale `{scale}`", "", *_origin(arms), ""]
+    lines += scorecard.markdown_rows(SPREAD_HEADS, _spread_rows(found, [spread.step for spread in found[1]]))
+    lines += ["", _explained(best), "", *scorecard.markdown_rows(CLAIM_HEADS, claimed)]
+    return "\n".join(lines) + "\n", claimed
 
 
 def _pilots(done: finished.Finished, scale: str) -> dict[str, dict[int, sweeps.Run]]:
@@ -79,9 +74,22 @@ def _pilots(done: finished.Finished, scale: str) -> dict[str, dict[int, sweeps.R
     return arms
 
 
-def _seconds(runs: Sequence[sweeps.Run]) -> float:
-    """Of training a run."""
-    return float(np.median([run.step_seconds * run.settings.train.num_steps for run in runs]))
+def _seconds(run: sweeps.Run) -> float:
+    """Of training."""
+    return run.step_seconds * run.settings.train.num_steps
+
+
+def _flops(settings: Settings) -> float:
+    """Of a run."""
+    return flops.train_flops(settings, batches.lengths(settings.data)) * settings.train.num_steps
+
+
+def _seconds_a_flop(arms: dict[str, dict[int, sweeps.Run]]) -> float:
+    """Of the slower of the two arms, the median over its runs."""
+    return max(
+        float(np.median([_seconds(run) / _flops(run.settings) for run in runs.values()]))
+        for runs in arms.values()
+    )
 
 
 def millions(run: sweeps.Run) -> float:
@@ -90,11 +98,13 @@ def millions(run: sweeps.Run) -> float:
     return run.settings.train.num_steps * data.batch_size * batches.real_tokens(data) / 1e6
 
 
-def _origin(arms: dict[str, dict[int, sweeps.Run]], seconds: dict[str, float]) -> list[str]:
+def _origin(arms: dict[str, dict[int, sweeps.Run]]) -> list[str]:
     run = next(iter(next(iter(arms.values())).values()))
     train = run.settings.train
     told = "; ".join(f"{name}: seeds {', '.join(map(str, runs))}" for name, runs in arms.items())
-    times = "; ".join(f"{name} {duration(seconds[name])}" for name in arms)
+    times = "; ".join(
+        f"{name} {duration(float(np.median([*map(_seconds, runs.values())])))}" for name, runs in arms.items()
+    )
     return [
         f"- Pilots, which no claim uses: {told}",
         f"- {train.num_steps} steps of {run.settings.data.batch_size} examples ({millions(run):.1f} M tokens), "
@@ -125,23 +135,30 @@ def _spread_rows(found: dict[int, list[Spread]], steps: Sequence[int]) -> list[l
 def _explained(best: Spread) -> str:
     least = power.smallest_effect(5, best.high)
     return (
-        f"The last column is the least difference that three seeds decide four times in five. Planned is with the upper end of the 80 % interval of the smallest spread at the end, {best.high:.4f} nats "
+        f"The last column is the least difference that three seeds decide four times in five. Planned is with the upper end of the 80 % interval of the spread at the end, {best.high:.4f} nats "
         f"({best.paired:.4f} measured, {best.seeds} seeds). Five seeds then decide a difference of {least:.4f} nats with a "
         f"chance of {power.POWER:.0%}. Seeds are those at which the 95 % interval lies on one side of the claim's bound with that chance, if the true difference is as said. "
         f"Parts whose figure is a ratio or a share are not in the table."
     )
 
 
-def _claim_rows(scale: str, best: Spread, seconds: float) -> list[list[str]]:
+def _claim_rows(scale: str, best: Spread, base: dict[str, Any], seconds: float) -> list[list[str]]:
+    """``seconds`` a FLOP: an arm's time goes with its FLOPs."""
     rows = []
     for claim in claims.tried(scale):
-        arms = len(claim.arms(SCALES[scale]))
+        if claim.mixture:  # its figures are of the parts, whose spread is another
+            continue
+        settings = [
+            from_config(finished.merged(base, claims.run_of(arm, 0, scale)))
+            for arm in claim.arms(SCALES[scale]).values()
+        ]
+        hours_a_seed = sum(map(_flops, settings)) * seconds / 3600
         for check in claim.checks(SCALES[scale]):
             if check.unit != "nats":
                 continue
             for label, effect, distance, chance in _effects(check):
                 seeds = power.seeds_needed(distance, best.high, chance)
-                hours = "" if seeds is None else f"{arms * seeds * seconds / 3600:.1f}"
+                hours = "" if seeds is None else f"{seeds * hours_a_seed:.1f}"
                 told = f"more than {power.MOST_SEEDS}" if seeds is None else str(seeds)
                 rows.append([claim.name, check.says, label, f"{effect:g}", told, hours])
     return rows

@@ -27,6 +27,7 @@ class Results(NamedTuple):
     tables: dict[str, Table]  # by claim
     origins: list[dict[str, Any]]  # `run.json` of the runs that are done or diverged
     seeds: list[int]
+    clocks: dict[str, str]  # where steps were timed in turn, by the claims for which they were
 
     def command(self, names: str) -> str:
         return f"python -m experiments.paper {names} {self.arguments}"
@@ -38,23 +39,25 @@ def read(workdir: Path, scale: str, kept: Path | None = None) -> Results:
     Raises:
       ValueError: as `finished.read`.
     """
-    done, seconds = finished.read(workdir, scale, kept), times.read(times.place(workdir, kept))
-    tables, origins = {}, {}
+    done, found = finished.read(workdir, scale, kept), times.read(times.place(workdir, scale, kept))
+    tables, origins, clocks = {}, {}, {}
     for claim in claims.tried(scale):
-        count = claims.seeds(claim, scale)
+        measured = times.newest(claim, scale, done.base, found)
+        if measured:
+            clocks[claim.name] = f"{measured['machine']}, commit {measured['commit']}"
         tables[claim.name] = {
             arm: {
-                seed: times.timed(outcome[0], run, seed, count, seconds)
-                for seed in range(count)
+                seed: times.timed(outcome[0], run, seed, measured)
+                for seed in range(claims.seeds(claim, scale))
                 if (outcome := done.run(run := claims.run_of(overrides, seed, scale)))
             }
             for arm, overrides in claim.arms(SCALES[scale]).items()
         }
-        used = {tuple(run.items()) for run in claims.runs(claim, scale)}
-        origins |= {key: origin for key, (_, origin) in done.runs.items() if key in used}
+        used = set(map(finished.key, claims.runs(claim, scale)))
+        origins |= {found: origin for found, (_, origin) in done.runs.items() if found in used}
     seeds = sorted({seed for table in tables.values() for runs in table.values() for seed in runs})
     source, arguments = done.base["data"]["source"], _arguments(done.base, scale, workdir)
-    return Results(scale, source, arguments, tables, list(origins.values()), seeds)
+    return Results(scale, source, arguments, tables, list(origins.values()), seeds, clocks)
 
 
 def _arguments(base: dict[str, Any], scale: str, workdir: Path) -> str:
@@ -63,7 +66,9 @@ def _arguments(base: dict[str, Any], scale: str, workdir: Path) -> str:
         f"--scale={scale}",
         *([] if workdir == Path(f"runs/paper_{scale}") else [f"--workdir={workdir}"]),
     ]
-    words += [f"--config.{field}={value}" for field, value in finished.changed(base, scale).items()]
+    words += [
+        f"--config.{field}={value}" for field, value in finished.changed(base, finished.plain(scale)).items()
+    ]
     return " ".join(map(shlex.quote, words))
 
 
@@ -119,10 +124,10 @@ def write(workdir: Path, scale: str, kept: Path | None = None) -> Path:
     results = read(workdir, scale, kept)
     directory = workdir / "report"
     (directory / "plots").mkdir(parents=True, exist_ok=True)
-    judged = {claim.name: judge(claim, results) for claim in claims.tried(scale)}
-    report.write_whole(directory / "scorecard.md", _markdown(results, judged))
+    found = judged(results)
+    report.write_whole(directory / "scorecard.md", markdown(results, found))
     path = directory / "scorecard.html"
-    report.write_whole(path, _page(results, judged, _pictures(results, directory / "plots")))
+    report.write_whole(path, _page(results, found, _pictures(results, directory / "plots")))
     return path
 
 
@@ -150,12 +155,22 @@ def summary(results: Results, judged: dict[str, Verdict]) -> list[tuple[str, str
             f"{len(origins)}, {duration(sum(one.get('train_seconds', 0) for one in origins))} of training",
         ),
         ("Command", results.command("NAME...")),
+        ("Steps timed in turn", _clocks(results)),
         ("Seeds", ", ".join(map(str, results.seeds)) or report.MISSING),
         ("Machine", each(lambda one: one.get("device") and f"{one.get('machine', '')} ({one['device']})")),
         ("Text", each(text)),
         ("Versions", each(lambda one: ", ".join(f"{k} {v}" for k, v in (one.get("versions") or {}).items()))),
         ("Commit", each(lambda one: one.get("commit", ""))),
     ]
+
+
+def _clocks(results: Results) -> str:
+    where = {
+        place: [name for name, own in results.clocks.items() if own == place]
+        for place in results.clocks.values()
+    }
+    told = "; ".join(f"{', '.join(names)}: {place}" for place, names in where.items())
+    return told or "none: times are those of the runs themselves, with others beside them"
 
 
 def _tables(claim: Claim, results: Results, found: Verdict) -> list[tuple[list[str], list[list[str]]]]:
@@ -177,7 +192,13 @@ def _score(judged: dict[str, Verdict]) -> list[list[str]]:
 SCORE_HEADS = ["claim", "source", "verdict", *PART_HEADS[:4], "of the part"]
 
 
-def _markdown(results: Results, judged: dict[str, Verdict]) -> str:
+def judged(results: Results) -> dict[str, Verdict]:
+    """The verdicts of the scale's claims by name."""
+    return {claim.name: judge(claim, results) for claim in claims.tried(results.scale)}
+
+
+def markdown(results: Results, judged: dict[str, Verdict]) -> str:
+    """The scorecard as Markdown."""
     lines = [f"# The papers' claims at scale `{results.scale}`", ""]
     lines += [f"- {name}: {value}" for name, value in summary(results, judged)]
     lines += ["", verdicts.RULE, "", *markdown_rows(SCORE_HEADS, _score(judged))]

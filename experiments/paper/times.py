@@ -1,10 +1,14 @@
 """Seconds a step of the arms that claims about time compare: interleaved, on a machine that does nothing else.
 
-What a run's own records say of time is of no use for such a claim: other runs and the machine's moods were beside it.
+What a run's own records say of time is of no use for such a claim: other runs and the machine's moods were beside it. In a
+process of its own for each seed, as where a program's memory lies matters too, the arms' steps are timed in turn in each of
+some rounds; a seed's time is the median of its process.
 """
 
+import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +20,18 @@ from experiments import claims
 from experiments.claims import SCALES, Claim, Overrides
 from experiments.paper import finished
 from switchmoe.analysis import report, sweeps
-from switchmoe.settings import Settings, from_config
+from switchmoe.runs import origin
+from switchmoe.settings import from_config
 
-FILE = "times.json"
 REPEATS = 15
+Times = list[
+    dict[str, Any]
+]  # measurements, the newest last: machine, base, and `seconds` by arm: a list for each seed
 
 
-def place(workdir: Path, kept: Path | None) -> Path:
+def place(workdir: Path, scale: str, kept: Path | None) -> Path:
     """Beside the file of the kept runs, else in the directory."""
-    return (kept.parent if kept else workdir) / FILE
+    return (kept.parent if kept else workdir) / f"times_{scale}.json"
 
 
 def arms(claim: Claim, scale: str) -> list[Overrides]:
@@ -37,56 +44,73 @@ def arms(claim: Claim, scale: str) -> list[Overrides]:
     ]
 
 
-def measure(base: dict[str, Any], wanted: Sequence[Overrides], repeats: int, path: Path) -> None:
-    """Times a step of each arm in turn, in so many rounds, and writes the file at once or not at all."""
-    import jax
+def measure(base: dict[str, Any], wanted: Sequence[Overrides], seeds: int, repeats: int, path: Path) -> None:
+    """Times the arms' steps, and adds them to the file, at once or not at all."""
+    names = [_key(arm) for arm in wanted]
+    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
+    for seed in range(seeds):
+        print(
+            f"process {seed + 1} of {seeds}: {len(names)} arms, {repeats} rounds", file=sys.stderr, flush=True
+        )
+        settings = [finished.merged(base, arm | {"train.seed": seed}) for arm in wanted]
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            for name, found in zip(names, pool.submit(_seconds, settings, repeats).result(), strict=True):
+                seconds[name].append(found)
+    told = {"machine": origin.machine(), "commit": origin.commit()}
+    measured = read(path) + [told | {"base": base, "seconds": seconds}]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.write_whole(path, json.dumps(measured, indent=1) + "\n")
 
+
+def _seconds(settings: Sequence[dict[str, Any]], repeats: int) -> list[list[float]]:
+    """Of each of the settings in each round."""
     from experiments.bench import step
     from switchmoe.analysis import timing
-    from switchmoe.runs import origin, telling
 
     cases = {}
-    for number, overrides in enumerate(wanted):
-        settings = from_config(finished.merged(base, overrides))
-        print(f"compiling {number + 1} of {len(wanted)}: {overrides}", file=sys.stderr, flush=True)
-        cases[_key(overrides)] = step.compiled_step(settings, _batch(settings))
-    print(f"{repeats} rounds of {len(cases)} steps", file=sys.stderr, flush=True)
-    seconds = timing.measure(cases, repeats)
-    found = {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "machine": origin.machine(),
-        "versions": telling.versions(),
-        "commit": origin.commit(),
-        "seconds": {key: [float(f"{value:.5g}") for value in values] for key, values in seconds.items()},
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_whole(path, json.dumps(found, indent=1) + "\n")
+    for number, groups in enumerate(settings):
+        one = from_config(groups)
+        print(f"compiling {number + 1} of {len(settings)}", file=sys.stderr, flush=True)
+        cases[str(number)] = step.compiled_step(one, _batch(one))
+    return [[float(f"{second:.5g}") for second in found] for found in timing.measure(cases, repeats).values()]
 
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """Seconds of each round by arm; {} if none were measured.
+def read(path: Path) -> Times:
+    """The measurements; [] if there is no file.
 
     Raises:
       ValueError: the file is not what `measure` writes; one line.
     """
     if not path.exists():
-        return {}
+        return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["seconds"]
-        return {key: np.array(values, float) for key, values in found.items()}
+        found = list(json.loads(path.read_text(encoding="utf-8")))
+        if not found:
+            raise ValueError("it is empty")
+        for one in found:
+            from_config(one["base"]), str(one["machine"]), str(one["commit"])
+            [float(second) for seeds in one["seconds"].values() for rounds in seeds for second in rounds]
+        return found
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: not what `times` writes ({error}); accepted is to measure again"
         ) from error
 
 
-def timed(run: sweeps.Run | None, arm: Overrides, seed: int, seeds: int, found: dict[str, np.ndarray]) -> Any:
-    """The run with the measured time of its arm: of each seed that of rounds of its own, the median."""
-    seconds = found.get(_key(arm))
-    if run is None or seconds is None:
+def newest(claim: Claim, scale: str, base: dict[str, Any], found: Times) -> dict[str, Any] | None:
+    """The newest measurement of runs of this base that has all arms of the claim's parts about time; None: there is none."""
+    wanted = {_key(arm) for arm in arms(claim, scale)}
+    same = [one for one in found if not finished.different(one["base"], base)]
+    return next((one for one in reversed(same) if wanted and wanted <= one["seconds"].keys()), None)
+
+
+def timed(run: sweeps.Run | None, arm: Overrides, seed: int, measured: dict[str, Any] | None) -> Any:
+    """The run with its arm's time of its seed; as it is where there is none."""
+    seconds = measured["seconds"].get(_key(arm), []) if measured else []
+    if run is None or seed >= len(seconds):
         return run
-    second = float(np.median(seconds[seed::seeds]))
-    steps = run.settings.train.num_steps
+    second, steps = float(np.median(seconds[seed])), run.settings.train.num_steps
     return dataclasses.replace(
         run, step_seconds=second, step_T=np.array([steps]), seconds_T=np.array([steps * second])
     )
@@ -94,14 +118,14 @@ def timed(run: sweeps.Run | None, arm: Overrides, seed: int, seeds: int, found: 
 
 def _key(arm: Overrides) -> str:
     """Of a run of any seed."""
-    return json.dumps({field: value for field, value in arm.items() if field != "train.seed"})
+    return json.dumps({field: value for field, value in sorted(arm.items()) if field != "train.seed"})
 
 
-def _batch(settings: Settings) -> dict[str, Any]:
+def _batch(settings: Any) -> dict[str, Any]:
     """Tokens at random, of one document a row."""
     from switchmoe.data import batches
 
-    rng, rows = np.random.default_rng(0), settings.data.batch_size
+    rng, rows = np.random.default_rng(settings.train.seed), settings.data.batch_size
     lengths = batches.array_lengths(batches.lengths(settings.data))
     fixed = {"segments": lambda length: np.ones(length), "positions": np.arange}
     return {

@@ -18,6 +18,7 @@ def all_lower(better: str, worse: str, paper: str = "") -> Check:
     def least(better: Run | None, worse: Run | None) -> float:
         if better is None or worse is None:
             return math.nan
+        _alike(better, worse)
         return float(min(worse.parts[part][1][-1] - loss_V[-1] for part, (_, loss_V) in better.parts.items()))
 
     says = f"loss of {better} below {worse} in every language, least difference"
@@ -25,7 +26,7 @@ def all_lower(better: str, worse: str, paper: str = "") -> Check:
 
 
 def mean_sooner(fast: str, slow: str, paper: str = "") -> Check:
-    """``fast`` reaches the final loss of ``slow`` in fewer steps, in the geometric mean over the parts."""
+    """``fast`` reaches the lowest loss of ``slow`` in fewer steps, in the geometric mean over the parts."""
 
     def mean(speed_up_P: np.ndarray) -> float:
         return float(np.log(speed_up_P).mean()) if speed_up_P.all() else -math.inf
@@ -46,12 +47,21 @@ def share_sooner(fast: str, slow: str, times: float, share: float, paper: str = 
 
 def speed_ups(fast: Run, slow: Run) -> dict[str, float]:
     """By part: steps of ``slow`` to its lowest held-out loss / steps of ``fast`` to that loss; 0 if it is not reached."""
+    _alike(fast, slow)
     found = {}
     for part, (step_V, loss_V) in slow.parts.items():
         goal = float(loss_V.min())
         step = first_reached(*fast.parts[part], goal)
         found[part] = 0.0 if step is None else float(first_reached(step_V, loss_V, goal)) / step
     return found
+
+
+def _alike(one: Run, other: Run) -> None:
+    if not one.parts or one.parts.keys() != other.parts.keys():
+        raise ValueError(
+            f"runs {one.name} and {other.name}: parts {', '.join(one.parts) or 'none'} and {', '.join(other.parts) or 'none'};"
+            " accepted are runs of one mixture (data.parts)"
+        )
 
 
 def _of_speed_ups(figure: Callable[[np.ndarray], float]) -> Callable[[Run | None, Run | None], float]:

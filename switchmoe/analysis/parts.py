@@ -62,7 +62,7 @@ def loads(records: Sequence[Record]) -> Figure:
         axes.pcolormesh(np.maximum(load_PE[:, order], 1e-6), cmap=colours, norm=norm, rasterized=True)
         axes.set_title(f"{stack}, block {layers[place].split('/')[1]}", fontsize=9, loc="left")
         axes.set_xlabel("expert, by the part that uses it most", fontsize=9)
-        axes.set_yticks(np.arange(len(parts)) + 0.5, labels=parts, fontsize=8)
+        axes.set_yticks(np.arange(len(parts)) + 0.5, labels=parts, fontsize=8, parse_math=False)
         axes.tick_params(labelsize=8)
     panels[0].invert_yaxis()
     bar = figure.colorbar(ScalarMappable(norm, plots.LOAD_COLOURS), ax=panels, extend="both", aspect=30)

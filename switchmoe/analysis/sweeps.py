@@ -151,10 +151,19 @@ def read(directory: Path) -> Run:
     return Run(
         directory.name, settings, *counts, **series, routing=routing,
         device=str(known.get("device", "not recorded")), versions=dict(known.get("versions") or {}),
-        parts={
-            part: plots.series(records, parts.PREFIX + part, "cross_entropy") for part in parts.names(records)
-        },
+        parts=_parts(records, series["step_V"][-1]),
     )  # fmt: skip
+
+
+def _parts(records: Sequence[Record], last: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    found = {}
+    for part in parts.names(records):
+        step_V, loss_V = plots.series(records, parts.PREFIX + part, "cross_entropy")
+        finite = np.isfinite(loss_V)
+        if step_V[-1] != last or not finite[-1]:
+            raise ValueError(f"it has no held-out loss of {part} at step {last:.0f}")
+        found[part] = step_V[finite], loss_V[finite]
+    return found
 
 
 def _line(error: BaseException) -> str:

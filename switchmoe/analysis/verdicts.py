@@ -24,7 +24,7 @@ RULE = (
     "whole interval lies where the claim says, did not hold if all of it lies outside, and is not decidable at this scale if it "
     f"reaches across or if there are fewer than {MIN_SEEDS} seeds: differences smaller than the noise decide nothing. A claim held "
     "if all its parts did, did not if one did not. A run that stopped at a loss that is not a number is worse than any other. "
-    "Differences are positive and ratios above 1 where they speak for the claim. Of parts in which there is no difference, about "
+    "Where steps were timed in turn, a seed's time is of a process of its own. Differences are positive and ratios above 1 where they speak for the claim. Of parts in which there is no difference, about "
     "one in twenty is decided by chance."
 )
 

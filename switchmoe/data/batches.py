@@ -73,24 +73,25 @@ def document_order(
     a mixture (`data.parts`) that holds for each part by itself, and a part's share of the order goes with its number of
     documents to the power ``exponent`` (mT5's sampling; 2010.11934, 3.1).
     """
-    # Grain adds the epoch to the seed: neighbouring seeds would share their epochs.
-    (shuffle_seed,) = np.random.SeedSequence(seed).generate_state(1)
 
-    def endless(records: Sequence[str]) -> grain.MapDataset:
+    def endless(records: Sequence[str], *seeds: int) -> grain.MapDataset:
+        # Grain adds the epoch to the seed: neighbouring seeds would share their epochs.
+        (shuffle_seed,) = np.random.SeedSequence(seeds).generate_state(1)
         return grain.MapDataset.source(records).shuffle(int(shuffle_seed)).repeat()
 
     parts = getattr(documents, "parts", {})
     if not parts:
-        return endless(documents)[stream::streams]
+        return endless(documents, seed)[stream::streams]
     mixed = grain.MapDataset.mix(
-        [endless(prepared.Reordered(documents, numbers)) for numbers in parts.values()],
+        [
+            endless(prepared.Reordered(documents, numbers), seed, number)  # of its own: parts may be aligned
+            for number, numbers in enumerate(parts.values())
+        ],
         [float(len(numbers)) ** exponent for numbers in parts.values()],
     )
     # Parts take turns in a fixed order, of which a stream would meet some alone.
-    window = WINDOW * streams
-    return grain.experimental.WindowShuffleMapDataset(mixed, window_size=window, seed=int(shuffle_seed))[
-        stream::streams
-    ]
+    window, seed = WINDOW * streams, seed % 2**31  # grain adds the window's number
+    return grain.experimental.WindowShuffleMapDataset(mixed, window_size=window, seed=seed)[stream::streams]
 
 
 def stream_rows(settings: DataSettings) -> np.ndarray:

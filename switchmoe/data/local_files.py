@@ -254,12 +254,13 @@ def _records(
         if not isinstance(record.get(settings.text_field), str):
             texts = [name for name, value in record.items() if isinstance(value, str)]
             raise _no_text_field(settings, where, texts)
-        text = record[settings.text_field]
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise DataError(
-                f"data.source={settings.source}: {where}: half of a surrogate pair, not Unicode text"
-            )
-        yield text, _split_key(record, where, settings)
+        text, key = record[settings.text_field], _split_key(record, where, settings)
+        for value in (text, key):
+            if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise DataError(
+                    f"data.source={settings.source}: {where}: half of a surrogate pair, not Unicode text"
+                )
+        yield text, key
 
 
 def _split_key(record: dict[str, Any], where: str, settings: DataSettings) -> str:
@@ -268,7 +269,8 @@ def _split_key(record: dict[str, Any], where: str, settings: DataSettings) -> st
     value = record.get(settings.split_field)
     if not isinstance(value, (str, int)) or value == "":
         raise DataError(
-            f"data.split_field={settings.split_field}: not in {where}; accepted is a field with a string or an integer in each record"
+            f"data.split_field={settings.split_field}: neither a string nor an integer in {where}; accepted is a field that has one in"
+            " each record"
         )
     return str(value)
 

@@ -140,10 +140,10 @@ class _Preparation:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             directory = self.root / self._key()
-            if not (directory / DONE).exists():
+            if not self._done(directory):
                 directory.mkdir(exist_ok=True)
                 with self._alone(directory):
-                    if not (directory / DONE).exists():
+                    if not self._done(directory):
                         self._make(directory)
             return self._open(directory)
         except OSError as error:
@@ -151,6 +151,13 @@ class _Preparation:
                 f"data.data_dir={self.root.parent}: text of {self._size()} cannot be prepared there ({error}); accepted is a"
                 " directory that can be written, with as much room as the text takes unpacked"
             ) from error
+
+    def _done(self, directory: pathlib.Path) -> bool:
+        """Not that of an earlier version, which does not tell how many documents a file has, where that is asked."""
+        path = directory / DONE
+        return path.exists() and not (
+            self.settings.parts and '"files"' not in path.read_text(encoding="utf-8")
+        )
 
     def _size(self) -> str:
         return f"{local_files.Reading(self.paths).total / 1e6:,.0f} MB"
@@ -172,9 +179,7 @@ class _Preparation:
         digests = [self._file_digest(path) for path in self.paths]
         kinds = [pathlib.Path(path).suffixes[-2:] for path in self.paths]
         said = [digests, kinds, s.text_field, s.documents, s.validation_share, s.normalization]
-        said += (
-            [s.split_field, s.parts] if s.split_field or s.parts else []
-        )  # else the name that it always had
+        said += [s.split_field] if s.split_field else []  # else the name that it always had
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
     def _file_digest(self, path: str) -> str:
@@ -309,7 +314,7 @@ class _Shards:
 
     def finish(self) -> None:
         self.close()
-        numbers = order(np.array(self.places), self.share)["validation"]
+        numbers = np.argsort(np.array(self.places), kind="stable")
         held_out = hashlib.sha256()
         for index in numbers:
             held_out.update(self.digests[32 * index : 32 * index + 32])

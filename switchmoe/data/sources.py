@@ -115,12 +115,13 @@ def _local(settings: DataSettings, note: Note) -> dict[str, Documents]:
     paths = local_files.paths(settings)
     names = local_files.part_names(paths, settings) if settings.parts else []
     directory = os.path.dirname(os.path.abspath(paths[0]))
-    return {
-        name: Documents(
-            split.records, split.fingerprint, directory, parts=dict(zip(names, split.files, strict=False))
-        )
-        for name, split in prepared.splits(settings, cache, note).items()
-    }
+    found = {}
+    for name, split in prepared.splits(settings, cache, note).items():
+        parts = dict(zip(names, split.files, strict=True)) if names else {}
+        sizes = [f"{part} {len(numbers)}" for part, numbers in parts.items()]
+        sign = fingerprint([split.fingerprint, *sizes]) if parts else split.fingerprint
+        found[name] = Documents(split.records, sign, directory, parts=parts)
+    return found
 
 
 def _checked(found: dict[str, Documents], settings: DataSettings) -> dict[str, Documents]:

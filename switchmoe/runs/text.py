@@ -18,7 +18,6 @@ from switchmoe.settings import Settings
 from switchmoe.training import objective
 
 UNIGRAM_BATCHES = 200
-PART_BATCHES = 1  # of each part of a mixture, at most
 UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.01, 0.5  # shares of the held-out pieces
 VOCABULARY_FILE = start.VOCABULARY_FILE
 
@@ -83,14 +82,17 @@ class Text:
             settings.data, self.vocabulary, documents["validation"], settings.train.eval_batches
         )
         held_out = documents["validation"]
-        self.parts = {part: self._held_out(sources.part(held_out, part), part) for part in held_out.parts}
+        count = max(1, settings.train.eval_batches // max(1, len(held_out.parts)))  # of each, at most
+        self.parts = {
+            part: self._held_out(sources.part(held_out, part), part, count) for part in held_out.parts
+        }
         self._rare = _rare_shares(settings, self.evaluation, self.vocabulary)
 
-    def _held_out(self, documents: sources.Documents, part: str) -> list[batches.Batch]:
+    def _held_out(self, documents: sources.Documents, part: str, count: int) -> list[batches.Batch]:
         """Of a part, which a mistake's line names."""
         data = self._settings.data
         named = dataclasses.replace(data, source=f"{data.source} ({part})")
-        return batches.eval_batches(named, self.vocabulary, documents, PART_BATCHES, padded=True)
+        return batches.eval_batches(named, self.vocabulary, documents, count, padded=True)
 
     def batches(self, streams: Sequence[int] | None = None) -> Any:
         settings = self._settings

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from switchmoe.data.vocabulary import Vocabulary
-from switchmoe.runs import integrity, start
+from switchmoe.runs import buckets, integrity, start
 from switchmoe.settings import Settings, from_config, to_dict
 from switchmoe.training import train_state
 
@@ -75,10 +75,10 @@ def changed(settings: Settings, overrides: Mapping[str, Any]) -> Settings:
                 f"--config.{name}={value}: it is of the model or its training; accepted are {known}"
             )
         groups[group][field] = value
-    # A stream more or less, parts to be measured apart and steps of the optimizer are nothing to a reader.
-    groups["data"]["streams"], groups["data"]["parts"], groups["train"]["accumulate"] = 0, "", 1
-    if "data.source" in overrides and "data.split_field" not in overrides:
-        groups["data"]["split_field"] = ""  # another text has other fields
+    # A stream more or less, parts of another text, and steps of the optimizer are nothing to a reader.
+    groups["data"]["streams"], groups["train"]["accumulate"] = 0, 1
+    if "data.source" in overrides:
+        groups["data"]["parts"] = ""
     return from_config(groups)
 
 
@@ -104,11 +104,11 @@ def mean_parameters(source: Source, settings: Settings, mesh: Mesh, count: int) 
     Raises:
       ValueError: there are fewer, or one is damaged.
     """
-    found = sorted(
-        (path for path in source.step.parent.iterdir() if path.name.isdigit()),
-        key=lambda path: int(path.name),
-    )
-    steps = [path for path in found if int(path.name) <= int(source.step.name)][-count:]
+    if count == 1:
+        return parameters(source, settings, mesh), [int(source.step.name)]
+    there = source.step.parent
+    numbers = sorted(step for step in buckets.complete_steps(there) if step <= int(source.step.name))
+    steps = [there / str(number) for number in numbers[-count:]]
     if len(steps) < count:
         known = ", ".join(path.name for path in steps)
         raise ValueError(

@@ -54,8 +54,10 @@ def test_streams_meet_all_parts_and_together_each_document_once_an_epoch(files):
     assert len(counts) == len(train.parts["fi"]) and max(counts.values()) - min(counts.values()) <= 2
 
 
-def test_shards_have_the_parts_that_memory_has(files, monkeypatch):
+@pytest.mark.parametrize("split_field", ["", "id"])
+def test_shards_have_the_parts_that_memory_has(files, monkeypatch, split_field):
     """Also where what was prepared first was cut short."""
+    files = dataclasses.replace(files, split_field=split_field)
     inside = sources.load_splits(files)
     monkeypatch.setattr(prepared, "IN_MEMORY", 0)
     monkeypatch.setattr(prepared, "SHARD", 4000)
@@ -90,11 +92,20 @@ def test_a_page_is_held_out_in_all_languages_or_in_none(files):
     assert 0.2 < len(found["validation"]) / sum(SIZES.values()) < 0.4
 
 
+def test_documents_that_move_to_another_file_are_another_text(files, tmp_path):
+    before = sources.load_splits(files)
+    (tmp_path / "de.jsonl").rename(tmp_path / "at.jsonl")
+    after = sources.load_splits(files)
+    assert before["train"].fingerprint != after["train"].fingerprint
+    plain = dataclasses.replace(files, parts="")
+    assert not sources.load_splits(plain)["train"].parts
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(split_field="page"), r"data.split_field=page: not in .*de.jsonl, line 1; accepted is a field with a string"),
-        (dict(validation_share=0.001), "data.parts=file: .* has no validation document; accepted are files with"),
+        (dict(split_field="page"), r"data.split_field=page: neither a string nor an integer in .*de.jsonl, line 1; accepted is a field"),
+        (dict(validation_share=0.01), "data.parts=file: .* has no validation document; accepted are files with"),
         (dict(source="wiki_vital_en"), "data.parts=file: accepted with wiki_vital_en is '', or local files"),
     ],
 )  # fmt: skip
