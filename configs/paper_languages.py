@@ -2,6 +2,7 @@
 
     python -m experiments.paper figure7 --scale=languages --config.data.source='languages/*.jsonl' \\
       --config.data.split_field=id --resources=CPU=1
+    python -m experiments.sweep --config=configs/paper_languages.py --dry_run     # every run
 
 Languages are read in the proportion of their documents to the power 1 / 5, and one vocabulary is made of all. With
 `split_field` a page that several languages share is held out in all of them.

@@ -78,20 +78,23 @@ def test_a_preparation_that_was_cut_short_goes_on(wanted, corpus, small_shards, 
     """What closed shards hold is not written again, wherever it stopped."""
     write, count = prepared._Shards.write, 0
 
-    def killed(self, file, text):
+    def killed(self, *arguments):
         nonlocal count
         count += 1
         if count > after:
             raise KeyboardInterrupt
-        write(self, file, text)
+        write(self, *arguments)
 
     monkeypatch.setattr(prepared._Shards, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         loaded(corpus)
     written = []
-    monkeypatch.setattr(
-        prepared._Shards, "write", lambda self, file, text: written.append(text) or write(self, file, text)
-    )
+
+    def noted(self, file, text, place):
+        written.append(text)
+        write(self, file, text, place)
+
+    monkeypatch.setattr(prepared._Shards, "write", noted)
     assert loaded(corpus) == wanted
     total = len(LINES) + 50
     assert total - after <= len(written) <= min(total, total - after + 400)
