@@ -275,3 +275,21 @@ def test_parts_of_the_parameters_are_put_together_again():
     trained, frozen = train_state.split(params, s)
     assert not jax.tree.leaves(trained["encoder"]) and not jax.tree.leaves(frozen["decoder"])
     assert jax.tree.all(jax.tree.map(lambda a, b: a is b, train_state.merge(trained, frozen), params))
+
+
+def test_a_dense_model_and_its_sparse_twin_begin_with_the_same_parameters_but_for_the_experts():
+    """Whatever the number of experts: what has one name and shape is drawn from one key."""
+
+    def parameters(experts):
+        s = settings(moe=dict(num_experts=experts, every=1))
+        params = jax.jit(lambda: train_state.init_state(s, optimizer(s)))().params
+        return {
+            jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        }
+
+    dense, sparse = parameters(1), parameters(4)
+    shared = dense.keys() & sparse.keys()
+    assert shared == {name for name in dense if "['ff']" not in name}
+    assert sparse.keys() - shared == {name for name in sparse if "['moe']" in name}
+    for name in shared:
+        np.testing.assert_array_equal(dense[name], sparse[name], err_msg=name)
