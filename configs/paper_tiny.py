@@ -22,7 +22,8 @@ remember what large embeddings do otherwise, and that is what experts add to. 16
 The causal model decides more in the same time, and 600 steps leave a third of the noise of 300. At 300 steps, seed 200: 4
 experts 0.177 ahead, 64 experts 0.379, two experts a token 0.308, the twin as wide as 16 experts (d_ff 512) 0.344; with four
 blocks, for twice the time, 16 experts are 0.235 ahead, at twice the width 0.224, with a dense layer of 128 in place of 32
-0.205, with experts in one of the two blocks 0.118, over 1,948 pieces 0.126 nats of a longer piece. Adafactor's rate and its momentum are those of `sweeps/experts_tiny`, untouched.
+0.205, with experts in one of the two blocks 0.118, over 1,948 pieces 0.126 nats of a longer piece. Adafactor's rate and its
+momentum are those of `sweeps/experts_tiny`, untouched.
 """
 
 from ml_collections import ConfigDict

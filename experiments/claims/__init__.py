@@ -69,10 +69,14 @@ def run_of(arm: Overrides, seed: int, scale: str) -> Overrides:
     return {field: asked[field] for field in order}
 
 
+def base_config(scale: str) -> Any:
+    """The scale's config, a ConfigDict."""
+    return importlib.import_module(SCALES[scale].config.removesuffix(".py").replace("/", ".")).get_config()
+
+
 @functools.cache
 def _base(scale: str) -> dict[str, Any]:
-    module = SCALES[scale].config.removesuffix(".py").replace("/", ".")
-    config = importlib.import_module(module).get_config()
+    config = base_config(scale)
     return {f"{group}.{field}": value for group in config for field, value in config[group].items()}
 
 
@@ -82,5 +86,5 @@ def unique(found: list[Overrides]) -> list[Overrides]:
 
 
 __all__ = [
-    "CLAIMS", "SCALES", "Claim", "Scale", "pilots", "products", "run_of", "runs", "seeds", "tried", "unique", "why_not",
+    "CLAIMS", "SCALES", "Claim", "Scale", "base_config", "pilots", "products", "run_of", "runs", "seeds", "tried", "unique", "why_not",
 ]  # fmt: skip

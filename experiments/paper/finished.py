@@ -10,7 +10,6 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,8 +164,7 @@ def changed(base: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def plain(scale: str) -> dict[str, Any]:
     """The settings of a scale's config, by group."""
-    config = import_module(SCALES[scale].config.removesuffix(".py").replace("/", ".")).get_config()
-    return to_dict(from_config(config))
+    return to_dict(from_config(claims.base_config(scale)))
 
 
 def _portable(base: dict[str, Any]) -> dict[str, Any]:
