@@ -42,8 +42,12 @@ def tried(scale: str) -> list[Claim]:
 
 
 def pilots(scale: str) -> dict[tuple[str, int], Overrides]:
-    """By arm and seed the runs that tell how much noise there is, of seeds that no claim uses."""
-    arms = {"dense": dense(), "sparse": switch(SCALES[scale].experts)}
+    """By arm and seed the runs that tell how much noise there is, of seeds that no claim uses.
+
+    Two are sparse, as two sparse models differ less over seeds than a sparse and a dense one.
+    """
+    experts = SCALES[scale].experts
+    arms = {"dense": dense(), "sparse": switch(experts), "argmax": switch(experts, explore="argmax")}
     return {(arm, seed): run_of(asked, seed, scale) for seed in PILOT_SEEDS for arm, asked in arms.items()}
 
 

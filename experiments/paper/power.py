@@ -24,11 +24,13 @@ MEANS = (1, 2, 3)  # evaluations of which a loss is the mean
 SPREAD_HEADS = [
     "after step",
     "loss is the mean of",
-    "dense less sparse",
+    "{} less {}",
     "st. dev. over seeds",
     "unpaired",
     "3 seeds decide",
 ]
+# Of pilots' arms: a part of a claim is planned with the spread of the first pair if it has a dense arm, else of the second.
+PAIRS = (("dense", "sparse"), ("sparse", "argmax"))
 CLAIM_HEADS = ["claim", "part", "effect", "nats", "seeds", "hours of one core"]
 
 
@@ -53,13 +55,18 @@ def table(workdir: Path, scale: str, kept: Path | None = None) -> tuple[str, lis
     """
     done = finished.read(workdir, scale, kept)
     arms = _pilots(done, scale)
-    one, other = arms.values()
-    found = {last: power.spreads(one, other, last) for last in MEANS}
-    best = found[1][-1]  # a verdict is of the last evaluation
-    claimed = _claim_rows(scale, best, done.base, _seconds_a_flop(arms))
     lines = [f"# Power at scale `{scale}`", "", *_origin(arms), ""]
-    lines += scorecard.markdown_rows(SPREAD_HEADS, _spread_rows(found, [spread.step for spread in found[1]]))
-    lines += ["", _explained(best), "", *scorecard.markdown_rows(CLAIM_HEADS, claimed)]
+    ends = {}  # a verdict is of the last evaluation
+    for one, other in PAIRS:
+        found = {last: power.spreads(arms[one], arms[other], last) for last in MEANS}
+        ends[one, other] = found[1][-1]
+        heads = [head.format(one, other) for head in SPREAD_HEADS]
+        lines += [
+            *scorecard.markdown_rows(heads, _spread_rows(found, [spread.step for spread in found[1]])),
+            "",
+        ]
+    claimed = _claim_rows(scale, ends, done.base, _seconds_a_flop(arms))
+    lines += [_explained(ends), "", *scorecard.markdown_rows(CLAIM_HEADS, claimed)]
     return "\n".join(lines) + "\n", claimed
 
 
@@ -132,32 +139,39 @@ def _spread_rows(found: dict[int, list[Spread]], steps: Sequence[int]) -> list[l
     ]
 
 
-def _explained(best: Spread) -> str:
-    least = power.smallest_effect(5, best.high)
+def _explained(ends: dict[tuple[str, str], Spread]) -> str:
+    told = "; ".join(
+        f"{end.high:.4f} nats for {one} against {other} ({end.paired:.4f} measured, {end.seeds} seeds), with which five seeds "
+        f"decide a difference of {power.smallest_effect(5, end.high):.4f} nats with a chance of {power.POWER:.0%}"
+        for (one, other), end in ends.items()
+    )
     return (
-        f"The last column is the least difference that three seeds decide four times in five. Planned is with the upper end of the 80 % interval of the spread at the end, {best.high:.4f} nats "
-        f"({best.paired:.4f} measured, {best.seeds} seeds). Five seeds then decide a difference of {least:.4f} nats with a "
-        f"chance of {power.POWER:.0%}. Seeds are those at which the 95 % interval lies on one side of the claim's bound with that chance, if the true difference is as said. "
-        f"Parts whose figure is a ratio or a share are not in the table."
+        "The last column is the least difference that three seeds decide four times in five. Planned is with the upper end of "
+        f"the 80 % interval of the spread at the end: {told}. A part between two sparse arms is planned with the second. Seeds "
+        "are those at which the 95 % interval lies on one side of the claim's bound with that chance, if the true difference is "
+        "as said. Parts whose figure is a ratio or a share are not in the table."
     )
 
 
-def _claim_rows(scale: str, best: Spread, base: dict[str, Any], seconds: float) -> list[list[str]]:
+def _claim_rows(
+    scale: str, ends: dict[tuple[str, str], Spread], base: dict[str, Any], seconds: float
+) -> list[list[str]]:
     """``seconds`` a FLOP: an arm's time goes with its FLOPs."""
     rows = []
     for claim in claims.tried(scale):
         if claim.mixture:  # its figures are of the parts, whose spread is another
             continue
-        settings = [
-            from_config(finished.merged(base, claims.run_of(arm, 0, scale)))
-            for arm in claim.arms(SCALES[scale]).values()
-        ]
-        hours_a_seed = sum(map(_flops, settings)) * seconds / 3600
+        arms = {
+            name: from_config(finished.merged(base, claims.run_of(arm, 0, scale)))
+            for name, arm in claim.arms(SCALES[scale]).items()
+        }
+        hours_a_seed = sum(map(_flops, arms.values())) * seconds / 3600
         for check in claim.checks(SCALES[scale]):
             if check.unit != "nats":
                 continue
+            end = ends[PAIRS[all(arms[arm].sparse for arm in check.arms)]]
             for label, effect, distance, chance in _effects(check):
-                seeds = power.seeds_needed(distance, best.high, chance)
+                seeds = power.seeds_needed(distance, end.high, chance)
                 hours = "" if seeds is None else f"{seeds * hours_a_seed:.1f}"
                 told = f"more than {power.MOST_SEEDS}" if seeds is None else str(seeds)
                 rows.append([claim.name, check.says, label, f"{effect:g}", told, hours])

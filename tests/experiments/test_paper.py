@@ -1,6 +1,7 @@
 """The papers' claims: all are listed, their runs are valid at each scale and shared, and the scorecard says what runs say."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -354,27 +355,36 @@ def test_steps_of_arms_are_timed_in_turn(tmp_path, capsys):
 
 @pytest.mark.usefixtures("here")
 def test_power_says_seeds_and_hours_from_pilots(tmp_path, capsys):
-    """Pilots of seeds that no claim uses; their differences vary by 0.01."""
+    """Pilots of seeds that no claim uses; differences vary by 0.01, and between two sparse arms by a tenth of that."""
     used = {seed for claim in CLAIMS.values() for seed in range(claim.seeds)}
     assert not used & set(claims.PILOT_SEEDS)
     out, noise = tmp_path / "out", {100: 0.01, 101: -0.01, 102: 0.0, 103: 0.0}
 
     def loss(settings):
         seed = settings.train.seed
-        sparse = noise.get(seed, 0) - 0.1 if settings.sparse else 0.0
+        share = 0.9 if settings.moe.explore == "argmax" else 1.0
+        sparse = share * noise.get(seed, 0) - 0.1 if settings.sparse else 0.0
         return 4.0 + sparse + seed if seed in noise else ""
 
     fabricate_all(out, loss)
     assert paper.main(["paper", "power", f"--workdir={out}", *MICRO]) == 0
     text = (out / "report" / "power.md").read_text()
     assert text in capsys.readouterr().out
-    assert "dense: seeds 100, 101, 102, 103; sparse: seeds 100, 101, 102, 103" in text
+    assert "dense: seeds 100, 101, 102, 103; sparse: seeds 100, 101, 102, 103; argmax: seeds 100" in text
     assert "| 6 | 1 | +0.1000 | 0.0082 | 1.8239 |" in text
+    assert re.search(r"\| 6 \| 1 \| [+-]0.0000 \| 0.0008 \| ", text)
     row = next(
         line for line in text.splitlines() if line.startswith("| table1 | loss of Switch 1.25 below T5")
     )
     assert row.split("|")[3:5] == [" the paper's ", " 0.178 "]
     assert "| table2 | loss of selective within 0.005 nats of float32 | none | 0 |" in text
+    dense, sparse = (
+        next(
+            int(line.split("|")[5]) for line in text.splitlines() if part in line and "smallest worth" in line
+        )
+        for part in ("loss of E=2 below dense", "loss of E=4 below E=2")
+    )
+    assert dense > 10 and sparse == 3
     seeds, hours = (cell.strip() for cell in row.split("|")[5:7])
     assert int(seeds) == 3 and float(hours) < 0.1
     assert paper.main(["paper", "power", "--scale=small", f"--workdir={out}"]) == exits.EXIT_BAD_INPUT

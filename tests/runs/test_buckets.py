@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 from test_checkpoints import iterator, saved, state
-from test_distributed import EXPERTS, Job, assert_same_losses
+from test_distributed import EXPERTS, Job, assert_same_losses, kind  # noqa: F401, a fixture
 from test_distributed import whole as whole_job  # noqa: F401, a fixture
 from test_run import TINY, losses
 
