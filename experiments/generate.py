@@ -7,7 +7,7 @@ encoder-decoder answers it: the continuation with prefix_lm; with span_corruptio
   --prompt=TEXT          a prompt; may be given several times
   --file=FILE            a prompt a line; of .jsonl the field prompt (with --ids: ids) of each line's object
   --ids                  token ids instead of text, in and out: --prompt="0 17 23", lines of {"ids": [0, 17, 23]} in a file;
-                         as the model reads them (an encoder's end with EOS, 1; a decoder's begin with 0)
+                         as the model reads them (an encoder's end with data.eos_id, 1; a decoder's begin with data.bos_id, 0)
   --out=FILE             writes {"prompt", "text", "ids", "score"} a line, in the order asked, instead of printing the text
   --max_tokens=N         new tokens at most (64)
   --temperature=T        draws each token, with logits / T; 0 (the default): always the likeliest
@@ -184,12 +184,9 @@ def _answers(generator: Any, prompts: list[list[int]]) -> Iterator[Any]:
 
 def _model(arguments: Arguments) -> tuple[Any, Callable[[Any], Prompt], Callable[[list[int]], str] | None]:
     """(generator, a prompt of what was given, the text of ids if there is a vocabulary)."""
-    import jax
-    import numpy as np
 
     from switchmoe.inference import generation
     from switchmoe.inference.decoding import Choosing
-    from switchmoe.parallel import sharding
     from switchmoe.runs import trained
     from switchmoe.settings import MeshSettings
 
@@ -199,14 +196,13 @@ def _model(arguments: Arguments) -> tuple[Any, Callable[[Any], Prompt], Callable
         raise ValueError(f"--source={arguments.source}: it has no vocabulary; accepted is --ids")
     settings = trained.changed(model.settings, arguments.overrides)
     settings = dataclasses.replace(settings, mesh=MeshSettings())  # one device, however it was trained
-    eos = 1 if vocabulary is None else vocabulary.eos_id
+    eos = settings.data.eos_id if vocabulary is None else vocabulary.eos_id
     for token in arguments.stop:
         if token >= settings.embedding_rows:
             raise ValueError(f"--stop={token}: accepted is a token's id, below {settings.embedding_rows}")
     how = Choosing(arguments.temperature, arguments.top_k, arguments.top_p, (eos, *arguments.stop))
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     numbers = arguments.max_tokens, how, arguments.beams, arguments.length_penalty
-    params = trained.parameters(model, settings, mesh)
+    params = trained.on_one_device(model, settings)
     generator = generation.Generator(settings, params, *numbers, arguments.batch_size, arguments.seed)
 
     def prompt_of(given: Any) -> Prompt:

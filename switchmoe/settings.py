@@ -76,7 +76,9 @@ class ModelSettings:
     activation: str = "geglu"  # relu | geglu | swiglu
     dtype: str = "bfloat16"  # activations; parameters, router, softmax, losses are float32
     dropout_rate: float = 0.0  # of embeddings, attention and feed-forwards, in training
-    tie_embeddings: bool = True  # share input and output embeddings, logits scaled by d_model**-0.5
+    vocab_rows: int = 0  # of the embedding; 0: pieces and sentinels, rounded up to a multiple of 128
+    tie_embeddings: bool = True  # share input and output embeddings
+    scale_logits: bool = True  # logits of tied embeddings times d_model**-0.5 (T5)
     init_scale: float = 0.1  # s of the truncated normal with variance s / fan_in (Switch, 2.4)
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     qk_norm: str = (
@@ -99,7 +101,7 @@ class ModelSettings:
     def __post_init__(self) -> None:
         for field in ("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "scan_unroll"):
             _at_least("model", self, field, 1)
-        for field in ("num_kv_heads", "num_decoder_layers"):
+        for field in ("num_kv_heads", "num_decoder_layers", "vocab_rows"):
             _at_least("model", self, field, 0)
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise _bad(
@@ -147,6 +149,8 @@ class MoESettings:
     )  # or another of them: from 0 on, or from the end, -1 being the last; with every=0 there is none
     decoder_every: int = -1  # an encoder-decoder's decoder's own `every`; -1: as the encoder, offset included
     decoder_offset: int = -1  # read with decoder_every
+    dense_first: int = 0  # first blocks of each stack that are dense, after which `every` counts
+    d_ff: int = 0  # width of an expert; 0: model.d_ff
     router: str = "switch"  # a name in routing.ROUTERS
     decoder_router: str = ""  # the decoder's, where it differs: expert_choice and soft are not causal
     choices: int = 1  # experts a token goes to; 1 with switch, hash and soft
@@ -158,7 +162,11 @@ class MoESettings:
     dropless: bool = False  # no capacity at all; with ragged (or auto)
     capacity_factor: float = 1.25  # slots over choices in training; what finds no slot is dropped
     eval_capacity_factor: float = 2.0  # the same at evaluation
-    group_size: int = 4096  # at most so many tokens compete for capacity: whole sequences, or parts
+    # Slots of each expert in a group, whatever its size, in training and evaluation; 0: by the factors. Hugging Face's Switch has
+    # 64 a sequence (group_size=0), and lets padding take them; Flaxformer, which trained the released models, has factors.
+    capacity: int = 0
+    route_padding: bool = False  # encoder: padding is routed, and takes slots, like any token
+    group_size: int = 4096  # at most so many tokens compete for capacity: whole sequences, or parts; 0: one
     # The same at evaluation; 0: a sequence, so neighbours never matter (nothing is dropped in a decoder alone, whose
     # rows hold several documents)
     eval_group_size: int = 0
@@ -172,6 +180,9 @@ class MoESettings:
     jitter: float = 1e-2  # router input times U(1 - jitter, 1 + jitter)
     input_dropout_rate: float = 0.1  # dropout of the router's input, with explore=input_dropout
     renormalize: bool = True  # gates of a token's choices sum to 1, where it has several
+    # They do also where there is one, or without renormalize, in value alone: divided by their sum without its gradient. So
+    # copies of one expert, as of a model made sparse, are that expert.
+    unit_gates: bool = False
     choice_threshold: float = 0.0  # later choices kept with probability gate / threshold; 0.5 is GShard's
     priority: bool = False  # encoder: slots go to the largest gates first (batch-prioritised routing)
     reroute: int = 0  # encoder: rounds in which choices without a slot try the next best expert
@@ -186,9 +197,18 @@ class MoESettings:
     )
 
     def __post_init__(self) -> None:
-        for field in ("num_experts", "group_size", "choices", "granularity", "branches", "slots"):
+        for field in ("num_experts", "choices", "granularity", "branches", "slots"):
             _at_least("moe", self, field, 1)
-        for field in ("eval_group_size", "num_shared", "reroute", "every"):
+        for field in (
+            "group_size",
+            "eval_group_size",
+            "num_shared",
+            "reroute",
+            "every",
+            "dense_first",
+            "d_ff",
+            "capacity",
+        ):
             _at_least("moe", self, field, 0)
         _at_least("moe", self, "decoder_every", -1)
         for every, field in ((self.every, "offset"), (self.decoder_every, "decoder_offset")):
@@ -249,6 +269,8 @@ class DataSettings:
     vocab_size: int = 32000  # SentencePiece pieces; 100 sentinels join them at the top
     # nmt_nfkc (T5's): blanks and line breaks are joined, letters unified. identity: every character comes back
     normalization: str = "nmt_nfkc"
+    bos_id: int = 0  # what a decoder reads first, and before each document
+    eos_id: int = 1  # ends a document, an encoder's input and what is generated
     # span_corruption (T5, 3.1.4); prefix_lm: a text's beginning in, its continuation out; causal_lm: documents side by
     # side, a loss at every token
     objective: str = "span_corruption"
@@ -259,7 +281,14 @@ class DataSettings:
     prefetch: int = 8  # batches made ahead
 
     def __post_init__(self) -> None:
-        for field, least in (("batch_size", 1), ("input_length", 4), ("target_length", 0), ("streams", 0)):
+        for field, least in (
+            ("batch_size", 1),
+            ("input_length", 4),
+            ("target_length", 0),
+            ("streams", 0),
+            ("bos_id", 0),
+            ("eos_id", 0),
+        ):
             _at_least("data", self, field, least)
         if self.streams and self.batch_size % self.streams:
             raise _bad("data.streams", self.streams, f"0, or a divisor of data.batch_size={self.batch_size}")
@@ -404,9 +433,14 @@ class InitSettings:
     params: str = (
         ""  # regular expression of what is taken (found in encoder/blocks/...), the rest is random; "": all
     )
+    optimizer: bool = (
+        False  # its optimizer's state too, and with it the place in the learning rate's schedule
+    )
 
     def __post_init__(self) -> None:
         _expression("init", self, "params")
+        if self.optimizer and (self.params or not self.checkpoint):
+            raise _bad("init.optimizer", True, "False without init.checkpoint or with init.params")
         if self.params and not self.checkpoint:
             raise _bad("init.params", self.params, "empty without init.checkpoint")
 
@@ -431,13 +465,26 @@ class Settings:
             raise _bad("moe.decoder_every", self.moe.decoder_every, "-1 with model.stacks=decoder_only")
         for stack in self.stacks if self.moe.num_experts > 1 else ():
             every, _ = self._every(stack)
-            if every and self.layers(stack) % every:
-                decoders = stack == "decoder"
+            decoders, first = stack == "decoder", self.moe.dense_first
+            of = "num_decoder_layers" if decoders and self.model.num_decoder_layers else "num_layers"
+            of = f"model.{of}={self.layers(stack)}"
+            if first and (not every or first >= self.layers(stack)):
+                raise _bad(
+                    "moe.dense_first", first, f"an integer below {of}, in a stack that has sparse blocks"
+                )
+            if every and (self.layers(stack) - first) % every:
                 field = "decoder_every" if decoders and self.moe.decoder_every > 0 else "every"
-                of = "num_decoder_layers" if decoders and self.model.num_decoder_layers else "num_layers"
-                raise _bad(f"moe.{field}", every, f"a divisor of model.{of}={self.layers(stack)}")
-        if self.sparse and self.model.d_ff % self.moe.granularity:
-            raise _bad("moe.granularity", self.moe.granularity, f"a divisor of model.d_ff={self.model.d_ff}")
+                less = f" less moe.dense_first={first}" if first else ""
+                raise _bad(f"moe.{field}", every, f"a divisor of {of}{less}")
+        if self.sparse and self.expert_width % self.moe.granularity:
+            field = "moe.d_ff" if self.moe.d_ff else "model.d_ff"
+            raise _bad("moe.granularity", self.moe.granularity, f"a divisor of {field}={self.expert_width}")
+        if self.model.vocab_rows and self.model.vocab_rows < self.data.vocab_size:
+            raise _bad(
+                "model.vocab_rows",
+                self.model.vocab_rows,
+                f"0, or data.vocab_size={self.data.vocab_size} or more",
+            )
         if self.data.batch_size % self.train.accumulate:
             raise _bad(
                 "train.accumulate",
@@ -469,12 +516,21 @@ class Settings:
         every, _ = self._every(stack)
         return every if self.moe.num_experts > 1 and every else 1
 
+    def first(self, stack: str) -> int:
+        """Dense blocks of a stack before those that repeat."""
+        return self.moe.dense_first if self.moe.num_experts > 1 and self._every(stack)[0] else 0
+
+    def repeats(self, stack: str) -> int:
+        """How often a stack repeats its period."""
+        return (self.layers(stack) - self.first(stack)) // self.period(stack)
+
     def sparse_blocks(self, stack: str) -> range:
         """The numbers of a stack's sparse blocks."""
         every, offset = self._every(stack)
         if self.moe.num_experts == 1 or not every:
             return range(0)
-        return range(offset % every, self.layers(stack), every)
+        first = self.first(stack)
+        return range(first + offset % every, self.layers(stack), every)
 
     @property
     def sparse_stacks(self) -> tuple[str, ...]:
@@ -485,9 +541,14 @@ class Settings:
         return bool(self.sparse_stacks)
 
     @property
+    def expert_width(self) -> int:
+        """Of an expert before it is split (`moe.granularity`)."""
+        return self.moe.d_ff or self.model.d_ff
+
+    @property
     def embedding_rows(self) -> int:
-        """Pieces + sentinels, rounded up to a multiple of 128 (T5: 32,000 + 100 -> 32,128)."""
-        return math.ceil((self.data.vocab_size + NUM_SENTINELS) / 128) * 128
+        """`model.vocab_rows`, or pieces + sentinels, rounded up to a multiple of 128 (T5: 32,000 + 100 -> 32,128)."""
+        return self.model.vocab_rows or math.ceil((self.data.vocab_size + NUM_SENTINELS) / 128) * 128
 
 
 def from_config(config: Mapping[str, Any]) -> Settings:

@@ -141,8 +141,9 @@ class Decoder:
         if "encoder" in self._settings.stacks:
             inputs_BP = jnp.where(real_BP, prompt_BP, PAD_ID)
             encoded_BPD, _ = self._apply(inputs_BP, method="encode")
-            memory, first_B = empty_memory(model, layers, batch, tokens + 1), jnp.zeros(batch, jnp.int32)
-            return self._read(jnp.zeros_like(first_B), first_B, memory, (encoded_BPD, inputs_BP != PAD_ID))
+            memory = empty_memory(model, layers, batch, tokens + 1)
+            first_B = jnp.full(batch, self._settings.data.bos_id, jnp.int32)
+            return self._read(first_B, jnp.zeros_like(first_B), memory, (encoded_BPD, inputs_BP != PAD_ID))
         memory = empty_memory(model, layers, batch, length + tokens)
         x_BPD, memory = self._apply(prompt_BP, jnp.where(real_BP, place_BP, -1), memory, method="read")
         x_BD = jnp.take_along_axis(x_BPD, (count_B - 1)[:, None, None], axis=1)[:, 0]

@@ -124,12 +124,12 @@ class Generator:
 
 
 def prompt_ids(text: str, settings: Settings, vocabulary: Any) -> list[int]:
-    """A text as the model reads it: in an encoder it ends with EOS, in a decoder alone it begins with 0.
+    """A text as the model reads it: in an encoder it ends with EOS, in a decoder alone it begins with `data.bos_id`.
 
     An encoder's may have sentinels, written <extra_id_0> and so on.
     """
     if "encoder" not in settings.stacks:
-        return [0, *map(int, vocabulary.encode(text))]
+        return [settings.data.bos_id, *map(int, vocabulary.encode(text))]
     ids: list[int] = []
     for number, part in enumerate(re.split(r"<extra_id_(\d+)>", text)):
         ids += [vocabulary.sentinel(int(part))] if number % 2 else map(int, vocabulary.encode(part))

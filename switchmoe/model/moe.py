@@ -141,10 +141,21 @@ def without_effect(moe: MoESettings) -> list[str]:
         "reroute": not moe.dropless,
         "shared_gate": moe.num_shared > 0,
         "decoder_offset": moe.decoder_every > 0,
-        "capacity_factor": not moe.dropless and routers != {"soft"},
-        "eval_capacity_factor": not moe.dropless and routers != {"soft"},
+        "capacity": not moe.dropless and routers != {"soft"},
+        "capacity_factor": not (moe.dropless or moe.capacity) and routers != {"soft"},
+        "eval_capacity_factor": not (moe.dropless or moe.capacity) and routers != {"soft"},
     }
     return [name for name in changed if not has_effect.get(name, True)]
+
+
+def expert_width(model: ModelSettings, moe: MoESettings) -> int:
+    """Of each of the split experts."""
+    return (moe.d_ff or model.d_ff) // moe.granularity
+
+
+def slots(moe: MoESettings, tokens: int, factor: float) -> int:
+    """Of each expert in a group of so many tokens."""
+    return min(moe.capacity, tokens) or expert_capacity(tokens, moe.total_experts, factor, moe.total_choices)
 
 
 class Experts(nn.Module):
@@ -156,7 +167,7 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, matmul: Matmul) -> jax.Array:
-        experts, d, f = self.moe.total_experts, self.model.d_model, self.model.d_ff // self.moe.granularity
+        experts, d, f = self.moe.total_experts, self.model.d_model, expert_width(self.model, self.moe)
         # batch_axis: fan-in is that of one expert, whatever their number.
         init = kernel_init(self.model.init_scale, in_axis=1, out_axis=2, batch_axis=0)
         names = ("expert", "embed", "mlp")
@@ -241,7 +252,7 @@ class MoELayer(nn.Module):
         y_GSD = nn.with_logical_constraint(dispatcher.combine(y), ("group", None, None))
         if self.moe.num_shared and self.experts is Experts:
             # Side by side, the shared experts are one feed-forward of all their widths.
-            width = self.moe.num_shared * self.model.d_ff // self.moe.granularity
+            width = self.moe.num_shared * expert_width(self.model, self.moe)
             shared_GSD = FeedForward(self.model, self.train, width, name="shared")(x_GSD)
             if self.moe.shared_gate:
                 shared_GSD *= self._shared_gate(x_GSD)
@@ -252,7 +263,7 @@ class MoELayer(nn.Module):
     def _route(self, x_GSD: jax.Array, mask_GS: jax.Array, ids_GS: jax.Array | None) -> Routing:
         moe, name, tokens = self.moe, router_name(self.moe, self.causal), x_GSD.shape[1]
         factor = moe.capacity_factor if self.train else moe.eval_capacity_factor
-        capacity = expert_capacity(tokens, moe.total_experts, factor, moe.total_choices)
+        capacity = slots(moe, tokens, factor)
         settings = RouterSettings(
             capacity=moe.slots if name == "soft" else tokens if moe.dropless else capacity,
             choices=moe.total_choices,
@@ -282,7 +293,11 @@ class MoELayer(nn.Module):
         routing = jax.vmap(route, (0, 0, None if keys_G is None else 0), axis_name=GROUPS)(
             scores, mask_GS, keys_G
         )
-        return routing.replace(gate_SK=routing.gate_SK.astype(jnp.float32))
+        gate_GSK = routing.gate_SK.astype(jnp.float32)
+        if moe.unit_gates:
+            total_GS1 = jax.lax.stop_gradient(gate_GSK.sum(axis=-1, keepdims=True))
+            gate_GSK /= jnp.where(total_GS1 > 0, total_GS1, 1.0)
+        return routing.replace(gate_SK=gate_GSK)
 
     def _explore(self, x_GSD: jax.Array) -> jax.Array:
         """The router's input in training; the experts' is never touched."""

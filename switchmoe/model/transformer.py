@@ -79,6 +79,8 @@ class Block(nn.Module):
         moe, mask_BL = self.settings.moe, context["mask"]
         if not (self.train or moe.eval_group_size) and self.settings.stacks == ("decoder",):
             moe = without_limits(moe)
+        if moe.route_padding and self.stack == "encoder":
+            mask_BL = jnp.ones_like(mask_BL)
         groups = group_shape(*mask_BL.shape, moe.group_size if self.train else moe.eval_group_size)
         layer = MoELayer(self.settings.model, moe, self.train, self.stack == "decoder", experts, name=name)
         parts = (x_BLD.reshape(*groups, -1), mask_BL.reshape(groups), context["ids"].reshape(groups))
@@ -109,7 +111,7 @@ class SuperBlock(nn.Module):
     ) -> tuple[jax.Array, Any]:
         settings, aux, kept = self.settings, {}, []
         for i in range(settings.period(self.stack)):
-            sparse = i in settings.sparse_blocks(self.stack)
+            sparse = i + settings.first(self.stack) in settings.sparse_blocks(self.stack)
             block = Block(settings, self.stack, sparse, self.train, name=f"block_{i}")
             x_BLD, own_aux, own = block(x_BLD, context, memories[i] if memories else None)
             aux |= own_aux
@@ -200,12 +202,23 @@ class Stack(nn.Module):
 
     def _blocks(self, x_BLD: jax.Array, context: dict, memory: Memory | None) -> tuple[jax.Array, Any]:
         """(x_BLD, aux along an axis of super-blocks), or (x_BLD, what each block attended to)."""
-        model, period = self.settings.model, self.settings.period(self.stack)
+        model, period, repeats = (
+            self.settings.model,
+            self.settings.period(self.stack),
+            self.settings.repeats(self.stack),
+        )
+        if model.scan and memory is not None:
+            raise ValueError("model.scan=True: accepted with a memory is False, see `unstacked`")
+        first, memories = self.settings.first(self.stack), () if memory is None else memory.blocks
+        firsts = []
+        for i in range(first):
+            dense = nn.remat(Block) if model.remat else Block
+            x_BLD, _, own = dense(self.settings, self.stack, False, self.train, name=f"first_{i}")(
+                x_BLD, context, memories[i] if memories else None
+            )
+            firsts.append(own)
         block = nn.remat(SuperBlock, prevent_cse=not model.scan) if model.remat else SuperBlock
-        repeats = self.settings.layers(self.stack) // period
         if model.scan:
-            if memory is not None:
-                raise ValueError("model.scan=True: accepted with a memory is False, see `unstacked`")
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -218,12 +231,12 @@ class Stack(nn.Module):
             return scanned(self.settings, self.stack, self.train, name="blocks")(x_BLD, context)
         found = []
         for i in range(repeats):
-            own = (memory.blocks[i * period : (i + 1) * period],) if memory is not None else ()
+            own = (memories[first + i * period : first + (i + 1) * period],) if memory is not None else ()
             name = f"blocks_{i}"
             x_BLD, part = block(self.settings, self.stack, self.train, name=name)(x_BLD, context, *own)
             found.append(part)
         if memory is not None:
-            return x_BLD, tuple(kept for _, part in found for kept in part)
+            return x_BLD, (*firsts, *(kept for _, part in found for kept in part))
         return x_BLD, jax.tree.map(lambda *values: jnp.stack(values), *found)
 
 
@@ -263,7 +276,7 @@ class Transformer(nn.Module):
 
         Args:
           inputs_BL: encoder tokens, then 0; None for a decoder alone.
-          targets_BL: decoder targets, 0 where padded; the decoder reads them shifted right by one, from 0 on.
+          targets_BL: decoder targets, 0 where padded; the decoder reads them shifted right by one, `data.bos_id` first.
           segment_BL: of a decoder alone, the number of each target's document in its row, from 1; None: one a row.
           position_BL: and its place there, from 0.
 
@@ -295,7 +308,7 @@ class Transformer(nn.Module):
         """What predicts the token after each of these (`logits` of it), and the memory with them in it.
 
         Args:
-          ids_BL: the decoder's next tokens; an encoder-decoder's first is 0.
+          ids_BL: the decoder's next tokens; an encoder-decoder's first is `data.bos_id`.
           position_BL: their places in their sequences, -1 where there is none.
           memory: `empty_memory` at first, with slots for all that will be read.
           encoded: the encoder's output and which of it is real, at first alone.
@@ -316,9 +329,10 @@ class Transformer(nn.Module):
         segment_BL: jax.Array | None,
         position_BL: jax.Array | None,
     ) -> tuple[jax.Array, dict]:
-        shifted_BL = jnp.pad(targets_BL[:, :-1], ((0, 0), (1, 0)), constant_values=PAD_ID)
+        first = self.settings.data.bos_id
+        shifted_BL = jnp.pad(targets_BL[:, :-1], ((0, 0), (1, 0)), constant_values=first)
         if position_BL is not None:
-            shifted_BL = jnp.where(position_BL == 0, PAD_ID, shifted_BL)
+            shifted_BL = jnp.where(position_BL == 0, first, shifted_BL)
         embedded_BLD, mask_BL = self._embed(shifted_BL), targets_BL != PAD_ID
         if inputs_BL is None:
             x_BLD, aux = self.decoder(embedded_BLD, mask_BL, shifted_BL, None, segment_BL, position_BL)
@@ -328,7 +342,8 @@ class Transformer(nn.Module):
         return self._scaled(x_BLD), {"encoder": encoder_aux, "decoder": aux}
 
     def _scaled(self, x_BLD: jax.Array) -> jax.Array:
-        return x_BLD * self.settings.model.d_model**-0.5 if self.settings.model.tie_embeddings else x_BLD
+        model = self.settings.model
+        return x_BLD * model.d_model**-0.5 if model.tie_embeddings and model.scale_logits else x_BLD
 
     def _output_table(self) -> jax.Array:
         return self.embedding_VD if self.settings.model.tie_embeddings else self.output_VD
@@ -352,7 +367,6 @@ def unstacked(settings: Settings, params: dict) -> tuple[Settings, dict]:
     for stack in settings.stacks:
         rest = {name: value for name, value in params[stack].items() if name != "blocks"}
         blocks = params[stack]["blocks"]
-        repeats = settings.layers(stack) // settings.period(stack)
-        parts = (jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(repeats))
+        parts = (jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(settings.repeats(stack)))
         found[stack] = rest | {f"blocks_{i}": part for i, part in enumerate(parts)}
     return loop, found

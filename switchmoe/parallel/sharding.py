@@ -159,7 +159,8 @@ def _check_widths(settings: Settings, mesh: Mapping[str, int]) -> None:
     widths = {
         "model.num_heads": ("heads", model.num_heads),
         "model.num_kv_heads": ("heads", model.kv_heads),
-        "model.d_ff": ("mlp", model.d_ff // (settings.moe.granularity if settings.sparse else 1)),
+        "model.d_ff": ("mlp", model.d_ff),
+        "moe.d_ff": ("mlp", settings.expert_width // settings.moe.granularity if settings.sparse else 0),
         "data.vocab_size": ("vocab", settings.embedding_rows),
         "model.d_model": ("embed", model.d_model),
     }

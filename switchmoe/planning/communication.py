@@ -16,9 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from switchmoe.model.moe import dispatch_name, group_shape, router_name
+from switchmoe.model.moe import dispatch_name, group_shape, router_name, slots
 from switchmoe.parallel import sharding
-from switchmoe.routing import expert_capacity
 from switchmoe.settings import Settings
 
 Sizes = dict[str, int]  # devices along each axis
@@ -58,7 +57,7 @@ def buffer_rows(settings: Settings, stack: str, length: int, batch: int, mesh: S
     moe, causal = settings.moe, stack == "decoder"
     groups, tokens = group_shape(batch, length, moe.group_size)
     experts = moe.total_experts
-    capacity = expert_capacity(tokens, experts, moe.capacity_factor, moe.total_choices)
+    capacity = slots(moe, tokens, moe.capacity_factor)
     if router_name(moe, causal) == "soft":
         capacity = moe.slots
     if dispatch_name(moe, causal) != "ragged":

@@ -5,8 +5,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from switchmoe.model.moe import group_shape, router_columns, router_name
-from switchmoe.routing import NOT_CAUSAL, expert_capacity
+from switchmoe.model.moe import expert_width, group_shape, router_columns, router_name, slots
+from switchmoe.routing import NOT_CAUSAL
 from switchmoe.settings import ModelSettings, Settings
 
 
@@ -62,10 +62,11 @@ def kernels(model: ModelSettings) -> int:
 def _sparse_layer(settings: Settings, causal: bool, length: int) -> dict[str, float]:
     """Multiply-adds of a sequence in one sparse block, beyond those of a dense one."""
     model, moe = settings.model, settings.moe
-    expert = kernels(model) * model.d_model * model.d_ff / moe.granularity
+    dense = kernels(model) * model.d_model * model.d_ff
+    expert = kernels(model) * model.d_model * expert_width(model, moe)
     projections = attention_expert(model)
     rows, name = expert_rows(settings, causal, length), router_name(moe, causal)
-    more = (rows + length * (moe.num_shared - moe.granularity)) * expert
+    more = (rows + length * moe.num_shared) * expert - length * dense
     widths = [2 * model.d_model]  # of what is mixed on the way to the slots and back
     if moe.attention:
         more += (rows - length) * projections
@@ -90,10 +91,10 @@ def expert_rows(settings: Settings, causal: bool, length: int) -> float:
     if name not in NOT_CAUSAL:
         return length * moe.total_choices
     groups, tokens = _groups(settings, length)
-    slots = moe.slots
+    capacity = moe.slots
     if name == "expert_choice":
-        slots = expert_capacity(tokens, moe.total_experts, moe.capacity_factor, moe.total_choices)
-    return groups * moe.total_experts * slots
+        capacity = slots(moe, tokens, moe.capacity_factor)
+    return groups * moe.total_experts * capacity
 
 
 def _groups(settings: Settings, length: int) -> tuple[float, int]:

@@ -106,7 +106,7 @@ def estimate(settings: Settings, lengths: dict[str, int], mesh: dict[str, int]) 
     widths = mesh["model"] if "mlp" in dict(sharding.table(settings)) else 1
     saved = saved_activations(without_mesh(settings), batch, tuple(lengths.items()), widths)
     kernels = {stack: _kernels(settings, boxes, mesh, stack, whole=True) for stack in lengths}
-    repeats = {stack: settings.layers(stack) // settings.period(stack) for stack in lengths}
+    repeats = {stack: settings.repeats(stack) for stack in lengths}
     # With fsdp the kernels of a super-block and their gradients are whole for as long as it runs.
     parts = {stack: _kernels(settings, boxes, mesh, stack, whole=False) for stack in lengths}
     gathered = 2 * max((kernels[stack] - parts[stack]) // repeats[stack] for stack in lengths)
@@ -140,7 +140,8 @@ def _kernels(settings: Settings, boxes: dict, mesh: dict[str, int], stack: str, 
     """Bytes of a stack's parameters in the activations' type; ``whole`` along ``embed``, as they are used."""
     rules = sharding.LAYOUTS[settings.mesh.layout].rules if whole else sharding.table(settings)
     total = 0
-    for box in jax.tree.leaves(boxes[stack]["blocks"], is_leaf=lambda x: isinstance(x, nn.Partitioned)):
+    blocks = {name: part for name, part in boxes[stack].items() if name.startswith(("blocks", "first"))}
+    for box in jax.tree.leaves(blocks, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
         at = nn.logical_to_mesh_sharding(
             PartitionSpec(*box.names), abstract_mesh(tuple(mesh.values())), rules
         )
@@ -168,7 +169,7 @@ def saved_activations(
         everything, first = (_residuals(plain, batch, lengths, part) for part in ("loss", "encoder"))
     else:
         everything, first = kept, encoder
-    repeats = {stack: settings.layers(stack) // settings.period(stack) for stack in settings.stacks}
+    repeats = {stack: settings.repeats(stack) for stack in settings.stacks}
     layers = {
         stack: [x for x in arrays if x.ndim > 2 and x.shape[0] == repeats[stack]]
         for stack, arrays in (("encoder", first), ("decoder", everything))

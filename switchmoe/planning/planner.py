@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from switchmoe.model.moe import dispatch_name, group_shape, router_name
+from switchmoe.model.moe import dispatch_name, expert_width, group_shape, router_name
 from switchmoe.parallel import sharding
 from switchmoe.planning import communication, flops, memory
 from switchmoe.settings import Settings
@@ -147,7 +147,7 @@ def hardware_flops(settings: Settings, lengths: dict[str, int], mesh: dict[str, 
     work = data.batch_size * sum(flops.forward_flops(settings, lengths).values())
     shards = mesh["data"] * mesh["expert"]
     projections = flops.attention_expert(model) if moe.attention else 0
-    expert = flops.kernels(model) * model.d_model * model.d_ff / moe.granularity
+    expert = flops.kernels(model) * model.d_model * expert_width(model, moe)
     for stack in settings.sparse_stacks:
         length, causal, layers = lengths[stack], stack == "decoder", len(settings.sparse_blocks(stack))
         batch = data.batch_size // accumulate // shards

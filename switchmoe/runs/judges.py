@@ -69,7 +69,7 @@ class Examples:
         # As many as divide among the shards of the tokens.
         batch = {name: rows[: -(-NUM_EXAMPLES // shards) * shards] for name, rows in batch.items()}
         self._inputs, self._targets = (
-            (batch["inputs"], batch["targets"]) if "inputs" in batch else _halves(batch)
+            (batch["inputs"], batch["targets"]) if "inputs" in batch else _halves(batch, settings.data.bos_id)
         )
         length = self._targets.shape[1]
         self._decode = functools.partial(generation.greedy, tokens=length, settings=settings)
@@ -88,13 +88,14 @@ class Examples:
         return dict(zip(("input", "target", "prediction"), map(self._vocabulary.decode, row), strict=True))
 
 
-def _halves(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+def _halves(batch: Batch, bos_id: int) -> tuple[np.ndarray, np.ndarray]:
     """(what a decoder alone reads first, what comes then), of each row's longest document, up to a row's half each."""
     targets_BL, half = batch["targets"], max(1, batch["targets"].shape[1] // 2)
     inputs, rest = np.zeros((len(targets_BL), half), np.int32), np.zeros((len(targets_BL), half), np.int32)
+    inputs[:, 0] = bos_id
     for row, (tokens_L, segment_L) in enumerate(zip(targets_BL, batch["segments"], strict=True)):
         document = tokens_L[segment_L == np.bincount(segment_L).argmax()]
         cut = len(document) // 2
-        inputs[row, 1:cut] = document[: cut - 1] if cut else []  # behind the 0 that it begins with
+        inputs[row, 1:cut] = document[: cut - 1] if cut else []  # behind what it begins with
         rest[row, : len(document) - max(cut - 1, 0)] = document[max(cut - 1, 0) :][:half]
     return inputs, rest

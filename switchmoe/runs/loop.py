@@ -168,6 +168,8 @@ class _Loop:
         train, every, start = self.settings.train, self.settings.checkpoint.every, int(state.step)
         self.stop.deferred = True
         self.skips = Skips(self.place.local, start)
+        # Updates of another run, whose optimizer's state this one began with.
+        self.earlier = optimizers.updates(state.opt_state) - self.skips.updates_before(start + 1)
         running: tuple[int, dict] | None = None
         for step in range(start + 1, train.num_steps + 1):
             if self.stop.due(step):
@@ -211,7 +213,7 @@ class _Loop:
             return
         seconds, waited, tokens = self.clock.lap()
         figures = jax.device_get(metrics) | {
-            "learning_rate": float(self.schedule(self.skips.updates_before(step))),
+            "learning_rate": float(self.schedule(self.earlier + self.skips.updates_before(step))),
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "padded_tokens_per_second": self.places / seconds,

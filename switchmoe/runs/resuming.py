@@ -34,7 +34,7 @@ RULES: dict[str, Rule] = (
     )
     | dict.fromkeys(
         (
-            *(f"model.{name}" for name in ("tie_embeddings", "relative_buckets", "relative_max_distance", "stacks")),
+            *(f"model.{name}" for name in ("tie_embeddings", "scale_logits", "vocab_rows", "relative_buckets", "relative_max_distance", "stacks")),
             *(f"model.{name}" for name in ("num_decoder_layers", "num_kv_heads", "positions", "rotary_theta")),
             *(f"model.{name}" for name in ("attention_scale", "qk_norm", "qkv_bias", "norm_eps")),
         ),
@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = (
         (
             f"moe.{name}"
             for name in ("num_experts", "every", "offset", "decoder_every", "decoder_offset", "granularity")
-            + ("num_shared", "shared_gate", "attention", "slots")
+            + ("num_shared", "shared_gate", "attention", "slots", "dense_first", "d_ff")
         )
         , _MODEL
     )
@@ -65,7 +65,7 @@ RULES: dict[str, Rule] = (
         (
             f"moe.{name}"
             for name in (
-                "router", "decoder_router", "choices", "dropless", "capacity_factor", "group_size", "explore", "jitter",
+                "router", "decoder_router", "choices", "dropless", "capacity", "route_padding", "unit_gates", "capacity_factor", "group_size", "explore", "jitter",
                 "input_dropout_rate", "renormalize", "choice_threshold", "priority", "reroute", "score", "branches",
                 "router_dtype",
             )
@@ -89,7 +89,7 @@ RULES: dict[str, Rule] = (
             for name in (
                 "text_field", "documents", "validation_share", "split_field", "parts", "parts_exponent", "train_split", "validation_split",
                 "batch_size", "input_length", "target_length", "vocab_size",
-                "normalization", "objective", "prefix", "noise_density", "mean_span_length", "streams",
+                "normalization", "bos_id", "eos_id", "objective", "prefix", "noise_density", "mean_span_length", "streams",
             )
         ),
         _POSITION,
@@ -117,7 +117,7 @@ RULES: dict[str, Rule] = (
         "train.trainable": Rule(NOT, "the optimizer's state is of what was trained"),
         "train.seed": Rule(NOT, "all random numbers would differ"),
     }
-    | dict.fromkeys(("init.checkpoint", "init.params"), Rule(NOT, "the run began with other parameters"))
+    | dict.fromkeys(("init.checkpoint", "init.params", "init.optimizer"), Rule(NOT, "the run began with other parameters"))
     | {f"mesh.{field.name}": _ROUNDING for field in dataclasses.fields(Settings().mesh)}
     | {f"checkpoint.{field.name}": _KEPT for field in dataclasses.fields(Settings().checkpoint)}
 )  # fmt: skip

@@ -46,7 +46,8 @@ def beginning(context: Context) -> Beginning:
     def load(state: TrainState) -> TrainState:
         fresh = flatten_dict(state.params, sep="/")
         read = read_parameters(step, {name: fresh[name] for name in taken})
-        return state.replace(params=unflatten_dict(fresh | read, sep="/"))
+        state = state.replace(params=unflatten_dict(fresh | read, sep="/"))
+        return state.replace(opt_state=_optimizer(init, step, state.opt_state)) if init.optimizer else state
 
     return Beginning(Start(load, record), str(vocabulary) if vocabulary.exists() else "")
 
@@ -123,6 +124,25 @@ def _taken(settings: Settings, saved: dict[str, tuple[int, ...]]) -> list[str]:
 
 def _some(names: Iterable[str]) -> str:
     return ", ".join(list(names)[:4])
+
+
+def _optimizer(init: InitSettings, step: epath.Path, like: Any) -> Any:
+    """The step's optimizer state, with the types and places of ``like``.
+
+    Raises:
+      ValueError: there is none, or one of another kind.
+    """
+    item = {"opt_state": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
+    arguments = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    try:
+        return ocp.PyTreeCheckpointer().restore(step / "state", args=arguments)["opt_state"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"init.optimizer=True: {step} has no state of this optimizer and model ({str(error).splitlines()[0][:120]});"
+            f" accepted is False, or a checkpoint (init.checkpoint={init.checkpoint}) of the same ones"
+        ) from error
 
 
 def read_parameters(step: epath.Path, like: dict[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,9 @@ import jax
 import numpy as np
 
 import switchmoe
-from switchmoe.model.moe import dispatch_name, group_shape, router_name, without_effect
+from switchmoe.model.moe import dispatch_name, group_shape, router_name, slots, without_effect
 from switchmoe.model.transformer import sparse_layer_names
 from switchmoe.parallel import distributed
-from switchmoe.routing import expert_capacity
 from switchmoe.runs import buckets
 from switchmoe.runs.origin import CHANGES_SUMS, commit, environment, machine
 from switchmoe.runs.reporting import MetricsWriter, Progress
@@ -177,5 +176,6 @@ def _routing(settings: Settings, lengths: dict[str, int], tokens: dict[str, int]
 
 
 def _group(tokens: int, moe: MoESettings, factor: float) -> str:
-    slots = expert_capacity(tokens, moe.total_experts, factor, moe.total_choices)
-    return f"groups of {tokens} tokens" + ("" if moe.dropless else f", {slots} slots an expert")
+    return f"groups of {tokens} tokens" + (
+        "" if moe.dropless else f", {slots(moe, tokens, factor)} slots an expert"
+    )

@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from switchmoe.data.vocabulary import Vocabulary
+from switchmoe.parallel import sharding
 from switchmoe.runs import buckets, integrity, start
-from switchmoe.settings import Settings, from_config, to_dict
+from switchmoe.settings import MeshSettings, Settings, from_config, to_dict
 from switchmoe.training import train_state
 
 # What a model's reader may choose; all else is the model itself, or what it was trained with.
@@ -96,6 +98,16 @@ def parameters(source: Source, settings: Settings, mesh: Mesh) -> Any:
     where = train_state.state_shardings(shapes, boxes, settings, mesh)
     like = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, where)
     return unflatten_dict(start.read_parameters(source.step, flatten_dict(like, sep="/")), sep="/")
+
+
+def on_one_device(source: Source, settings: Settings) -> Any:
+    """The model's parameters, on the first device.
+
+    Raises:
+      ValueError: the step is damaged.
+    """
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+    return parameters(source, dataclasses.replace(settings, mesh=MeshSettings()), mesh)
 
 
 def mean_parameters(source: Source, settings: Settings, mesh: Mesh, count: int) -> tuple[Any, list[int]]:

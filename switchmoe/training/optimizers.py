@@ -6,6 +6,7 @@ are those of one matrix, so the update of an expert never depends on another.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,15 @@ def create(
     return optax.partition(
         {"rest": _create(settings, num_steps, rest), "bias": optax.sign_sgd(bias_rate)}, labels
     )
+
+
+def updates(state: Any) -> int:
+    """How many an optimizer's state has made: the place in its schedule."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return int(next(node.count for node in jax.tree.leaves(state, is_leaf=is_schedule) if is_schedule(node)))
 
 
 def _create(settings: OptimizerSettings, num_steps: int, names: dict) -> optax.GradientTransformation:

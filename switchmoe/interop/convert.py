@@ -1,0 +1,384 @@
+"""Checkpoints from one form to another, a tensor at a time.
+
+What is written grows in a directory beside the target, and is renamed to it when it is whole. So the target is there whole or
+not at all, and a conversion that was killed goes on where it was.
+"""
+
+import json
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from switchmoe.data.vocabulary import Vocabulary
+from switchmoe.interop import decoders, run_files, shards, sources, t5, tables
+from switchmoe.interop.tables import LINEAR, Family, Move
+from switchmoe.runs import integrity, start, trained
+from switchmoe.settings import Settings, from_config, to_dict
+
+THREADS = 2
+VOCABULARY = "spiece.model"  # what Hugging Face calls T5's
+PROGRESS, WRITTEN = "converting.json", "written"
+Told = Callable[[Callable[[], str]], Any]  # a context in which a function is asked how far it has got
+
+
+class Model(NamedTuple):
+    """What is to be converted."""
+
+    settings: Settings
+    family: Family
+    source: sources.Source
+    vocabulary: bytes | None = None
+
+
+class Report(NamedTuple):
+    tensors: int
+    size: int  # bytes written
+    kept: int  # of these written by an earlier process
+    seconds: float
+
+    def __str__(self) -> str:
+        new = (self.size - self.kept) / 1e6
+        again = f", {self.kept / 1e6:,.0f} MB were there" if self.kept else ""
+        return f"{self.tensors} tensors, {self.size / 1e6:,.0f} MB{again}; {new / self.seconds:,.0f} MB/s"
+
+
+# What a source is.
+
+
+def recognised(directory: Path) -> Model:
+    """The model in a Hugging Face or a T5X directory.
+
+    Raises:
+      ValueError: neither, a config that our settings can't say, or names and shapes that are not its family's; one line.
+    """
+    if not directory.is_dir():
+        raise ValueError(
+            f"--source={directory}: not a directory; accepted is one of Hugging Face, T5X, or a run's"
+        )
+    if (directory / "config.json").exists():
+        return _hugging_face(directory)
+    source = sources.t5x(directory)
+
+    def missing(name: str) -> Any:
+        raise tables.TableError(f"tensor {name}: not found, expected in a T5X checkpoint")
+
+    config = t5.t5x_config(source.shapes, missing)
+    settings = _settings(config, directory, source)
+    return Model(settings, t5.t5x_family(settings.model.gated), source)
+
+
+def _hugging_face(directory: Path) -> Model:
+    config = read_json(directory / "config.json")
+    family, groups = from_fields(config, str(directory / "config.json"))
+    source = sources.hugging_face(directory)
+    tensors, model = source.tensors, groups["model"]
+    for name in ("shared.weight", "model.embed_tokens.weight"):
+        if name in tensors:
+            model["vocab_rows"] = tensors[name].shape[0]
+    if config["model_type"] in ("t5", "mt5"):  # what the config says is of the scale alone
+        own = "lm_head.weight" in tensors and "shared.weight" in tensors
+        own = own and not sources.same(tensors["lm_head.weight"], tensors["shared.weight"])
+        if own and model["scale_logits"]:
+            raise tables.TableError(
+                "tensor lm_head.weight: found with other values than shared.weight, expected a copy of it"
+            )
+        model["tie_embeddings"] = not own
+    path = directory / VOCABULARY
+    vocabulary = path.read_bytes() if path.exists() and model.get("stacks") != "decoder_only" else None
+    return Model(_settings(groups, directory, source, vocabulary), family, source, vocabulary)
+
+
+def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str, dict[str, Any]]]:
+    """(family, our config by group) of a Hugging Face config.
+
+    Raises:
+      ValueError: another model, or one that our settings can't say; names the field.
+    """
+    kind = given.get("model_type")
+    defaults = t5.DEFAULTS | decoders.DEFAULTS
+    if kind not in defaults:
+        raise ValueError(f"{where}: model_type={kind}: accepted is one of {', '.join(defaults)}")
+    config = defaults[kind] | dict(given)
+    for field, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
+        if other in given and field not in given and field in config:  # files have either name
+            config[field] = given[other]
+
+    def refuse(field: str, accepted: str) -> None:
+        raise ValueError(f"{where}: {field}={config.get(field)}: accepted is {accepted}")
+
+    is_t5 = kind in t5.CLASSES
+    try:
+        groups = (t5 if is_t5 else decoders).read_config(config, refuse)
+    except (TypeError, KeyError, ZeroDivisionError) as error:
+        raise ValueError(f"{where}: a field that can't be read ({type(error).__name__}: {error})") from error
+    gated = groups["model"]["activation"] != "relu"
+    family = t5.family(kind == "switch_transformers", gated) if is_t5 else decoders.FAMILIES[kind]
+    groups["model"]["vocab_rows"] = config["vocab_size"]
+    eos = config.get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) else eos
+    first = config.get("decoder_start_token_id") if is_t5 else config.get("bos_token_id")
+    if first is None:  # a decoder alone without one has documents that follow the end of another
+        first = 0 if is_t5 or eos is None else eos
+    groups["data"] |= {"eos_id": 1 if eos is None else eos, "bos_id": first}
+    return family, groups
+
+
+def _settings(
+    groups: dict[str, dict[str, Any]],
+    directory: Path,
+    source: sources.Source,
+    vocabulary: bytes | None = None,
+) -> Settings:
+    rows = groups["model"]["vocab_rows"]
+    pieces = Vocabulary.from_bytes(vocabulary, VOCABULARY).pieces if vocabulary else max(300, rows - 100)
+    groups["data"] |= {"vocab_size": min(pieces, rows), "input_length": 512}
+    dtype = next(iter(source.tensors.values())).dtype
+    groups["model"]["dtype"] = "float32" if dtype == "float32" else "bfloat16"
+    try:
+        return from_config(groups)
+    except ValueError as error:
+        raise ValueError(f"--source={directory}: as settings of a run: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError: not an object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: can't be read ({error}); accepted is a JSON object") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: accepted is a JSON object")
+    return found
+
+
+def is_run(directory: Path | str) -> bool:
+    """A run's directory, or one of its steps."""
+    path = Path(str(directory).partition("|")[0])
+    return (path / "checkpoints").is_dir() or path.parent.name == "checkpoints"
+
+
+# Into a run's directory.
+
+
+def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
+    """Writes a run's directory of one step, 0, with parameters alone: what `init.checkpoint` and readers of models take.
+
+    Args:
+      dtype: of the parameters and the activations; "": the source's.
+      told: a context in which a function is asked for how far it has got.
+
+    Raises:
+      ValueError: tensors that are not the family's, a target that is there; nothing is left at ``target``.
+    """
+    source = model.source
+    found = tables.moves(model.family, model.settings, source.shapes)
+    for copy, of in tables.copies(model.family, found, source.shapes).items():
+        if not sources.same(source.tensors[copy], source.tensors[of]):
+            raise tables.TableError(
+                f"tensor {copy}: found with other values than {of}, expected a copy of it"
+            )
+    kept = dtype or model.settings.model.dtype
+    settings = from_config(
+        to_dict(model.settings) | {"model": to_dict(model.settings)["model"] | {"dtype": kept}}
+    )
+    work = begun(target, {"files": [_identity(file) for file in source.files], "dtype": kept})
+    step = work / "checkpoints" / "0"
+    writer = run_files.Writer(step, run_files.parts(found, tables.names(settings)), kept)
+    counter = _Counter(sum(math.prod(move.shape) for move in found) * np.dtype(kept).itemsize)
+
+    def one(move: Move) -> None:
+        size = math.prod(move.shape) * np.dtype(kept).itemsize
+        there = writer.has(move.ours, move.index)
+        if not there:
+            part = source.tensors[move.theirs].read(move.lead, move.rows())
+            part = part if part.dtype == np.dtype(kept) else part.astype(kept)
+            if move.entry.form == LINEAR:
+                part = run_files.transposed(part)
+            writer.write(move.ours, move.index, part.reshape(move.shape))
+        counter.add(size, there)
+
+    with told(counter.state):
+        _each(one, found)
+    checksums = writer.finish()
+    (step / integrity.MANIFEST).write_text(json.dumps(checksums, indent=1))
+    if model.vocabulary:
+        (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary)
+    (work / "config.json").write_text(json.dumps(to_dict(settings), indent=2) + "\n")
+    ended(work, target)
+    return counter.report(len({move.theirs for move in found}))
+
+
+def _identity(file: Path) -> list[Any]:
+    status = file.stat()
+    return [str(file.absolute()), status.st_size, status.st_mtime_ns]
+
+
+class _Counter:
+    """Bytes that are done, by several threads."""
+
+    def __init__(self, total: int):
+        self._total, self._done, self._kept, self._lock = total, 0, 0, threading.Lock()
+        self._began = time.monotonic()
+
+    def add(self, size: int, kept: bool = False) -> None:
+        with self._lock:
+            self._done += size
+            self._kept += size if kept else 0
+
+    def state(self) -> str:
+        share = self._done / max(self._total, 1)
+        rate = (self._done - self._kept) / max(time.monotonic() - self._began, 1e-9)
+        bar = "#" * int(20 * share)
+        left = f", {(self._total - self._done) / rate:,.0f} s left" if rate else ""
+        return f"[{bar:20}] {share:4.0%} of {self._total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s{left}"
+
+    def report(self, tensors: int) -> Report:
+        return Report(tensors, self._total, self._kept, max(time.monotonic() - self._began, 1e-9))
+
+
+def _each(action: Callable[[Move], None], found: Iterable[Move]) -> None:
+    """Two at a time; the first error ends it."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for _ in pool.map(action, found):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def begun(target: Path, asked: dict[str, Any]) -> Path:
+    """The directory in which the target grows; an earlier process's of the same conversion goes on.
+
+    Raises:
+      ValueError: the target is there, or another conversion to it is half done.
+    """
+    if target.exists():
+        raise ValueError(f"--target={target}: it is there; accepted is a name that is free")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"--target={target}: accepted is a name in a directory that is there")
+    work = target.with_name(f".{target.name}.converting")
+    file = work / PROGRESS
+    if work.exists() and file.exists():
+        there = read_json(file)
+        if there != asked:
+            differ = ", ".join(name for name in asked if there.get(name) != asked[name])
+            raise ValueError(
+                f"--target={target}: another conversion is half done in {work} ({differ} differ); accepted is the same one, or"
+                " that directory removed"
+            )
+        return work
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    temporary = work / f"{PROGRESS}.tmp"
+    temporary.write_text(json.dumps(asked))
+    temporary.replace(file)
+    return work
+
+
+def ended(work: Path, target: Path) -> None:
+    (work / PROGRESS).unlink()
+    work.rename(target)
+
+
+# Into a Hugging Face directory.
+
+
+def to_fields(settings: Settings) -> tuple[Family, dict[str, Any]]:
+    """(family, their config) of a run's settings.
+
+    Raises:
+      ValueError: theirs can't say it; names the field.
+    """
+
+    def refuse(field: str, value: Any, accepted: Any) -> None:
+        raise ValueError(f"{field}={value}: accepted for a Hugging Face directory is {accepted}")
+
+    if settings.stacks == ("decoder",):
+        return decoders.FAMILIES[decoders.kind_of(settings)], decoders.write_config(settings, refuse)
+    return t5.family(settings.sparse, settings.model.gated), t5.write_config(settings, refuse)
+
+
+def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: int, told: Told) -> Report:
+    """Writes a directory that `from_pretrained` loads: config.json, generation_config.json, safetensors, the vocabulary.
+
+    Args:
+      dtype: of the tensors; "": float32, as runs have them, or the type a conversion gave them.
+      limit: bytes of a shard.
+
+    Raises:
+      ValueError: settings that theirs can't say, a damaged step, a target that is there.
+    """
+    settings = model.settings
+    family, config = to_fields(settings)
+    damage = integrity.damage(model.step, "state")
+    if damage:
+        raise ValueError(f"--source={model.step}: it is damaged: {damage}; accepted is a good one")
+    found = tables.moves(family, settings)
+    reader = run_files.Reader(Path(model.step))
+    kept = dtype or str(reader.read(f"params/{found[0].ours}", found[0].index).dtype)
+    asked = {
+        "files": [str(model.step), (model.step / integrity.MANIFEST).exists()],
+        "dtype": kept,
+        "limit": limit,
+    }
+    work = begun(target, asked)
+    copied = t5.written_copies(settings)
+    shapes = {move.theirs: move.whole() for move in found}
+    shapes |= {copy: shapes[of] for copy, of in copied.items()}
+    shapes = dict(sorted(shapes.items(), key=lambda item: natural(item[0])))
+    writer = shards.Writer(work, shapes, kept, limit)
+    counter = _Counter(writer.total)
+    log = work / WRITTEN  # a byte a move that is done
+    done = log.stat().st_size if log.exists() else 0
+    with told(counter.state), log.open("ab", buffering=0) as written:
+        for number, move in enumerate(found):  # one parameter after the other, as `Reader` keeps one
+            names = move.theirs, *(copy for copy, of in copied.items() if of == move.theirs)
+            size = len(names) * math.prod(move.shape) * np.dtype(kept).itemsize
+            if number >= done:
+                part = reader.read(f"params/{move.ours}", move.index).astype(kept)
+                if move.entry.form == LINEAR:
+                    part = run_files.transposed(part.reshape(math.prod(move.shape[: move.inputs]), -1))
+                for name in names:
+                    writer.write(name, part, _first(move))
+                written.write(b".")
+            counter.add(size, number < done)
+    log.unlink()
+    ids = {
+        name: config[name]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        if name in config
+    }
+    versions = {"torch_dtype": kept, "dtype": kept}
+    for name, fields in (("config.json", config | versions), ("generation_config.json", ids)):
+        (work / name).write_text(json.dumps(fields, indent=2) + "\n")
+    if model.vocabulary is not None:
+        (work / VOCABULARY).write_bytes(model.vocabulary.model_bytes)
+        tokenizer = {
+            "tokenizer_class": "T5Tokenizer",
+            "extra_ids": 100,
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+        }
+        (work / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
+    ended(work, target)
+    return counter.report(len(shapes))
+
+
+def _first(move: Move) -> int:
+    """The place of the move's part in their tensor, in elements."""
+    inner = math.prod(move.whole()[len(move.lead) :])
+    return (move.lead[0] * inner if move.lead else 0) + move.entry.part * (inner // move.entry.parts)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Names in the order of the numbers in them."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.replace("_", ".").split(".")]

@@ -1,0 +1,147 @@
+"""A run's checkpoint written and read in parts: a layer's, or an expert's, at a time.
+
+What is written is Orbax's own layout (`use_ocdbt=False`): a zarr array (version 2) a parameter, here without compression, of
+which a chunk is what one layer, or one expert of a layer, has. So a chunk's file is that part as it lies in memory.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from switchmoe.interop.tables import Move
+
+STATE = "state"
+BLOCK = 128  # elements a side: two blocks of float32 fit a core's cache
+_TYPES = {"float32": "<f4", "bfloat16": "bfloat16", "float16": "<f2", "int32": "<i4"}
+
+
+class Writer:
+    """Writes the parameters of a step, each part once and whole; what an earlier process has written stays.
+
+    Args:
+      step: the step's directory.
+      parameters: shapes by name, and how many first axes of each are written part by part.
+    """
+
+    def __init__(self, step: Path, parameters: Mapping[str, tuple[tuple[int, ...], int]], dtype: str):
+        self._state, self._dtype, self._parameters = step / STATE, dtype, parameters
+        self._checksums: dict[str, tuple[int, int]] = {}
+        for name, (shape, lead) in parameters.items():
+            leaf = self._leaf(name)
+            leaf.mkdir(parents=True, exist_ok=True)
+            self._small(leaf / ".zarray", _zarray(shape, (*(1,) * lead, *shape[lead:]), dtype))
+
+    def _leaf(self, name: str) -> Path:
+        return self._state / ".".join(("params", *name.split("/")))
+
+    def file(self, name: str, index: tuple[int, ...]) -> Path:
+        shape, lead = self._parameters[name]
+        places = (*index, *(0,) * (len(shape) - lead)) if shape else ()
+        return self._leaf(name) / (".".join(map(str, places)) or "0")
+
+    def write(self, name: str, index: tuple[int, ...], part: np.ndarray) -> None:
+        self._write(self.file(name, index), memoryview(np.ascontiguousarray(part).reshape(-1).view(np.uint8)))
+
+    def _small(self, path: Path, value: Any) -> None:
+        self._write(path, memoryview(json.dumps(value).encode()))
+
+    def _write(self, path: Path, raw: memoryview) -> None:
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_bytes(raw)
+        temporary.replace(path)
+        self._checksums[str(path.relative_to(self._state.parent))] = len(raw), zlib.crc32(raw)
+
+    def has(self, name: str, index: tuple[int, ...]) -> bool:
+        """Whether an earlier process wrote this part; notes its checksum if so."""
+        path = self.file(name, index)
+        shape, lead = self._parameters[name]
+        if (
+            not path.exists()
+            or path.stat().st_size != math.prod(shape[lead:]) * np.dtype(self._dtype).itemsize
+        ):
+            return False
+        raw = path.read_bytes()
+        self._checksums[str(path.relative_to(self._state.parent))] = len(raw), zlib.crc32(raw)
+        return True
+
+    def finish(self) -> dict[str, tuple[int, int]]:
+        """Writes Orbax's list of the arrays; returns size and CRC-32 of each file, for the manifest."""
+        listed = {}
+        for name, (shape, _) in self._parameters.items():
+            keys = ("params", *name.split("/"))
+            listed[str(keys)] = {
+                "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+                "value_metadata": {
+                    "value_type": "jax.Array",
+                    "skip_deserialize": False,
+                    "write_shape": list(shape),
+                },
+            }
+        metadata = {
+            "tree_metadata": listed, "use_ocdbt": False, "use_zarr3": False,
+            "store_array_data_equal_to_fill_value": True, "custom_metadata": None,
+        }  # fmt: skip
+        self._small(self._state / "_METADATA", metadata)
+        return self._checksums
+
+
+def _zarray(shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> dict[str, Any]:
+    return {
+        "chunks": list(chunks), "compressor": None, "dimension_separator": ".", "dtype": _TYPES[dtype], "fill_value": None,
+        "filters": None, "order": "C", "shape": list(shape), "zarr_format": 2,
+    }  # fmt: skip
+
+
+class Reader:
+    """Reads parts of a step's arrays, ``params/...`` or ``opt_state/...``, whether Orbax or `Writer` wrote them.
+
+    Of an array that lies in larger chunks than the parts asked for, the whole is read once and kept until another one is
+    asked for.
+    """
+
+    def __init__(self, step: Path):
+        self._state = step / STATE
+        self._ocdbt = (self._state / "manifest.ocdbt").exists()
+        self._store: tuple[str, Any, np.ndarray | None] | None = None
+
+    def read(self, name: str, index: tuple[int, ...]) -> np.ndarray:
+        import tensorstore
+
+        if self._store is None or self._store[0] != name:
+            path = name.replace("/", ".") + "/"
+            base = {"driver": "file", "path": f"{self._state.absolute()}/"}
+            store = (
+                {"driver": "ocdbt", "base": base, "path": path}
+                if self._ocdbt
+                else base | {"path": base["path"] + path}
+            )
+            array = tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
+            chunk = array.chunk_layout.read_chunk.shape or ()
+            large = math.prod(chunk[: len(index)]) > 1
+            self._store = name, array, np.asarray(array.read().result()) if large else None
+        _, array, whole = self._store
+        return whole[index] if whole is not None else np.asarray(array[index].read().result())
+
+
+def parts(
+    moves: Iterable[Move], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[tuple[int, ...], int]]:
+    """`Writer`'s ``parameters`` for these moves."""
+    lead = {move.ours: len(move.index) for move in moves}
+    return {name: (shape, lead[name]) for name, shape in shapes.items()}
+
+
+def transposed(part: np.ndarray) -> np.ndarray:
+    """The last two axes swapped, as a copy, block by block: column after column would miss the cache at each element."""
+    whole = part.view(np.uint16) if part.dtype.itemsize == 2 else part
+    rows, columns = whole.shape
+    found = np.empty((columns, rows), whole.dtype)
+    for i in range(0, rows, BLOCK):
+        for j in range(0, columns, BLOCK):
+            found[j : j + BLOCK, i : i + BLOCK] = whole[i : i + BLOCK, j : j + BLOCK].T
+    return found.view(part.dtype)

@@ -1,0 +1,326 @@
+"""Conversions without torch: bits, types, memory, interruptions, and wrong files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from experiments import convert as command
+from experiments import exits
+from switchmoe.interop import convert, shards, sources, tables
+from switchmoe.runs import trained
+from switchmoe.settings import from_config
+
+T5 = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 16, "d_ff": 24, "d_kv": 4, "num_heads": 3,
+    "num_layers": 2, "num_decoder_layers": 4, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    "vocab_size": 333,
+}  # fmt: skip
+SWITCH = {
+    "model_type": "switch_transformers", "d_model": 16, "d_ff": 24, "d_kv": 4, "num_heads": 3, "num_layers": 4,
+    "num_sparse_encoder_layers": 2, "num_decoder_layers": 2, "num_sparse_decoder_layers": 2, "num_experts": 3,
+    "vocab_size": 333,
+}  # fmt: skip
+QWEN = {
+    "model_type": "qwen2_moe", "hidden_size": 16, "intermediate_size": 40, "moe_intermediate_size": 12, "num_experts": 4,
+    "shared_expert_intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3,
+    "num_experts_per_tok": 2, "mlp_only_layers": [0], "vocab_size": 333,
+}  # fmt: skip
+CONFIGS = {"t5": T5, "switch": SWITCH, "qwen": QWEN}
+EXPERT = "encoder.block.1.layer.1.mlp.experts.expert_2.wi.weight"
+
+
+def shapes_of(config):
+    family, groups = convert.from_fields(config, "config.json")
+    groups["data"] |= {"vocab_size": 310}
+    return {move.theirs: move.whole() for move in tables.moves(family, from_config(groups))}
+
+
+def make(directory, config, dtype="float32", limit=5 * 10**9, shapes=None):
+    """A Hugging Face directory with random tensors, as their own writer would write it; returns the tensors."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    shapes = shapes_of(config) if shapes is None else shapes
+    rng, found = np.random.default_rng(0), {}
+    writer = shards.Writer(directory, shapes, dtype, limit)
+    for name, shape in shapes.items():
+        found[name] = rng.standard_normal(shape, np.float32).astype(dtype)
+        writer.write(name, found[name])
+    return found
+
+
+def run(*arguments):
+    return command.main(["convert", *arguments, "--check=False"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_there_and_back_every_tensor_has_its_bits(tmp_path, config, dtype, capsys):
+    """In shards as well as whole."""
+    there = make(tmp_path / "theirs", CONFIGS[config], dtype, limit=20_000)
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == 0
+    assert run(f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'back'}", "--shard=100KB") == 0
+    assert "MB/s" in capsys.readouterr().out
+    back = sources.hugging_face(tmp_path / "back").tensors
+    copies = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    assert back.keys() - copies == there.keys()
+    for name, tensor in back.items():
+        if name in there:
+            assert tensor.dtype == dtype
+            np.testing.assert_array_equal(tensor.read((), slice(None)), there[name])
+    assert max(file.stat().st_size for file in (tmp_path / "back").glob("*.safetensors")) < 110_000
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_a_parameter_lies_where_the_model_reads_it(tmp_path):
+    """By hand: an expert's kernel is theirs transposed, a head's share of the query as well."""
+    there = make(tmp_path / "theirs", SWITCH)
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == 0
+    source = trained.find(str(tmp_path / "run"))
+    params = trained.on_one_device(source, source.settings)
+    expert = params["encoder"]["blocks"]["block_1"]["moe"]["experts"]["wi"][0, 2]
+    np.testing.assert_array_equal(expert, there[EXPERT].T)
+    query = params["decoder"]["blocks"]["block_0"]["self"]["query"][1]
+    theirs = there["decoder.block.1.layer.0.SelfAttention.q.weight"]
+    np.testing.assert_array_equal(query[:, 2], theirs[8:12].T)
+    assert jax.tree.leaves(params)[0].dtype == np.float32
+
+
+def test_what_is_written_is_of_the_type_asked(tmp_path):
+    make(tmp_path / "theirs", SWITCH)
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}", "--dtype=bfloat16") == 0
+    assert trained.find(str(tmp_path / "run")).settings.model.dtype == "bfloat16"
+    leaf = next((tmp_path / "run" / "checkpoints" / "0" / "state").glob("*.wi/.zarray"))
+    assert json.loads(leaf.read_text())["dtype"] == "bfloat16"
+
+
+def test_a_run_begins_with_a_converted_model(tmp_path):
+    """`init.checkpoint` takes the directory: the parameters are the converted ones."""
+    from switchmoe.runs import start
+    from switchmoe.settings import to_dict
+    from switchmoe.training import train_state
+
+    there = make(tmp_path / "theirs", SWITCH)
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == 0
+    settings = trained.find(str(tmp_path / "run")).settings
+    settings = from_config(to_dict(settings) | {"init": {"checkpoint": str(tmp_path / "run")}})
+
+    class Context:
+        begun, note = False, staticmethod(print)
+
+    Context.settings = settings
+    state = train_state.init_state(settings, train_state.optimizer(settings))
+    params = flatten_dict(start.beginning(Context).start.load(state).params, sep="/")
+    np.testing.assert_array_equal(params["embedding"], there["shared.weight"])
+    assert len(params) == len(tables.names(settings))
+
+
+def test_a_step_that_a_run_saved_becomes_theirs(tmp_path):
+    """Orbax has it in one database and whole arrays."""
+    import orbax.checkpoint as ocp
+
+    there = make(tmp_path / "theirs", T5)
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == 0
+    source = trained.find(str(tmp_path / "run"))
+    params = trained.on_one_device(source, source.settings)
+    step = tmp_path / "run" / "checkpoints" / "7"
+    ocp.StandardCheckpointer().save(step / "state", {"params": params})
+    time.sleep(0.5)
+    (step / "data").mkdir()
+    assert (step / "state" / "manifest.ocdbt").exists()
+    assert run(f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'back'}") == 0
+    for name, tensor in sources.hugging_face(tmp_path / "back").tensors.items():
+        np.testing.assert_array_equal(tensor.read((), slice(None)), there[name])
+
+
+# What goes wrong.
+
+
+def spoiled(directory, how):
+    """Damages a directory of `make`; returns what the one line must say."""
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if how == "cut short":
+        file = sorted(directory.glob("model-*"))[1]
+        os.truncate(file, file.stat().st_size - 1)
+        return "bytes, expected"
+    if how == "no shard":
+        sorted(directory.glob("model-*"))[1].unlink()
+        return "which is not there"
+    if how == "index":
+        index.write_text("{}")
+        return "not an index"
+    if how == "not in the index":
+        known = json.loads(index.read_text())
+        del known["weight_map"][EXPERT]
+        index.write_text(json.dumps(known))
+        return f"tensor {EXPERT}: found in"
+    if how == "config":
+        (directory / "config.json").write_text("{")
+        return "config.json: can't be read"
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    shapes = shapes_of(SWITCH)
+    if how == "missing":
+        del shapes[EXPERT]
+        return _rewritten(directory, shapes), f"tensor {EXPERT}: not found, expected with shape (24, 16)"
+    if how == "unknown":
+        return _rewritten(
+            directory, shapes | {"more.weight": (3,)}
+        ), "tensor more.weight: found with shape (3,), expected"
+    if how == "shape":
+        return _rewritten(
+            directory, shapes | {EXPERT: (16, 24)}
+        ), f"tensor {EXPERT}: found with shape (16, 24), expected (24, 16)"
+    if how == "none":
+        return "no weights"
+    assert how == "dtype"
+    _rewritten(directory, shapes)
+    raw = whole.read_bytes()
+    whole.write_bytes(raw.replace(b'"dtype":"F32"', b'"dtype":"I32"', 1))
+    return "found with dtype I32"
+
+
+def _rewritten(directory, shapes):
+    writer = shards.Writer(directory, shapes, "float32", 10**9)
+    for name, shape in shapes.items():
+        writer.write(name, np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "cut short",
+        "no shard",
+        "index",
+        "not in the index",
+        "config",
+        "missing",
+        "unknown",
+        "shape",
+        "none",
+        "dtype",
+    ],
+)
+def test_a_wrong_file_is_one_line_and_leaves_nothing(tmp_path, how, capsys):
+    make(tmp_path / "theirs", SWITCH, limit=20_000)
+    said = spoiled(tmp_path / "theirs", how)
+    said = said[1] if isinstance(said, tuple) else said
+    code = run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}")
+    error = capsys.readouterr().err
+    assert code == exits.EXIT_BAD_INPUT and said in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_copy_that_is_none_is_refused(tmp_path, capsys):
+    """A file that has `lm_head.weight` though its embeddings are tied."""
+    shapes = shapes_of(SWITCH)
+    make(tmp_path / "theirs", SWITCH, shapes=shapes | {"lm_head.weight": shapes["shared.weight"]})
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == exits.EXIT_BAD_INPUT
+    assert "lm_head.weight: found with other values than shared.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "no source"),
+        (["--source=x"], "no target"),
+        (["--source=/nowhere", "--target=t"], "nothing is there"),
+        (["--source=.", "--target=t", "--dtype=float64"], "one of float32, bfloat16"),
+        (["--source=.", "--target=t", "--shard=big"], "a size such as 5GB"),
+        (["--source=.", "--target=t", "--wrong=1"], "argument --wrong=1: accepted are --source="),
+        (["--source=.", "--target=t", "--upcycle.every=2"], "--upcycle.experts"),
+        (["--source=.", "--target=t", "--upcycle.experts=many"], "an integer"),
+        (["--source=.", "--target=t", "--revision=main"], "accepted with a hub's name"),
+        (["--source=.", "--target=."], ""),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["convert", *arguments]) == exits.EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_is_there_is_left_alone(tmp_path, capsys):
+    make(tmp_path / "theirs", SWITCH)
+    (tmp_path / "run").mkdir()
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == exits.EXIT_BAD_INPUT
+    assert "it is there" in capsys.readouterr().err and not list((tmp_path / "run").iterdir())
+
+
+# Interruptions.
+
+SLOW = """
+import os, signal, sys
+from experiments import convert
+from switchmoe.interop import run_files, shards
+done = [0]
+for writer in (run_files.Writer, shards.Writer):
+    def write(self, *arguments, write=writer.write):
+        write(self, *arguments)
+        done[0] += 1
+        if done[0] == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+    writer.write = write
+sys.exit(convert.main(sys.argv))
+"""
+
+
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_a_killed_conversion_goes_on_with_the_same_command(tmp_path, way, environment, capsys):
+    """What was done is kept and not done again; another conversion to the same place is refused."""
+    there = make(tmp_path / "theirs", SWITCH)
+    if way == "out":
+        assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == 0
+    source, target = ("theirs", "run") if way == "in" else ("run", "back")
+    asked = [f"--source={tmp_path / source}", f"--target={tmp_path / target}", "--check=False"]
+    killed = subprocess.run(
+        [sys.executable, "-c", SLOW, *asked], env=environment, capture_output=True, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / target).exists()
+    assert run(*asked[:2], "--dtype=bfloat16") == exits.EXIT_BAD_INPUT
+    assert "another conversion is half done" in capsys.readouterr().err
+    assert run(*asked[:2]) == 0
+    assert "were there" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    if way == "in":
+        assert run(f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'back'}") == 0
+    for name, tensor in sources.hugging_face(tmp_path / "back").tensors.items():
+        np.testing.assert_array_equal(tensor.read((), slice(None)), there[name])
+
+
+MEASURED = """
+import resource, sys
+import jax, orbax.checkpoint, tensorstore  # what they take is not the conversion's
+from experiments import convert
+from switchmoe.interop import check, convert as library
+jax.devices()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+code = convert.main(sys.argv)
+print("grown", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_a_few_tensors_whatever_the_models_size(tmp_path, environment):
+    """400 MB there and back: the process grows by less than 100 MB; the largest tensor has 4 MB."""
+    config = SWITCH | {"d_model": 256, "d_ff": 4096, "num_experts": 12, "num_decoder_layers": 4}
+    make(tmp_path / "theirs", config, limit=10**8)
+    assert sum(file.stat().st_size for file in (tmp_path / "theirs").iterdir()) > 390e6
+    for source, target in (("theirs", "run"), ("run", "back")):
+        asked = [f"--source={tmp_path / source}", f"--target={tmp_path / target}", "--check=False"]
+        command = [sys.executable, "-c", MEASURED, *asked]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout.split("grown ")[1]) < 100 * 1024  # ru_maxrss is in KiB on Linux

@@ -1,0 +1,255 @@
+"""Files of other code bases: torch's zip format without torch, and T5X's zarr leaves."""
+
+import io
+import json
+import pickle
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+from test_convert import SWITCH, make, run, shapes_of
+
+from experiments import exits
+from switchmoe.interop import sources, torch_files
+
+
+def tensors_of(file):
+    return {name: tensor.read((), slice(None)) for name, tensor in sources.torch_zip(file).items()}
+
+
+class Torch:
+    """Writes torch's zip files: modules of its names stand in for it while a pickle is made."""
+
+    def __init__(self, monkeypatch):
+        self.modules = {name: types.ModuleType(name) for name in ("torch", "torch._utils", "os_like")}
+        for name, module in self.modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+
+        def _rebuild_tensor_v2(*_):
+            raise AssertionError("only its name is written")
+
+        def _rebuild_parameter(*_):
+            raise AssertionError("only its name is written")
+
+        for function in (_rebuild_tensor_v2, _rebuild_parameter):
+            function.__module__, function.__qualname__ = "torch._utils", function.__name__
+            setattr(self.modules["torch._utils"], function.__name__, function)
+        for name in ("FloatStorage", "BFloat16Storage", "LongStorage"):
+            storage = type(name, (), {"__module__": "torch"})
+            setattr(self.modules["torch"], name, storage)
+
+    def save(self, path, state, more=None, compression=zipfile.ZIP_STORED):
+        """``state``: (array, strides in elements or None, whether a parameter) by name; arrays of one object share a storage."""
+        torch, arrays = self.modules["torch"], {}
+        names = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
+
+        class Tensor:
+            def __init__(self, value, strides, parameter):
+                self.value, self.strides, self.parameter = value, strides, parameter
+
+            def __reduce__(self):
+                key = str(list(arrays).index(id(self.value)))
+                kind = getattr(torch, names[self.value.dtype.name])
+                shape = self.value.shape if self.strides is None else self.value.shape[::-1]
+                steps = self.strides or tuple(s // self.value.itemsize for s in self.value.strides)
+                inner = (Storage(kind, key, self.value.size), 0, shape, steps, False, None)
+                found = (sys.modules["torch._utils"]._rebuild_tensor_v2, inner)
+                if not self.parameter:
+                    return found
+                return sys.modules["torch._utils"]._rebuild_parameter, (
+                    Tensor(self.value, self.strides, False),
+                    True,
+                    None,
+                )
+
+        class Storage:
+            def __init__(self, *pid):
+                self.pid = pid
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, obj):
+                return (
+                    ("storage", obj.pid[0], obj.pid[1], "cpu", obj.pid[2])
+                    if isinstance(obj, Storage)
+                    else None
+                )
+
+        for value, _, _ in state.values():
+            arrays.setdefault(id(value), value)
+        stream = io.BytesIO()
+        Pickler(stream, 2).dump({name: Tensor(*given) for name, given in state.items()} | (more or {}))
+        with zipfile.ZipFile(path, "w", compression) as opened:
+            opened.writestr("archive/data.pkl", stream.getvalue())
+            opened.writestr("archive/byteorder", "little")
+            for key, value in enumerate(arrays.values()):
+                opened.writestr(f"archive/data/{key}", value.tobytes())
+        return path
+
+
+@pytest.fixture
+def torch(monkeypatch):
+    return Torch(monkeypatch)
+
+
+def test_a_zip_of_torch_is_read_without_it(torch, tmp_path):
+    """A shared storage, a transposed view, a parameter, bfloat16."""
+    rng = np.random.default_rng(0)
+    one, half = rng.standard_normal((3, 4), np.float32), rng.standard_normal((2, 5)).astype("bfloat16")
+    state = {
+        "a": (one, None, False),
+        "b": (one, None, True),
+        "t": (one, (1, 4), False),
+        "h": (half, None, False),
+    }
+    found = tensors_of(torch.save(tmp_path / "x.bin", state))
+    for name, wanted in {"a": one, "b": one, "t": one.T, "h": half}.items():
+        np.testing.assert_array_equal(found[name], wanted)
+    part = sources.torch_zip(tmp_path / "x.bin")["a"].read((1,), slice(1, 3))
+    np.testing.assert_array_equal(part, one[1, 1:3])
+
+
+def test_a_directory_of_pickles_becomes_a_run(torch, tmp_path):
+    """In two shards with an index; the same as of safetensors."""
+    there = make(tmp_path / "theirs", SWITCH)
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text(json.dumps(SWITCH))
+    names, index = sorted(there), {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save(tmp_path / "pickled" / file, {name: (there[name], None, False) for name in part})
+        index |= dict.fromkeys(part, file)
+    text = json.dumps({"weight_map": index})
+    (tmp_path / "pickled" / "pytorch_model.bin.index.json").write_text(text)
+    for name in ("theirs", "pickled"):
+        assert run(f"--source={tmp_path / name}", f"--target={tmp_path / name}-run") == 0
+    manifests = [
+        json.loads((tmp_path / f"{name}-run" / "checkpoints" / "0" / "files.json").read_text())
+        for name in ("theirs", "pickled")
+    ]
+    assert manifests[0] == manifests[1]
+
+
+class Bad:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+@pytest.mark.parametrize("how", ["code", "old", "short", "compressed", "no tensors", "beyond"])
+def test_what_is_no_state_of_tensors_is_refused_and_nothing_of_it_runs(torch, tmp_path, how, capsys):
+    file, value = tmp_path / "pytorch_model.bin", np.ones((3, 4), np.float32)
+    state = {"a": (value, None, False)}
+    said = {
+        "code": "names __builtin__.print, which is not run",
+        "old": "not a zip file",
+        "short": "not a zip file, or cut short",
+        "compressed": "uncompressed",
+        "no tensors": "no dictionary of tensors",
+        "beyond": "reaches beyond its storage",
+    }[how]
+    if how == "old":
+        file.write_bytes(pickle.dumps({"a": 1}))
+    elif how == "beyond":
+        torch.save(file, {"a": (value, (100, 1), False)})
+    else:
+        more = {"code": {"b": Bad()}, "no tensors": {"b": 3}}.get(how)
+        torch.save(file, state, more, zipfile.ZIP_DEFLATED if how == "compressed" else zipfile.ZIP_STORED)
+    if how == "short":
+        file.write_bytes(file.read_bytes()[:-30])
+    (tmp_path / "config.json").write_text(json.dumps(SWITCH))
+    assert run(f"--source={tmp_path}", f"--target={tmp_path / 'run'}") == exits.EXIT_BAD_INPUT
+    told = capsys.readouterr()
+    assert said in told.err and told.err.count("\n") == 1 and "must not run" not in told.out
+
+
+@pytest.mark.parametrize(
+    "module, name",
+    [("os", "system"), ("torch._utils", "_rebuild_sparse_tensor"), ("torch.storage", "_load_from_bytes")],
+)
+def test_a_handful_of_names_is_admitted_and_others_are_told(module, name):
+    stream = f"c{module}\n{name}\n.".encode()
+    with pytest.raises(torch_files.PickleError, match=f"names {module}.{name}"):
+        torch_files._Unpickler(io.BytesIO(stream)).load()
+
+
+def t5x_names(there):
+    """T5X's names and layout of a Switch that `make` made: by hand, from Hugging Face's."""
+    found = {"token_embedder.embedding": there["shared.weight"]}
+    for stack, own, ff in (("encoder", "attention", 1), ("decoder", "self_attention", 2)):
+        theirs = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        found[f"{stack}.relpos_bias.rel_embedding"] = there[theirs].T
+        found[f"{stack}.{stack}_norm.scale"] = there[f"{stack}.final_layer_norm.weight"]
+        for n in range(SWITCH["num_layers"] if stack == "encoder" else SWITCH["num_decoder_layers"]):
+            block, layer = f"{stack}.block.{n}.layer", f"{stack}.layers_{n}"
+            kinds = [(own, f"{block}.0.SelfAttention", f"{block}.0", f"pre_{own}")]
+            if stack == "decoder":
+                kinds.append(
+                    (
+                        "encoder_decoder_attention",
+                        f"{block}.1.EncDecAttention",
+                        f"{block}.1",
+                        "pre_cross_attention",
+                    )
+                )
+            for name, attention, norm, before in kinds:
+                for a, b in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
+                    kernel = there[f"{attention}.{b}.weight"].T
+                    # flaxformer's query has an axis for the heads
+                    found[f"{layer}.{name}.{a}.kernel"] = kernel.reshape(16, 3, 4) if a == "query" else kernel
+                found[f"{layer}.{before}_layer_norm.scale"] = there[f"{norm}.layer_norm.weight"]
+            found[f"{layer}.pre_mlp_layer_norm.scale"] = there[f"{block}.{ff}.layer_norm.weight"]
+            mlp = f"{block}.{ff}.mlp"
+            if f"{mlp}.router.classifier.weight" in there:
+                found[f"{layer}.mlp.router.router_weights.w.kernel"] = there[
+                    f"{mlp}.router.classifier.weight"
+                ].T
+                for a in ("wi", "wo"):
+                    experts = [there[f"{mlp}.experts.expert_{e}.{a}.weight"].T for e in range(3)]
+                    found[f"{layer}.mlp.expert.{a}.kernel"] = np.stack(experts)
+            else:
+                for a in ("wi", "wo"):
+                    found[f"{layer}.mlp.{a}.kernel"] = there[f"{mlp}.{a}.weight"].T
+    return {f"target.{name}": value for name, value in found.items()}
+
+
+def write_t5x(directory, arrays):
+    import tensorstore
+
+    directory.mkdir()
+    for name, value in arrays.items():
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{directory / name}/"}}
+        spec |= {
+            "metadata": {"compressor": {"id": "gzip", "level": 1}},
+            "dtype": str(value.dtype),
+            "create": True,
+        }
+        tensorstore.open(spec, shape=value.shape).result().write(value).result()
+    (directory / "checkpoint").write_bytes(b"msgpack")
+
+
+def test_a_t5x_checkpoint_is_the_same_model_as_hugging_faces(tmp_path):
+    import jax
+    from flax.traverse_util import flatten_dict
+
+    from switchmoe.runs import trained
+
+    there = make(tmp_path / "theirs", SWITCH)
+    write_t5x(tmp_path / "t5x", t5x_names(there))
+    found = {}
+    for name in ("theirs", "t5x"):
+        assert run(f"--source={tmp_path / name}", f"--target={tmp_path / name}-run") == 0
+        source = trained.find(f"{tmp_path / name}-run")
+        found[name] = flatten_dict(jax.device_get(trained.on_one_device(source, source.settings)), sep="/")
+    assert found["theirs"].keys() == found["t5x"].keys()
+    for name, value in found["theirs"].items():
+        np.testing.assert_array_equal(found["t5x"][name], value)
+
+
+def test_a_t5x_leaf_that_is_missing_is_told(tmp_path, capsys):
+    there = t5x_names(make(tmp_path / "theirs", SWITCH))
+    lost = "target.decoder.layers_1.mlp.expert.wo.kernel"
+    write_t5x(tmp_path / "t5x", {name: value for name, value in there.items() if name != lost})
+    assert run(f"--source={tmp_path / 't5x'}", f"--target={tmp_path / 'run'}") == exits.EXIT_BAD_INPUT
+    assert f"tensor {lost}: not found, expected with shape (3, 24, 16)" in capsys.readouterr().err
+    assert len(shapes_of(SWITCH)) > len(there) - 1

@@ -1,0 +1,179 @@
+"""Tables of names: the released models' tensors are all claimed, once, and every wrong file is told by name."""
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from switchmoe.interop import convert, t5, tables
+from switchmoe.settings import from_config
+from switchmoe.training import train_state
+
+FILES = sorted((Path(__file__).parent.parent / "fixtures" / "checkpoints").glob("*.json"))
+PUBLISHED = {  # parameters; of Switch as far as the paper and the files' sizes say
+    "t5-v1_1-base": 247_577_856, "flan-t5-small": 76_961_152, "mt5-small": 300_176_768, "Mixtral-8x7B": 46_702_792_704,
+    "OLMoE-1B-7B": 6_919_161_856, "Qwen3-30B-A3B": 30_532_122_624, "switch-base-8": 0.62e9, "switch-base-256": 14.7e9,
+    "switch-large-128": 26.3e9, "switch-c-2048": 1571e9,
+}  # fmt: skip
+
+
+def expanded(patterns):
+    """Names and shapes of patterns in which {a-b} or {a-b/step} stands for each number of a range."""
+    found = {}
+    for pattern, shape in patterns.items():
+        parts = re.split(r"\{(\d+)-(\d+)(?:/(\d+))?\}", pattern)
+        texts, ranges = parts[::4], list(zip(parts[1::4], parts[2::4], parts[3::4], strict=True))
+        numbers = (range(int(a), int(b) + 1, int(step or 1)) for a, b, step in ranges)
+        for chosen in itertools.product(*numbers):
+            inner = "".join(text + str(number) for text, number in zip(texts, (*chosen, ""), strict=True))
+            found[inner] = tuple(shape)
+    return found
+
+
+def settings_of(groups):
+    data = {"vocab_size": groups["model"]["vocab_rows"] - 100, "input_length": 512}
+    return from_config(groups | {"data": groups["data"] | data})
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_released_models_tensors_are_claimed_once_and_fill_every_parameter(file):
+    """Without weights: names and shapes, derived from the config by `transformers` or seen, as the file says."""
+    known = json.loads(file.read_text())
+    shapes = expanded(known["tensors"])
+    family, groups = convert.from_fields(known["config"], file.name)
+    settings = settings_of(groups)
+    moves = tables.moves(family, settings, shapes)
+    assert len({(move.theirs, move.lead, move.entry.part) for move in moves}) == len(moves)
+    assert {move.theirs for move in moves} == shapes.keys()
+    filled = {}
+    for move in moves:
+        assert (move.ours, move.index) not in filled
+        filled[move.ours, move.index] = math.prod(move.shape)
+    sizes = dict.fromkeys(tables.names(settings), 0)
+    for (name, _), size in filled.items():
+        sizes[name] += size
+    assert sizes == {name: math.prod(shape) for name, shape in tables.names(settings).items()}
+    total = sum(map(math.prod, shapes.values()))
+    assert sum(filled.values()) == total == known["parameters"] == train_state.parameter_counts(settings)[0]
+    assert total == pytest.approx(PUBLISHED[file.stem], rel=5e-3 if "switch" in file.stem else 0)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_config_out_of_ours_is_theirs(file):
+    """Read and written again: the fields that make the model are the same."""
+    known = json.loads(file.read_text())["config"]
+    family, groups = convert.from_fields(known, file.name)
+    again, written = convert.to_fields(settings_of(groups))
+    assert again.entries == family.entries
+    also = {"mt5": {"model_type", "architectures"}}  # its model is T5's, with tie_word_embeddings false
+    left_out = {
+        "router_ignore_padding_tokens",
+        "initializer_factor",
+        "use_sliding_window",
+        "clip_qkv",
+        "pad_token_id",
+    }
+    left_out |= also.get(known["model_type"], set())
+    if known["model_type"] == "olmoe":
+        known = {name: value for name, value in known.items() if name != "bos_token_id"}
+    for field in known.keys() - left_out:
+        assert written[field] == known[field], field
+
+
+def small(**moe):
+    model = dict(d_model=16, d_ff=24, d_kv=4, num_heads=3, num_layers=4, activation="relu", vocab_rows=333)
+    return from_config(dict(model=model, moe=dict(num_experts=3) | moe, data=dict(vocab_size=310)))
+
+
+def written(family, settings):
+    return {move.theirs: move.whole() for move in tables.moves(family, settings)}
+
+
+def test_what_is_wrong_with_names_and_shapes_is_one_line_with_tensor_found_and_expected():
+    settings, family = small(), t5.family(sparse=True, gated=False)
+    good = written(family, settings)
+    tables.moves(family, settings, good)
+    expert = "encoder.block.1.layer.1.mlp.experts.expert_2.wi.weight"
+    missing = {name: shape for name, shape in good.items() if name != expert}
+    for shapes, said in (
+        (missing, rf"^tensor {re.escape(expert)}: not found, expected with shape \(24, 16\)$"),
+        (
+            good | {expert: (16, 24)},
+            rf"^tensor {re.escape(expert)}: found with shape \(16, 24\), expected \(24, 16\)$",
+        ),
+        (
+            good | {"encoder.extra": (3,)},
+            r"^tensor encoder.extra: found with shape \(3,\), expected are \d+ tensors of Switch",
+        ),
+        (
+            good | {"lm_head.weight": (3, 3)},
+            r"^tensor lm_head.weight: found with shape \(3, 3\), expected that of shared",
+        ),
+    ):
+        with pytest.raises(tables.TableError, match=said):
+            tables.moves(family, settings, shapes)
+    unused = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": (32, 3)}
+    copies = {"lm_head.weight": (333, 16), "encoder.embed_tokens.weight": (333, 16)}
+    assert len(tables.moves(family, settings, good | unused | copies)) == len(
+        tables.moves(family, settings, good)
+    )
+
+
+def test_a_parameter_that_a_family_does_not_have_is_told():
+    with pytest.raises(
+        tables.TableError, match="parameter decoder/blocks/block_1/moe/shared.*SwitchTransformers has nothing"
+    ):
+        tables.moves(t5.family(sparse=True, gated=False), small(num_shared=1))
+
+
+@pytest.mark.parametrize(
+    "field, value, accepted",
+    [
+        ("num_sparse_encoder_layers", 5, "divides 12"),
+        ("router_bias", True, "false"),
+        ("dense_act_fn", "swish", "relu"),
+        ("d_model", "wide", ""),
+    ],
+)
+def test_a_switch_config_that_cannot_be_said_is_refused_by_field(field, value, accepted):
+    config = {"model_type": "switch_transformers", "num_layers": 12, "num_decoder_layers": 12, field: value}
+    if field == "num_sparse_encoder_layers":
+        config["num_layers"] = 13
+        accepted = "divides 13"
+    with pytest.raises(ValueError, match=f"{field}.*{accepted}"):
+        settings_of(convert.from_fields(config, "config.json")[1])
+
+
+@pytest.mark.parametrize(
+    "kind, field, value",
+    [
+        ("mixtral", "sliding_window", 4096),
+        ("mixtral", "hidden_act", "gelu"),
+        ("olmoe", "clip_qkv", 8.0),
+        ("olmoe", "attention_bias", True),
+        ("qwen3_moe", "rope_parameters", {"rope_type": "yarn", "factor": 4.0}),
+        ("qwen3_moe", "rope_scaling", {"type": "yarn", "factor": 4.0}),
+        ("qwen3_moe", "mlp_only_layers", [3]),
+        ("qwen2_moe", "decoder_sparse_step", 5),
+        ("qwen2_moe", "shared_expert_intermediate_size", 1000),
+        ("qwen2_moe", "layer_types", ["sliding_attention"]),
+        ("llama", "model_type", "llama"),
+    ],
+)
+def test_a_decoders_config_that_cannot_be_said_is_refused_by_field(kind, field, value):
+    with pytest.raises(ValueError, match=rf"config.json: {field}="):
+        convert.from_fields({"model_type": kind, field: value}, "config.json")
+
+
+def test_our_settings_that_theirs_cannot_say_are_refused_by_field():
+    for moe, field in (
+        (dict(num_shared=1), "moe.num_shared"),
+        (dict(router="top_k"), "moe.router"),
+        (dict(every=4, offset=2), "moe.offset"),
+        (dict(granularity=2), "moe.granularity"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{field}=.*accepted for a Hugging Face directory is"):
+            convert.to_fields(small(**moe))
