@@ -72,6 +72,7 @@ setup(
         "tokamax": ["tokamax>=0.0.12"],  # kernels of the ragged back end on GPU and TPU
         "ray": ["ray[client]>=2.60"],
         "slurm": ["submitit>=1.5.4"],
-        "hf": ["transformers>=4.40", "torch>=2.2", "safetensors>=0.4"],
+        # 5.0 - 5.17 route Switch wrongly and drop nothing
+        "hf": ["transformers>=5.18", "torch>=2.2", "safetensors>=0.4"],
     },
 )

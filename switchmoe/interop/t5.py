@@ -108,6 +108,8 @@ def read_config(config: Mapping[str, Any], refuse: Any) -> dict[str, dict[str, A
 
 
 def _read_sparse(config: Mapping[str, Any], layers: int, decoders: int, refuse: Any) -> dict[str, Any]:
+    if config["num_experts"] < 2:
+        refuse("num_experts", "2 or more: with one expert a model is dense here")
     if config["router_bias"]:
         refuse("router_bias", "false")
     if config["router_dtype"] == "float16":

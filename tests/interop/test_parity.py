@@ -44,7 +44,6 @@ CASES = {  # name: (class, fields)
         SWITCH | dict(num_layers=8, num_sparse_encoder_layers=2, num_sparse_decoder_layers=0, dense_act_fn="relu"),
     ),
     "switch, 64": ("SwitchTransformers", SWITCH | dict(num_experts=64)),
-    "switch, 1": ("SwitchTransformers", SWITCH | dict(num_experts=1)),
     "t5, relu, tied": ("T5", T5 | dict(feed_forward_proj="relu")),
     "t5, gated, untied": ("T5", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
     "mt5": ("MT5", T5),

@@ -134,6 +134,7 @@ def test_a_parameter_that_a_family_does_not_have_is_told():
     [
         ("num_sparse_encoder_layers", 5, "divides 12"),
         ("router_bias", True, "false"),
+        ("num_experts", 1, "2 or more"),
         ("dense_act_fn", "swish", "relu"),
         ("d_model", "wide", ""),
     ],
