@@ -21,6 +21,7 @@ ROOMS = (
     "planning",
     "inference",
     "runs",
+    "interop",
     "analysis",
 )
 PUBLIC = {  # a name: where it lives
