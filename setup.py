@@ -40,6 +40,8 @@ setup(
         "protobuf>=4.25",  # what tensorflow-datasets raises where a dataset's description is damaged
         "matplotlib>=3.8",
         "numpy>=2.0",
+        "ml_dtypes>=0.4",
+        "tensorstore>=0.1.60",  # parts of checkpoints
         "scipy>=1.13",
     ],
     extras_require={
@@ -73,6 +75,6 @@ setup(
         "ray": ["ray[client]>=2.60"],
         "slurm": ["submitit>=1.5.4"],
         # 5.0 - 5.17 route Switch wrongly and drop nothing
-        "hf": ["transformers>=5.18", "torch>=2.2", "safetensors>=0.4"],
+        "hf": ["transformers>=5.18", "torch>=2.2", "safetensors>=0.4", "huggingface-hub>=0.30"],
     },
 )
