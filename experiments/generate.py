@@ -184,7 +184,6 @@ def _answers(generator: Any, prompts: list[list[int]]) -> Iterator[Any]:
 
 def _model(arguments: Arguments) -> tuple[Any, Callable[[Any], Prompt], Callable[[list[int]], str] | None]:
     """(generator, a prompt of what was given, the text of ids if there is a vocabulary)."""
-
     from switchmoe.inference import generation
     from switchmoe.inference.decoding import Choosing
     from switchmoe.runs import trained

@@ -20,6 +20,7 @@ from switchmoe.data.vocabulary import Vocabulary
 from switchmoe.interop import decoders, run_files, shards, sources, t5, tables
 from switchmoe.interop.tables import LINEAR, Family, Move
 from switchmoe.runs import integrity, start, trained
+from switchmoe.runs.checkpoints import write_json
 from switchmoe.settings import Settings, from_config, to_dict
 
 THREADS = 2
@@ -210,7 +211,7 @@ def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
     (step / integrity.MANIFEST).write_text(json.dumps(checksums, indent=1))
     if model.vocabulary:
         (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary)
-    (work / "config.json").write_text(json.dumps(to_dict(settings), indent=2) + "\n")
+    write_json(work / "config.json", to_dict(settings))
     ended(work, target)
     return counter.report(len({move.theirs for move in found}))
 
@@ -277,9 +278,7 @@ def begun(target: Path, asked: dict[str, Any]) -> Path:
         return work
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    temporary = work / f"{PROGRESS}.tmp"
-    temporary.write_text(json.dumps(asked))
-    temporary.replace(file)
+    write_json(file, asked)
     return work
 
 
@@ -358,7 +357,7 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
     }
     versions = {"torch_dtype": kept, "dtype": kept}
     for name, fields in (("config.json", config | versions), ("generation_config.json", ids)):
-        (work / name).write_text(json.dumps(fields, indent=2) + "\n")
+        write_json(work / name, fields)
     if model.vocabulary is not None:
         (work / VOCABULARY).write_bytes(model.vocabulary.model_bytes)
         tokenizer = {
