@@ -97,3 +97,9 @@ def test_the_readmes_example():
     names = {}
     exec(example, names)
     assert names["y_GSD"].shape == names["x_GSD"].shape and "loss" in names["aux"]
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their names alone, so two of one name cannot be collected together."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
