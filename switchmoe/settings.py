@@ -142,7 +142,8 @@ class ModelSettings:
 class MoESettings:
     """Where the sparse layers are, how they route, and how they move tokens."""
 
-    num_experts: int = 8  # 1: a dense model; no other field of moe has an effect then
+    num_experts: int = 8  # 1: a dense model; no other field of moe has an effect then, but route_one
+    route_one: bool = False  # a single expert has its router and its slots, as Hugging Face's Switch with one
     every: int = 2  # the last of each `every` blocks is sparse
     offset: int = (
         -1
@@ -226,6 +227,11 @@ class MoESettings:
         _one_of("moe", self, "explore", ("argmax", "sample", "input_dropout", "jitter"))
         _one_of("moe", self, "score", ("softmax", "sigmoid"))
         _one_of("moe", self, "router_dtype", DTYPES)
+
+    @property
+    def routed(self) -> bool:
+        """Whether there are experts at all."""
+        return self.num_experts > 1 or self.route_one
 
     @property
     def total_experts(self) -> int:
@@ -463,7 +469,7 @@ class Settings:
             raise _bad("data.objective", self.data.objective, f"{self._objectives} with {self.model.stacks}")
         if self.model.stacks == "decoder_only" and self.moe.decoder_every >= 0:
             raise _bad("moe.decoder_every", self.moe.decoder_every, "-1 with model.stacks=decoder_only")
-        for stack in self.stacks if self.moe.num_experts > 1 else ():
+        for stack in self.stacks if self.moe.routed else ():
             every, _ = self._every(stack)
             decoders, first = stack == "decoder", self.moe.dense_first
             of = "num_decoder_layers" if decoders and self.model.num_decoder_layers else "num_layers"
@@ -514,11 +520,11 @@ class Settings:
     def period(self, stack: str) -> int:
         """Blocks after which a stack repeats itself: one of them is sparse, or it is a dense stack's single one."""
         every, _ = self._every(stack)
-        return every if self.moe.num_experts > 1 and every else 1
+        return every if self.moe.routed and every else 1
 
     def first(self, stack: str) -> int:
         """Dense blocks of a stack before those that repeat."""
-        return self.moe.dense_first if self.moe.num_experts > 1 and self._every(stack)[0] else 0
+        return self.moe.dense_first if self.moe.routed and self._every(stack)[0] else 0
 
     def repeats(self, stack: str) -> int:
         """How often a stack repeats its period."""
@@ -527,7 +533,7 @@ class Settings:
     def sparse_blocks(self, stack: str) -> range:
         """The numbers of a stack's sparse blocks."""
         every, offset = self._every(stack)
-        if self.moe.num_experts == 1 or not every:
+        if not self.moe.routed or not every:
             return range(0)
         first = self.first(stack)
         return range(first + offset % every, self.layers(stack), every)

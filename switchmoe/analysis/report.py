@@ -216,7 +216,7 @@ def layer_rows(records: Sequence[Record], split: str) -> list[list[str]]:
             f"{load_E.min():.2f}",
             f"{load_E.max():.2f}",
             f"{(load_E < STARVED).sum()}",
-            f"{entropy:.2f} ({entropy / math.log(num_experts):.0%})",
+            f"{entropy:.2f} ({entropy / (math.log(num_experts) or 1):.0%})",
         ]
         for dropped, load_E, entropy in zip(dropped_L, load_LE * num_experts, entropy_L, strict=True)
     ]

@@ -141,7 +141,7 @@ def read(directory: Path) -> Run:
     try:
         series = _series(records)
         _check_done(series["step_V"], series["loss_V"], settings.train.num_steps)
-        routing = _routing(records) if settings.moe.num_experts > 1 else None
+        routing = _routing(records) if settings.moe.routed else None
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
             f"its {METRICS_FILE} is not a run's ({type(error).__name__}: {_line(error)})"

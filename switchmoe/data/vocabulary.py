@@ -95,8 +95,15 @@ class Vocabulary:
 
     @functools.cached_property
     def pieces(self) -> int:
-        """How many pieces the SentencePiece model has: `data.vocab_size`."""
-        return self._processor.vocab_size()
+        """How many pieces the SentencePiece model has: `data.vocab_size`. Without sentinels that are pieces, as mT5's are."""
+        everything = self._processor.vocab_size()
+        below = everything - NUM_SENTINELS
+        own = (
+            self._processor.id_to_piece(below + i).strip(_BLANK)
+            for i in range(NUM_SENTINELS if below > 0 else 0)
+        )
+        names = [f"<extra_id_{NUM_SENTINELS - 1 - i}>" for i in range(NUM_SENTINELS)]
+        return below if list(own) == names else everything
 
     @property
     def size(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from switchmoe.data.vocabulary import Vocabulary
-from switchmoe.interop import decoders, run_files, shards, sources, t5, tables
+from switchmoe.interop import decoders, run_files, shards, sources, t5, tables, tokenizer
 from switchmoe.interop.tables import LINEAR, Family, Move
 from switchmoe.runs import integrity, start, trained
 from switchmoe.runs.checkpoints import write_json
@@ -92,7 +92,7 @@ def _hugging_face(directory: Path) -> Model:
             )
         model["tie_embeddings"] = not own
     path = directory / VOCABULARY
-    vocabulary = path.read_bytes() if path.exists() and model.get("stacks") != "decoder_only" else None
+    vocabulary = path.read_bytes() if path.exists() else None
     return Model(_settings(groups, directory, source, vocabulary), family, source, vocabulary)
 
 
@@ -359,15 +359,11 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
     for name, fields in (("config.json", config | versions), ("generation_config.json", ids)):
         write_json(work / name, fields)
     if model.vocabulary is not None:
+        alone = "encoder" not in settings.stacks
         (work / VOCABULARY).write_bytes(model.vocabulary.model_bytes)
-        tokenizer = {
-            "tokenizer_class": "T5Tokenizer",
-            "extra_ids": 100,
-            "eos_token": "</s>",
-            "pad_token": "<pad>",
-            "unk_token": "<unk>",
-        }
-        (work / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
+        ends = (settings.data.bos_id, None) if alone else (None, settings.data.eos_id)
+        for name, content in (tokenizer.files(model.vocabulary, *ends) or {}).items():
+            write_json(work / name, content)
     ended(work, target)
     return counter.report(len(shapes))
 

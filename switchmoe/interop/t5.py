@@ -107,24 +107,42 @@ def read_config(config: Mapping[str, Any], refuse: Any) -> dict[str, dict[str, A
     return found | {"moe": _read_sparse(config, layers, decoders, refuse)} if sparse else found
 
 
+def _step(count: int, sparse: int) -> int:
+    """Their distance between sparse blocks; without any, all the blocks, which leaves block 1 sparse."""
+    return count // sparse if sparse else count
+
+
+def _sparse_blocks(count: int, step: int) -> list[int]:
+    """As their model has it."""
+    return [i for i in range(count) if step == 1 or i % step == 1]
+
+
 def _read_sparse(config: Mapping[str, Any], layers: int, decoders: int, refuse: Any) -> dict[str, Any]:
-    if config["num_experts"] < 2:
-        refuse("num_experts", "2 or more: with one expert a model is dense here")
+    if config["num_experts"] < 1:
+        refuse("num_experts", "1 or more")
     if config["router_bias"]:
         refuse("router_bias", "false")
     if config["router_dtype"] == "float16":
         refuse("router_dtype", "float32 or bfloat16")
-    steps = {}
+    steps, first = {}, {}
     for stack, count in (("encoder", layers), ("decoder", decoders)):
         field = f"num_sparse_{stack}_layers"
-        step = count // config[field] if config[field] else count
-        # As their model has it: block i is sparse if i % step is 1, or step is 1. So with 0 of them block 1 is.
-        if step < 1 or count % step:
-            refuse(field, f"a number that gives a step (of {count} // {field} blocks) that divides {count}")
-        steps[stack] = step, 0 if step == 1 else 1
+        step = _step(count, config[field])
+        # Ours repeats whole periods, behind `dense_first` blocks; theirs has its first sparse block at 1, or everywhere.
+        first[stack] = count % step if step else 0
+        if step < 1 or first[stack] > 1:
+            refuse(
+                field, f"a number that gives a step ({count} // {field}) that divides {count} or {count - 1}"
+            )
+        steps[stack] = step, 0 if step == 1 else 1 - first[stack]
+    if first["encoder"] != first["decoder"]:
+        refuse(
+            "num_sparse_decoder_layers", "one whose step divides the blocks if and only if the encoder's does"
+        )
     (every, offset), (decoder_every, decoder_offset) = steps["encoder"], steps["decoder"]
     moe = {
-        "num_experts": config["num_experts"], "every": every, "offset": offset,
+        "num_experts": config["num_experts"], "route_one": config["num_experts"] == 1,
+        "every": every, "offset": offset, "dense_first": first["encoder"],
         "router_dtype": config["router_dtype"], "jitter": float(config["router_jitter_noise"]),
         # Theirs: so many slots for each expert and sequence, which padding takes as well.
         "capacity": config["expert_capacity"], "group_size": 0, "eval_group_size": 0, "route_padding": True,
@@ -189,7 +207,7 @@ def write_config(settings: Settings, refuse: Any) -> dict[str, Any]:
     if model.activation != "relu":
         refuse("model.activation", model.activation, "relu, with experts")
     allowed = {
-        "router": "switch", "decoder_router": "", "granularity": 1, "num_shared": 0, "attention": False, "dense_first": 0,
+        "router": "switch", "decoder_router": "", "granularity": 1, "num_shared": 0, "attention": False,
         "unit_gates": False, "priority": False, "reroute": 0,
     }  # fmt: skip
     for field, value in allowed.items():
@@ -198,16 +216,15 @@ def write_config(settings: Settings, refuse: Any) -> dict[str, Any]:
     if settings.expert_width != model.d_ff:
         refuse("moe.d_ff", moe.d_ff, "0")
     for stack in ("encoder", "decoder"):
-        sparse, count = settings.sparse_blocks(stack), settings.layers(stack)
-        step = settings.period(stack)
-        theirs = [i for i in range(count) if step == 1 or i % step == 1]
-        if list(sparse) != theirs:
+        sparse, count = list(settings.sparse_blocks(stack)), settings.layers(stack)
+        numbers = [n for n in range(1, count + 1) if _sparse_blocks(count, _step(count, n)) == sparse]
+        if not numbers:
             refuse(
                 "moe.offset",
                 moe.offset,
-                f"0 or 1, so that the {stack}'s block i is sparse if i % {step} is 1",
+                f"one by which the {stack}'s sparse blocks are 1, 1 + step, 1 + 2 step, ...",
             )
-        config[f"num_sparse_{stack}_layers"] = count // step
+        config[f"num_sparse_{stack}_layers"] = min(numbers, key=lambda n: abs(n - len(sparse)))
     # Without a capacity of its own: as many as a sequence of the run's length has at evaluation.
     length = max(settings.data.input_length, settings.data.target_length)
     capacity = length if moe.dropless else -(-int(length * moe.eval_capacity_factor) // moe.num_experts)

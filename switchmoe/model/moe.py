@@ -115,7 +115,7 @@ def without_effect(moe: MoESettings) -> list[str]:
         for field in dataclasses.fields(moe)
         if field.name != "num_experts" and getattr(moe, field.name) != field.default
     ]
-    if moe.num_experts == 1:
+    if not moe.routed:
         return changed
     routers = {router_name(moe, causal) for causal in (False, True)}
     balanced = routers & {"switch", "top_k", "hierarchical"}

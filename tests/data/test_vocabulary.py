@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from switchmoe.data import progress, sources
 from switchmoe.data import vocabulary as library
@@ -92,6 +93,16 @@ def test_decode_survives_ids_of_a_padded_embedding(vocabulary):
 
 def test_letters_of_a_sentinel_in_the_text_are_not_a_sentinel(vocabulary):
     assert vocabulary.encode("<extra_id_0>").max() < SIZE
+
+
+def test_sentinels_that_are_pieces_already_keep_their_ids(vocabulary):
+    """As in mT5's file."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.model_bytes)
+    for i in reversed(range(100)):
+        model.pieces.add(piece=f"\u2581<extra_id_{i}>", score=0.0, type=4)
+    there = Vocabulary.from_bytes(model.SerializeToString())
+    assert (there.pieces, there.size) == (vocabulary.pieces, vocabulary.size)
+    assert there.sentinel(3) == vocabulary.sentinel(3)
 
 
 def test_training_gives_the_same_bytes_each_time(vocabulary, corpus):

@@ -1,6 +1,7 @@
 """Equal to `transformers`: logits, gradients, tokens and files, of random weights in float32. Needs the extra ``hf``."""
 
 import contextlib
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from experiments import convert as command
+from switchmoe.data import sources as texts
+from switchmoe.data.vocabulary import load_vocabulary
 from switchmoe.inference.decoding import Choosing
 from switchmoe.inference.generation import Generator
-from switchmoe.interop import check, convert, run_files, sources, tables
+from switchmoe.interop import check, convert, run_files, sources, tables, tokenizer
 from switchmoe.interop.tables import LINEAR
 from switchmoe.model.transformer import Transformer
 from switchmoe.runs import trained
+from switchmoe.settings import DataSettings
 
 pytestmark = pytest.mark.long
 torch = pytest.importorskip("torch")
@@ -42,6 +46,11 @@ CASES = {  # name: (class, fields)
     "switch, every fourth, gated": (
         "SwitchTransformers",
         SWITCH | dict(num_layers=8, num_sparse_encoder_layers=2, num_sparse_decoder_layers=0, dense_act_fn="relu"),
+    ),
+    "switch, one expert": ("SwitchTransformers", SWITCH | dict(num_experts=1, expert_capacity=5)),
+    "switch, seven blocks and ten, every second and third": (
+        "SwitchTransformers",
+        SWITCH | dict(num_layers=7, num_sparse_encoder_layers=3, num_decoder_layers=10, num_sparse_decoder_layers=3),
     ),
     "switch, 64": ("SwitchTransformers", SWITCH | dict(num_experts=64)),
     "t5, relu, tied": ("T5", T5 | dict(feed_forward_proj="relu")),
@@ -132,6 +141,22 @@ def test_fused_files_are_the_same_model(case, tmp_path):
     batch = check.batch(settings)
     found = check.compared(check.ours(settings, params, batch), check.theirs(model, batch), batch)
     assert found.largest <= 1e-4 * found.scale, found
+
+
+@pytest.mark.parametrize("normalization", ["nmt_nfkc", "identity"])
+def test_its_tokenizer_reads_text_as_the_run_does(normalization, tmp_path):
+    data = DataSettings(vocab_size=500, normalization=normalization)
+    vocabulary = load_vocabulary(data, texts.load(data, "train"))
+    for name, content in tokenizer.files(vocabulary, None, 1).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == vocabulary.size
+    for text in ("The city  of Paris", " blanks ", "tab\tand\nline", "é ﬁ 😀 日本語…", "", "a\u00a0b"):
+        ids = vocabulary.encode(text).tolist()
+        assert theirs(text).input_ids == [*ids, 1]
+        assert theirs.decode(ids) == vocabulary.decode(ids)
+    assert theirs("a <extra_id_7>").input_ids[-2] == vocabulary.sentinel(7)
 
 
 @pytest.mark.parametrize("case", ["switch", "mixtral"])
