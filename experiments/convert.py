@@ -110,11 +110,12 @@ def _convert(found: dict[str, Any]) -> int:
     process.check_devices()
     process.keep_quiet()
     from switchmoe.interop import check, convert, upcycle
+    from switchmoe.runs import upcycling
 
     target, dtype = Path(found["target"]), found["dtype"]
     if found["upcycle"]:
         report = upcycle.upcycle(
-            _source(found), target, dtype, upcycle.Upcycling(**found["upcycle"]), told, note
+            _source(found), target, dtype, upcycling.Upcycling(**found["upcycle"]), told, note
         )
         print(f"{target}: {report}")
         return 0

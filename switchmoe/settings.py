@@ -442,11 +442,15 @@ class InitSettings:
     optimizer: bool = (
         False  # its optimizer's state too, and with it the place in the learning rate's schedule
     )
+    # the checkpoint is of a dense model, and each expert begins as a copy of its feed-forward (2212.05055); see moe.unit_gates
+    upcycle: bool = False
 
     def __post_init__(self) -> None:
         _expression("init", self, "params")
         if self.optimizer and (self.params or not self.checkpoint):
             raise _bad("init.optimizer", True, "False without init.checkpoint or with init.params")
+        if self.upcycle and (self.params or not self.checkpoint):
+            raise _bad("init.upcycle", True, "False without init.checkpoint or with init.params")
         if self.params and not self.checkpoint:
             raise _bad("init.params", self.params, "empty without init.checkpoint")
 
@@ -491,6 +495,8 @@ class Settings:
                 self.model.vocab_rows,
                 f"0, or data.vocab_size={self.data.vocab_size} or more",
             )
+        if self.init.upcycle and not self.sparse:
+            raise _bad("init.upcycle", True, "False with a dense model")
         if self.data.batch_size % self.train.accumulate:
             raise _bad(
                 "train.accumulate",

@@ -22,6 +22,7 @@ from switchmoe.interop.tables import LINEAR, Family, Move
 from switchmoe.runs import integrity, start, trained
 from switchmoe.runs.checkpoints import write_json
 from switchmoe.settings import Settings, from_config, to_dict
+from switchmoe.training import places
 
 THREADS = 2
 VOCABULARY = "spiece.model"  # what Hugging Face calls T5's
@@ -191,7 +192,7 @@ def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
     )
     work = begun(target, {"files": [_identity(file) for file in source.files], "dtype": kept})
     step = work / "checkpoints" / "0"
-    writer = run_files.Writer(step, run_files.parts(found, tables.names(settings)), kept)
+    writer = run_files.Writer(step, run_files.parts(found, places.names(settings)), kept)
     counter = _Counter(sum(math.prod(move.shape) for move in found) * np.dtype(kept).itemsize)
 
     def one(move: Move) -> None:
@@ -263,8 +264,7 @@ def begun(target: Path, asked: dict[str, Any]) -> Path:
     """
     if target.exists():
         raise ValueError(f"--target={target}: it is there; accepted is a name that is free")
-    if not target.absolute().parent.is_dir():
-        raise ValueError(f"--target={target}: accepted is a name in a directory that is there")
+    target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.converting")
     file = work / PROGRESS
     if work.exists() and file.exists():

@@ -117,7 +117,7 @@ RULES: dict[str, Rule] = (
         "train.trainable": Rule(NOT, "the optimizer's state is of what was trained"),
         "train.seed": Rule(NOT, "all random numbers would differ"),
     }
-    | dict.fromkeys(("init.checkpoint", "init.params", "init.optimizer"), Rule(NOT, "the run began with other parameters"))
+    | dict.fromkeys(("init.checkpoint", "init.params", "init.optimizer", "init.upcycle"), Rule(NOT, "the run began with other parameters"))
     | {f"mesh.{field.name}": _ROUNDING for field in dataclasses.fields(Settings().mesh)}
     | {f"checkpoint.{field.name}": _KEPT for field in dataclasses.fields(Settings().checkpoint)}
 )  # fmt: skip

@@ -1,17 +1,20 @@
 """Where a run's first parameters come from: random numbers, or another run's checkpoint (`init`)."""
 
+import json
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from switchmoe.runs import buckets, integrity
+from switchmoe.parallel.sharding import path_keys
+from switchmoe.runs import buckets, integrity, upcycling
 from switchmoe.runs.parts import Context, Start
-from switchmoe.settings import InitSettings, Settings
+from switchmoe.settings import InitSettings, Settings, from_config
 from switchmoe.training import train_state
 from switchmoe.training.train_state import TrainState
 
@@ -35,13 +38,16 @@ def beginning(context: Context) -> Beginning:
         return Beginning(Start())
     step = locate(init.checkpoint)
     saved = _saved_shapes(init, step)
+    vocabulary = step.parent.parent / VOCABULARY_FILE
+    vocabulary = str(vocabulary) if vocabulary.exists() else ""
+    if init.upcycle:
+        return Beginning(_upcycled(context, step, saved), vocabulary)
     taken = _taken(context.settings, saved)
     record = {"checkpoint": init.checkpoint, "step": int(step.name), "params": init.params}
     context.note(
         f"parameters from {step}: {len(taken)} of {len(_shapes(context.settings))} arrays"
         + (f"; {len(saved) - len(taken)} there are not used" if len(saved) > len(taken) else "")
     )
-    vocabulary = step.parent.parent / VOCABULARY_FILE
 
     def load(state: TrainState) -> TrainState:
         fresh = flatten_dict(state.params, sep="/")
@@ -49,7 +55,47 @@ def beginning(context: Context) -> Beginning:
         state = state.replace(params=unflatten_dict(fresh | read, sep="/"))
         return state.replace(opt_state=_optimizer(init, step, state.opt_state)) if init.optimizer else state
 
-    return Beginning(Start(load, record), str(vocabulary) if vocabulary.exists() else "")
+    return Beginning(Start(load, record), vocabulary)
+
+
+def _upcycled(context: Context, step: epath.Path, saved: dict[str, tuple[int, ...]]) -> Start:
+    """A dense model's parameters, copied to the experts, and with ``init.optimizer`` its optimizer's state."""
+    settings, init = context.settings, context.settings.init
+    try:
+        dense = from_config(json.loads((step.parent.parent / "config.json").read_text()))
+        upcycling.check(dense, settings, saved)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"init.checkpoint={init.checkpoint}: {error}; accepted with init.upcycle is a dense model's run"
+        ) from error
+    context.note(f"parameters from {step}, each feed-forward copied to {settings.moe.num_experts} experts")
+
+    def load(state: TrainState) -> TrainState:
+        tree = ocp.PyTreeCheckpointer().restore(step / "state")
+        there = {"/".join(path_keys(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+        def read(name: str) -> np.ndarray:
+            if name not in there:
+                raise ValueError(f"init.checkpoint={init.checkpoint}: no {name} is there")
+            return np.asarray(there[name])
+
+        how = upcycling.Upcycling(settings.moe.num_experts)
+        params = upcycling.parameters(dense, settings, how, read)
+        state = state.replace(params=jax.tree.map(_placed, state.params, params))
+        if not init.optimizer:
+            return state
+        found = upcycling.optimizer_state(dense, settings, params, read)
+        if found is None:
+            raise ValueError(f"init.optimizer=True: {step} has no state of this optimizer; accepted is False")
+        return state.replace(opt_state=jax.tree.map(_placed, state.opt_state, found))
+
+    return Start(load, {"checkpoint": init.checkpoint, "step": int(step.name), "upcycle": True})
+
+
+def _placed(like: jax.Array, value: np.ndarray) -> jax.Array:
+    """The value with the type and the place of ``like``."""
+    value = np.asarray(value, like.dtype)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
 
 
 def locate(text: str, field: str = "init.checkpoint") -> epath.Path:

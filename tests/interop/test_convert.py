@@ -17,6 +17,7 @@ from experiments import exits
 from switchmoe.interop import convert, shards, sources, tables
 from switchmoe.runs import trained
 from switchmoe.settings import from_config
+from switchmoe.training import places
 
 T5 = {
     "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 16, "d_ff": 24, "d_kv": 4, "num_heads": 3,
@@ -120,7 +121,7 @@ def test_a_run_begins_with_a_converted_model(tmp_path):
     state = train_state.init_state(settings, train_state.optimizer(settings))
     params = flatten_dict(start.beginning(Context).start.load(state).params, sep="/")
     np.testing.assert_array_equal(params["embedding"], there["shared.weight"])
-    assert len(params) == len(tables.names(settings))
+    assert len(params) == len(places.names(settings))
 
 
 def test_a_step_that_a_run_saved_becomes_theirs(tmp_path):

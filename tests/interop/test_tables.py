@@ -10,7 +10,7 @@ import pytest
 
 from switchmoe.interop import convert, t5, tables
 from switchmoe.settings import from_config
-from switchmoe.training import train_state
+from switchmoe.training import places, train_state
 
 FILES = sorted((Path(__file__).parent.parent / "fixtures" / "checkpoints").glob("*.json"))
 PUBLISHED = {  # parameters; of Switch as far as the paper and the files' sizes say
@@ -52,10 +52,10 @@ def test_a_released_models_tensors_are_claimed_once_and_fill_every_parameter(fil
     for move in moves:
         assert (move.ours, move.index) not in filled
         filled[move.ours, move.index] = math.prod(move.shape)
-    sizes = dict.fromkeys(tables.names(settings), 0)
+    sizes = dict.fromkeys(places.names(settings), 0)
     for (name, _), size in filled.items():
         sizes[name] += size
-    assert sizes == {name: math.prod(shape) for name, shape in tables.names(settings).items()}
+    assert sizes == {name: math.prod(shape) for name, shape in places.names(settings).items()}
     total = sum(map(math.prod, shapes.values()))
     assert sum(filled.values()) == total == known["parameters"] == train_state.parameter_counts(settings)[0]
     assert total == pytest.approx(PUBLISHED[file.stem], rel=5e-3 if "switch" in file.stem else 0)

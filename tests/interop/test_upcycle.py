@@ -9,9 +9,8 @@ from test_convert import T5, make
 
 from experiments import convert as command
 from experiments import exits
-from switchmoe.interop import upcycle
 from switchmoe.model.transformer import Transformer
-from switchmoe.runs import trained
+from switchmoe.runs import trained, upcycling
 from switchmoe.settings import from_config
 from switchmoe.training import train_state
 from switchmoe.training.train_state import TrainState
@@ -31,11 +30,14 @@ def dense(config):
     return settings, train_state.init_state(settings, train_state.optimizer(settings)).params
 
 
+def reader(params):
+    return flatten_dict({"params": jax.device_get(params)}, sep="/").__getitem__
+
+
 def sparse(settings, params, **how):
-    how = upcycle.Upcycling(**({"experts": 4, "every": 2} | how))
-    new = upcycle.settings_of(settings, how)
-    flat = flatten_dict(jax.device_get(params), sep="/")
-    return new, upcycle.parameters(settings, new, how, flat.__getitem__)
+    how = upcycling.Upcycling(**({"experts": 4, "every": 2} | how))
+    new = upcycling.settings_of(settings, how)
+    return new, upcycling.parameters(settings, new, how, reader(params))
 
 
 def loss(settings, params, train=False):
@@ -120,15 +122,14 @@ def test_an_experts_state_of_the_optimizer_is_the_feed_forwards(name, tmp_path):
     _, state = tx.update(grads, tx.init(params), params)
     new, made = sparse(settings, params)
 
-    class Reader:
-        def read(self, path, index):
-            leaves = jax.tree_util.tree_leaves_with_path(state)
-            found = {"opt_state/" + "/".join(upcycle.path_keys(keys)): leaf for keys, leaf in leaves}
-            return np.asarray(found[path])
+    def read(path):
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        found = {"opt_state/" + "/".join(upcycling.path_keys(keys)): leaf for keys, leaf in leaves}
+        return np.asarray(found[path])
 
-    how = upcycle.Upcycling(experts=4)
-    after = upcycle.optimizer_state(settings, new, made, Reader())
-    copied = upcycle.parameters(settings, new, how, flatten_dict(jax.device_get(grads), sep="/").__getitem__)
+    how = upcycling.Upcycling(experts=4)
+    after = upcycling.optimizer_state(settings, new, made, read)
+    copied = upcycling.parameters(settings, new, how, reader(grads))
     wanted, _ = tx.update(grads, state, params)
     update, _ = train_state.optimizer(new).update(copied, after, made)
     update, wanted = flatten_dict(update, sep="/"), flatten_dict(wanted, sep="/")

@@ -121,6 +121,38 @@ def test_a_start_from_a_checkpoint_begins_where_that_ended(trained, tmp_path):
     np.testing.assert_allclose(found["cross_entropy"], was["cross_entropy"], rtol=1e-6)
 
 
+def test_a_dense_run_goes_on_with_experts_that_are_copies(tmp_path, capsys):
+    """After one step too small to change anything the loss is the dense run's; a sparse run and others' shapes are refused."""
+    roomy = ["--config.moe.eval_capacity_factor=8.0", "--config.moe.capacity_factor=8.0"]
+    dense = tmp_path / "dense"
+    assert run(dense, "--config.moe.num_experts=1", "--config.train.num_steps=5") == 0
+    still = [
+        "--config.optimizer.schedule=constant",
+        "--config.optimizer.learning_rate=1e-12",
+        "--config.train.num_steps=1",
+    ]
+    sparse = [
+        *roomy,
+        f"--config.init.checkpoint={dense}",
+        "--config.init.upcycle=True",
+        "--config.moe.unit_gates=True",
+    ]
+    assert run(tmp_path / "run", *sparse, "--config.init.optimizer=True", *still) == 0
+    (*_, was), (*_, found) = (read_metrics(path / "metrics.jsonl") for path in (dense, tmp_path / "run"))
+    np.testing.assert_allclose(found["cross_entropy"], was["cross_entropy"], rtol=1e-5)
+    assert "each feed-forward copied to 4 experts" in capsys.readouterr().out
+    _, opt_state = parameters(tmp_path / "run", 1)
+    counts = [leaf for leaf in jax.tree.leaves(opt_state) if np.ndim(leaf) == 0]
+    assert counts and all(leaf == 6 for leaf in counts)
+    for arguments, message in (
+        (["--config.model.d_ff=24"], "accepted with init.upcycle is a dense model's run"),
+        ([f"--config.init.checkpoint={tmp_path / 'run'}"], "it has 4 experts"),
+        (["--config.moe.num_experts=1"], "init.upcycle=True: accepted is False with a dense model"),
+    ):
+        assert run(tmp_path / "other", *sparse, *arguments) == command.EXIT_BAD_INPUT
+        assert message in capsys.readouterr().err
+
+
 KINDS = {
     "warm": ["--config.init.checkpoint={}"],
     "frozen": ["--config.init.checkpoint={}", "--config.train.trainable=router|experts|norm"],

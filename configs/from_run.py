@@ -1,0 +1,20 @@
+"""Settings of a run or a converted checkpoint, and training that begins with its parameters.
+
+    python -m experiments.run --config=configs/from_run.py:DIR --workdir=runs/further --config.data.source='texts/*.txt'
+
+DIR is a run's directory, DIR|STEP or DIR/checkpoints/STEP. Its vocabulary is taken, too. Text, lengths, learning rate and steps
+are as in DIR and to be said anew: a converted checkpoint has no more than the library's defaults of them.
+"""
+
+from ml_collections import ConfigDict
+
+from switchmoe.runs import trained
+from switchmoe.settings import to_dict
+
+
+def get_config(directory: str = "") -> ConfigDict:
+    if not directory:
+        raise ValueError("configs/from_run.py: accepted is configs/from_run.py:DIR, a run's directory")
+    config = ConfigDict(to_dict(trained.find(directory).settings))
+    config.init.update({"checkpoint": directory, "params": "", "optimizer": False})
+    return config
