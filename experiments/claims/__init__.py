@@ -5,15 +5,15 @@ are one run: the Switch model with factor 1.25 of Table 1 is that with jitter of
 """
 
 import functools
-import importlib
 from typing import Any
 
-from experiments.claims import st_moe, switch_figures, switch_tables, switch_text
+from experiments.claims import st_moe, switch_figures, switch_tables, switch_text, upcycling
 from experiments.claims.claim import SCALES, Claim, Overrides, Scale, dense, switch
+from experiments.sweep import study
 
 CLAIMS = {
     claim.name: claim
-    for family in (switch_tables, switch_figures, switch_text, st_moe)
+    for family in (switch_tables, switch_figures, switch_text, st_moe, upcycling)
     for claim in family.CLAIMS
 }
 
@@ -66,6 +66,11 @@ def run_of(arm: Overrides, seed: int, scale: str) -> Overrides:
     """The overrides of an arm's run with a seed, without those that are the base's own values."""
     base, named = _base(scale), {"moe.num_experts", "train.seed"}
     asked = arm | {"train.seed": seed}
+    if (
+        "init.checkpoint" in arm
+    ):  # of another seed, so that what it goes on with is not what it was trained with
+        before = run_of(arm["init.checkpoint"], (seed + 1) % SCALES[scale].seeds, scale)
+        asked["init.checkpoint"] = study.reference(before)
     if asked["moe.num_experts"] == 1:  # a dense model has no use for a router's fields
         asked = {field: v for field, v in asked.items() if field in named or not field.startswith("moe.")}
     differ = {field for field, value in asked.items() if value != base[field]} | named
@@ -75,7 +80,7 @@ def run_of(arm: Overrides, seed: int, scale: str) -> Overrides:
 
 def base_config(scale: str) -> Any:
     """The scale's config, a ConfigDict."""
-    return importlib.import_module(SCALES[scale].config.removesuffix(".py").replace("/", ".")).get_config()
+    return SCALES[scale].base()
 
 
 @functools.cache

@@ -92,6 +92,7 @@ class _Loop:
     def __init__(self, sweep: Sweep, costs: Sequence[study.Cost], launcher: Any):
         self.sweep, self.launcher = sweep, launcher
         self.costs = dict(zip((run.name for run in sweep.runs), costs, strict=True))
+        self.runs = {run.name: run for run in sweep.runs}
         self.table = outcomes.Table([run.name for run in sweep.runs])
         self.states: dict[str, str] = {}
         self.failed: dict[str, str] = {}
@@ -102,23 +103,25 @@ class _Loop:
 
     def run_all(self) -> int:
         """Starts what is not done, whatever became of the runs before; returns the exit code to leave with."""
-        waiting = list(self.sweep.runs)
-        runs = {run.name: run for run in waiting}
+        waiting, runs = list(self.sweep.runs), self.runs
         states = [one["state"] for one in _results(self.sweep, self.costs.values())]
         self.states = {run.name: self._status(run, state) for run, state in zip(waiting, states, strict=True)}
         with self._stop_signals():
             while self.jobs or (waiting and not self.signals):
-                while waiting and len(self.jobs) < self.launcher.at_once and not self.signals:
-                    self._start(waiting.pop(0))
-                self._look(runs)
+                while len(self.jobs) < self.launcher.at_once and not self.signals:
+                    ready = [run for run in waiting if self._parent_is(run, ("done", "failed"))]
+                    if not ready:
+                        break
+                    waiting.remove(ready[0])
+                    self._start(ready[0])
+                self._look()
                 for number, (name, job) in enumerate(list(self.jobs.items())):
                     code = job.wait(0 if number else POLL)
                     if code is not None and self._ended(runs[name], code):
                         waiting.insert(0, runs[name])
         for name, what in self.failed.items():
-            print(
-                f"experiments.sweep: {name} {what}; {self.sweep.workdir / name / LOG_FILE}", file=sys.stderr
-            )
+            log = self.sweep.workdir / name / LOG_FILE
+            print(f"experiments.sweep: {name} {what}" + (f"; {log}" if log.exists() else ""), file=sys.stderr)
         if self.signals:
             name = signal.Signals(self.signals[0]).name
             text = f"stopped by {name}; the same command continues from there"
@@ -127,13 +130,25 @@ class _Loop:
         print(f"{len(runs) - len(self.failed)} of {len(runs)} runs done: {self.sweep.workdir}")
         return EXIT_FAILED if self.failed else 0
 
+    def _parent_is(self, run: Run, states: Sequence[str]) -> bool:
+        """Whether the run that this one begins with, if it does with one, has come to one of these states."""
+        if not run.parent:
+            return "done" in states
+        state = "failed" if run.parent in self.failed else "running"
+        state = "done" if self._done(self.runs[run.parent]) else state
+        return state in states
+
     def _start(self, run: Run) -> None:
         """Has the launcher start the run, if it is not done."""
         if self._done(run):
             return self._show(run, self._status(run, "done"))
+        if not self._parent_is(run, ("done",)):
+            self.failed[run.name] = f"not started, as {run.parent} failed"
+            return self._show(run, self.failed[run.name])
         # Programs are compiled once for all runs of their shapes, whatever their seeds, and not again when a run goes on.
         cache = (self.sweep.workdir / CACHE_DIR).absolute()
-        overrides = [f"--config.{field}={value}" for field, value in run.overrides.items()]
+        own = run.overrides | ({"init.checkpoint": run.settings.init.checkpoint} if run.parent else {})
+        overrides = [f"--config.{field}={value}" for field, value in own.items()]
         order = Order([*self.sweep.arguments, *overrides], self.sweep.workdir / run.name, Path.cwd(), cache)
         self.told[run.name] = 0
         try:
@@ -143,11 +158,11 @@ class _Loop:
             return self._show(run, self.failed[run.name])
         self._pass_on(run.name)  # what came since before there was a job to pass it on to
 
-    def _look(self, runs: dict[str, Run]) -> None:
+    def _look(self) -> None:
         """Shows how the runs under way get on."""
         for name, job in self.jobs.items():
             queued, live = job.queued, self.table.live
-            self.states[name] = "queued" if queued else self._status(runs[name], "running", live)
+            self.states[name] = "queued" if queued else self._status(self.runs[name], "running", live)
         if self.jobs:
             self.table.show(self.states, next(iter(self.jobs)))
 

@@ -3,6 +3,9 @@
 A sweep's config is an ordinary one, whose ``get_config()`` is the base of all runs, with a second function
 ``get_sweep()``: a list of products, each ``{"group.field": [values]}``. The runs are those of all products,
 in their order. Fields that go together, such as the options of one router, are a product of their own.
+
+A run may begin with the parameters of another one of the sweep, which is then made before it: ``init.checkpoint`` is all of the
+other's overrides, ``"moe.num_experts=1,train.seed=0"`` (`reference`).
 """
 
 import dataclasses
@@ -29,6 +32,7 @@ class Run:
     name: str  # its overrides, and its directory in the sweep's
     overrides: dict[str, Any]
     settings: Settings
+    parent: str = ""  # the name of the run that it begins with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +74,24 @@ def read(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None = 
         field = re.sub(r"^--?(no)?config\.|=.*$", "", argument)
         if field in varied:
             raise ValueError(f"{argument}: accepted are fields that the sweep does not vary")
-    runs = [
-        _run(base, dict(zip(product, values, strict=True)), varied)
+    each = [
+        dict(zip(product, values, strict=True))
         for product in products
         for values in itertools.product(*product.values())
     ]
+    names = {reference(overrides): _name(overrides, varied) for overrides in each}
+    runs = [_run(base, overrides, varied, Path(workdir), names) for overrides in each]
     for name, same in itertools.groupby(sorted(run.name for run in runs)):
         if len(list(same)) > 1:
             raise ValueError(
                 f"get_sweep(): two runs {name}; accepted are runs that differ in their overrides"
             )
-    asked = [run for run in runs if only is None or run.overrides in only]
+    wanted = {run.name for run in runs if only is None or run.overrides in only}
+    parents = {run.name: run.parent for run in runs}
+    for name in list(wanted):  # with what they begin with, and what that begins with
+        while name := parents[name]:
+            wanted.add(name)
+    asked = [run for run in runs if run.name in wanted]
     return Sweep(Path(workdir), [f"--config={config}", *overridden], base, asked, runs)
 
 
@@ -101,14 +112,26 @@ def _products(path: str) -> list[dict[str, list]]:
     return products
 
 
-def _run(base: Settings, overrides: dict[str, Any], varied: set[str]) -> Run:
-    name = ",".join(f"{_short(field, varied)}={_word(value)}" for field, value in overrides.items())
-    groups = to_dict(base)
-    for path, value in overrides.items():
+def reference(overrides: dict[str, Any]) -> str:
+    """What ``init.checkpoint`` of another run of the sweep calls the run with these overrides."""
+    return ",".join(f"{field}={value}" for field, value in overrides.items())
+
+
+def _name(overrides: dict[str, Any], varied: set[str]) -> str:
+    return ",".join(f"{_short(field, varied)}={_word(value)}" for field, value in overrides.items())
+
+
+def _run(
+    base: Settings, overrides: dict[str, Any], varied: set[str], workdir: Path, names: dict[str, str]
+) -> Run:
+    name, groups = _name(overrides, varied), to_dict(base)
+    parent = names.get(overrides.get("init.checkpoint", ""), "")
+    own = overrides | ({"init.checkpoint": str(workdir / parent)} if parent else {})
+    for path, value in own.items():
         group, field = path.split(".")
         groups.setdefault(group, {})[field] = value
     try:
-        return Run(name, overrides, from_config(groups))
+        return Run(name, overrides, from_config(groups), parent)
     except ValueError as error:
         raise ValueError(f"run {name}: {error}") from error
 

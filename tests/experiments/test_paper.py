@@ -22,7 +22,7 @@ from switchmoe.settings import to_dict
 LISTED = {
     "table1", "table2", "table3", "table4", "table6", "table7", "table8", "table10", "table11", "figure1", "figure4",
     "figure5", "figure6", "figure7", "figure9", "figure12", "dropped_tokens", "alpha", "no_token_left_behind", "z_loss",
-    "stability", "eval_capacity", "frozen_subsets", "dropped_fine_tuning", "twins",
+    "stability", "eval_capacity", "frozen_subsets", "dropped_fine_tuning", "twins", "upcycling",
 }  # fmt: skip
 LATER = {"table4", "table6", "table7", "table8", "frozen_subsets", "dropped_fine_tuning"}
 MICRO = [

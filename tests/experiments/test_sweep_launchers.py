@@ -17,7 +17,7 @@ from experiments.exits import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_LOST, EXIT_STOPP
 from experiments.launchers import choice, local, node
 from experiments.launchers.order import LOG_FILE, Options, Order, spawn
 from experiments.sweep import __main__ as sweep
-from experiments.sweep import command
+from experiments.sweep import command, study
 from switchmoe.runs.lock import InUse
 
 config, here = test_sweep.config, test_sweep.here  # fixtures
@@ -143,6 +143,31 @@ def test_lost_runs_are_started_again_so_often_and_failed_ones_are_not(config, ca
     with (found.workdir / "results.csv").open() as file:
         states = {one["run"]: one["state"] for one in csv.DictReader(file)}
     assert states == {"seed=0": "failed", "seed=1": "done", "seed=2": "failed", "seed=3": "done"}
+
+
+FURTHER = """[
+    {'init.checkpoint': ['train.seed=0', 'train.seed=1'], 'optimizer.learning_rate': [0.5]},
+    {'train.seed': [0, 1, 2]},
+]"""
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_that_begins_with_another_is_started_after_it_if_that_is_done(config, capsys):
+    found = read(*config(FURTHER))
+    children = [run.name for run in found.runs[:2]]
+    assert [run.parent for run in found.runs] == ["seed=0", "seed=1", "", "", ""]
+    assert found.runs[1].settings.init.checkpoint == str(found.workdir / "seed=1")
+    order = []
+    launcher = Script(found, {"seed=0": [0], "seed=1": [2], "seed=2": [0], children[0]: [0]})
+    start = launcher.start
+    launcher.start = lambda one: order.append(one) or start(one)
+    assert command.run(found, launcher) == EXIT_FAILED
+    assert [one.workdir.name for one in order] == ["seed=0", "seed=1", children[0], "seed=2"]
+    assert f"--config.init.checkpoint={found.workdir / 'seed=0'}" in order[2].arguments
+    err = capsys.readouterr().err
+    assert f"{children[1]} not started, as seed=1 failed" in err
+    asked = study.read(["sweep", *config(FURTHER)], "A doc.", [found.runs[0].overrides])
+    assert [run.name for run in asked.runs] == [children[0], "seed=0"]
 
 
 @pytest.mark.usefixtures("here")
