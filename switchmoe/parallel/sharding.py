@@ -130,7 +130,7 @@ def check(settings: Settings, lengths: dict[str, int], mesh: Mapping[str, int]) 
     tokens, routed = {}, {stack: lengths[stack] for stack in settings.sparse_stacks}
     for stack, length in routed.items():
         groups, tokens[stack] = group_shape(batch, length, moe.group_size)
-        if moe.total_experts > tokens[stack]:
+        if moe.total_experts > tokens[stack] and not moe.capacity:  # by a factor less than a slot each
             raise ValueError(
                 f"moe.num_experts={moe.num_experts}: accepted is at most {tokens[stack]}, the tokens of one of the"
                 f" {stack}'s groups (moe.group_size={moe.group_size}, {batch} sequences of {length} tokens)"

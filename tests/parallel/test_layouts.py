@@ -30,7 +30,7 @@ CASES += [("data_expert", False, "einsum"), ("data_expert_model", False, "ragged
 FIRST = ("data", False, "auto"), ("data_expert", False, "auto"), ("data_expert_model", True, "auto")
 MARKED = [case if case in FIRST else pytest.param(*case, marks=pytest.mark.long) for case in CASES]
 KINDS = ["encoder_decoder", "decoder_only"]
-CONVERTED = "converted"  # with what converted checkpoints have: so many slots, padding routed, dense blocks first
+CONVERTED = "converted"  # so many slots a sequence, which padding takes too, and dense blocks first
 
 
 def case(layout="data", fsdp=False, dispatch="auto", kind="encoder_decoder", **mesh):
