@@ -151,7 +151,8 @@ def _checked(run: str, other: Path, tolerance: float) -> int:
 
     model = trained.find(run)
     settings = dataclasses.replace(
-        model.settings, model=dataclasses.replace(model.settings.model, dtype="float32")
+        check.with_their_slots(model.settings, other),
+        model=dataclasses.replace(model.settings.model, dtype="float32"),
     )
     params = trained.on_one_device(model, settings)
     dtypes = {tensor.dtype for tensor in sources.hugging_face(other).tensors.values()}

@@ -14,6 +14,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from experiments import command_line, exits, process, supervisor
 from experiments.exits import (
@@ -27,7 +29,7 @@ from experiments.exits import (
 from switchmoe.settings import Settings
 
 DEFAULT_CONFIG = "configs/quickstart.py"
-_fail = functools.partial(exits.fail, "experiments.run")
+COMMAND = "experiments.run"
 PEERS_LEAVE = 30  # seconds within which JAX ends a process whose peer is lost
 
 
@@ -36,24 +38,44 @@ def main(argv: list[str]) -> int:
         supervisor.leave_with_parent()
     try:
         settings, workdir = command_line.parse(argv, DEFAULT_CONFIG, __doc__, buckets=True)
-        # Imported once the settings are known to be good: an error in them shows at once.
+    except ValueError as error:
+        return exits.fail(COMMAND, error, EXIT_BAD_INPUT)
+    return carry_out(COMMAND, argv, settings, workdir, _pretraining)
+
+
+def _pretraining() -> Any:
+    from switchmoe.runs import text
+
+    return text.PRETRAINING
+
+
+def carry_out(
+    command: str, argv: Sequence[str], settings: Settings, workdir: str, kind: Callable[[], Any]
+) -> int:
+    """Trains, in one process or as one of several; returns the exit code.
+
+    Args:
+      command: such as ``experiments.run``, which with ``argv`` starts this very run.
+      kind: gives the `runs.parts.Kind`. Called once the settings are known to be good: an error in them shows at once.
+    """
+    try:
         from switchmoe.parallel import distributed
 
         several = distributed.job(settings.mesh, os.environ) is not None
     except ValueError as error:
-        return _fail(error, EXIT_BAD_INPUT)
+        return exits.fail(command, error, EXIT_BAD_INPUT)
     if several and not supervisor.is_child():
-        return supervisor.run("experiments.run", argv[1:])
+        return supervisor.run(command, argv[1:])
     process.keep_quiet()
     if several:
         supervisor.leave_with_parent()
-    code = _train(settings, workdir)
+    code = _train(command, settings, workdir, kind)
     if several and code not in (0, EXIT_STOPPED):
         _leave_at_once(code, wait=distributed.is_main())
     return code
 
 
-def _train(settings: Settings, workdir: str) -> int:
+def _train(command: str, settings: Settings, workdir: str, kind: Callable[[], Any]) -> int:
     import jax
 
     from switchmoe.analysis import report
@@ -61,30 +83,31 @@ def _train(settings: Settings, workdir: str) -> int:
     from switchmoe.runs import checkpoints, loop, signals
     from switchmoe.runs.reporting import Progress
 
+    fail = functools.partial(exits.fail, command)
     progress = Progress(settings.train.num_steps, sys.stdout)
     try:
         with contextlib.closing(progress):
             distributed.initialize(settings.mesh)
             process.check_devices()
-            path = loop.run(settings, workdir, progress, report.write_report)
+            path = loop.run(settings, workdir, progress, report.write_report, kind())
     except ValueError as error:
-        return _fail(error, EXIT_BAD_INPUT)
+        return fail(error, EXIT_BAD_INPUT)
     except (loop.NonFiniteLoss, FloatingPointError) as error:  # the latter with JAX_DEBUG_NANS
-        return _fail(error, EXIT_NON_FINITE)
+        return fail(error, EXIT_NON_FINITE)
     except checkpoints.CheckpointError as error:
-        return _fail(error, EXIT_IO)
+        return fail(error, EXIT_IO)
     except OSError as error:
-        return _fail(error if error.filename else f"{workdir}: {error}", EXIT_IO)
+        return fail(error if error.filename else f"{workdir}: {error}", EXIT_IO)
     except signals.Stopped as stopped:
         message, number = stopped.args
-        return _fail(message, EXIT_STOPPED if number == signal.SIGTERM else EXIT_INTERRUPTED)
+        return fail(message, EXIT_STOPPED if number == signal.SIGTERM else EXIT_INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
         if not supervisor.is_child():
             raise
         time.sleep(PEERS_LEAVE)  # until then JAX has found out who is lost, and ended this process
-        return _fail(f"{str(error).splitlines()[0]} (or another process of the job was lost)", EXIT_LOST)
+        return fail(f"{str(error).splitlines()[0]} (or another process of the job was lost)", EXIT_LOST)
     except KeyboardInterrupt:
-        return _fail("interrupted twice; saved is the last checkpoint", EXIT_INTERRUPTED)
+        return fail("interrupted twice; saved is the last checkpoint", EXIT_INTERRUPTED)
     if distributed.is_main():
         print(f"done: {path}")
     return 0
@@ -103,4 +126,4 @@ def _leave_at_once(code: int, wait: bool) -> None:
 
 if __name__ == "__main__":
     process.use_huge_pages()
-    exits.leave("experiments.run", main)
+    exits.leave(COMMAND, main)

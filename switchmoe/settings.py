@@ -359,7 +359,7 @@ class TrainSettings:
     output_z_loss_weight: float = 1e-4  # on the vocabulary logits; 0 leaves it out
     skip_nonfinite: int = 0  # updates in a row left out as loss or gradient is not finite; one more: a stop
     trainable: str = (
-        ""  # regular expression of the parameters that are trained (found in encoder/blocks/...); "": all
+        ""  # regular expression of the parameters that are trained (found in encoder/blocks/...), or a name of train_state.SUBSETS; "": all
     )
     seed: int = 0  # of parameters, batches, dropout and routers
 
@@ -456,6 +456,43 @@ class InitSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskSettings:
+    """What is fine-tuned on (`experiments.finetune`). Pre-training reads none of it."""
+
+    names: str = (
+        ""  # of tasks, with commas between them; one may be a glob of .jsonl, .json, .csv or .tsv files
+    )
+    held_out: str = ""  # of tasks that are measured and not trained on
+    inputs: str = (
+        "{inputs}"  # of files: a template of a record's fields, which the model reads (SQuAD's has its own)
+    )
+    targets: str = "{targets}"  # and what it is to write
+    options: str = ""  # of files: the classes, with commas between them; "": any text
+    metrics: str = ""  # of files: names in data.tasks.metrics; "": accuracy of classes, else exact_match,f1
+    # A task's share of the batches: proportional (to its examples, at most `ceiling` of them, to the power 1 / `temperature`),
+    # equal, or rates
+    mixture: str = "proportional"
+    ceiling: int = 0  # 0: none
+    temperature: float = 1.0
+    rates: str = ""  # with mixture=rates: a number for each task, with commas between them
+    eval_examples: int = 256  # of each task at most, for the metrics; 0: all
+
+    def __post_init__(self) -> None:
+        _one_of("task", self, "mixture", ("proportional", "equal", "rates"))
+        for field in ("ceiling", "eval_examples"):
+            _at_least("task", self, field, 0)
+        _positive("task", self, "temperature")
+        if (self.mixture == "rates") != bool(self.rates):
+            raise _bad("task.rates", self.rates or "''", "numbers with task.mixture=rates, else ''")
+        try:
+            found = [float(rate) for rate in self.rates.split(",")] if self.rates else []
+        except ValueError:
+            found = [0.0]
+        if any(not rate > 0 for rate in found) or (found and len(found) != self.names.count(",") + 1):
+            raise _bad("task.rates", self.rates, f"a number above 0 for each of task.names={self.names}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """All groups; the checks that need more than one group are here."""
 
@@ -467,6 +504,7 @@ class Settings:
     mesh: MeshSettings = MeshSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     init: InitSettings = InitSettings()
+    task: TaskSettings = TaskSettings()
 
     def __post_init__(self) -> None:
         if (self.data.objective == "causal_lm") != (self.model.stacks == "decoder_only"):

@@ -32,27 +32,28 @@ def is_local(source: str) -> bool:
     )
 
 
-def paths(settings: DataSettings) -> list[str]:
-    """The files that `data.source` names, in order.
+def paths(
+    source: str, suffixes: tuple[str, ...] = SUFFIXES, accepted: str = ACCEPTED, field: str = "data.source"
+) -> list[str]:
+    """The files that a glob names, in order; ``field`` is where it was given.
 
     Raises:
       DataError: there is none, or one is not of a kind that can be read.
     """
-    pattern = os.path.expanduser(settings.source)
+    pattern = os.path.expanduser(source)
     if os.path.isdir(pattern):
         raise DataError(
-            f"data.source={settings.source}: a directory; accepted is a glob of its files, such as {settings.source.rstrip('/')}/*.txt"
+            f"{field}={source}: a directory; accepted is a glob of its files, such as {source.rstrip('/')}/*{suffixes[0]}"
         )
     found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     if not found:
         raise DataError(
-            f"data.source={settings.source}: no file matches; accepted is a path or glob of local files "
-            f"ending in {ACCEPTED}"
+            f"{field}={source}: no file matches; accepted is a path or glob of local files ending in {accepted}"
         )
     for path in found:
-        if not path.lower().endswith(SUFFIXES):
+        if not path.lower().endswith(suffixes):
             raise DataError(
-                f"data.source={settings.source}: {path} is of an unknown kind; accepted are files ending in {ACCEPTED}"
+                f"{field}={source}: {path} is of an unknown kind; accepted are files ending in {accepted}"
             )
     return found
 
@@ -101,7 +102,9 @@ def _documents(path: str, file: IO[bytes], settings: DataSettings) -> Iterator[t
     name = path.lower()
     kind = os.path.splitext(os.path.splitext(name)[0] if name.endswith(PACKINGS[1:]) else name)[1]
     if kind in RECORDS:
-        return _stripped(_records(path, _lines(path, file, settings.source), settings), settings)
+        return _stripped(
+            _records(path, lines(path, file, f"data.source={settings.source}"), settings), settings
+        )
     if settings.split_field:
         raise DataError(
             f"data.split_field={settings.split_field}: {path} has no fields; accepted is '', or files of JSON records"
@@ -109,9 +112,9 @@ def _documents(path: str, file: IO[bytes], settings: DataSettings) -> Iterator[t
     if kind == ".parquet":
         texts: Iterable[str] = _columns(path, file, settings)
     elif settings.documents == "block":
-        texts = _blocks(_lines(path, file, settings.source))
+        texts = _blocks(lines(path, file, f"data.source={settings.source}"))
     else:
-        texts = (line for _, line in _lines(path, file, settings.source))
+        texts = (line for _, line in lines(path, file, f"data.source={settings.source}"))
     return _stripped(((text, "") for text in texts), settings)
 
 
@@ -123,11 +126,11 @@ def _stripped(found: Iterable[tuple[str, str]], settings: DataSettings) -> Itera
             yield kept, key or kept
 
 
-def _unpacked(path: str, file: IO[bytes], source: str) -> Any:
+def _unpacked(path: str, file: IO[bytes], asked: str) -> Any:
     """The file's own bytes, line by line."""
     packing = os.path.splitext(path.lower())[1]
     if packing == ".zst":
-        with _needed("zstandard", "zstd", source, path):
+        with _needed("zstandard", "zstd", asked, path):
             import zstandard
 
         return _zst_lines(zstandard.ZstdDecompressor(), file)
@@ -156,25 +159,23 @@ def _zst_lines(decompressor: Any, file: IO[bytes]) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _needed(package: str, extra: str, source: str, path: str) -> Iterator[None]:
+def _needed(package: str, extra: str, asked: str, path: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
         raise DataError(
-            f"data.source={source}: {path} needs the package {package}; accepted is after pip install 'switchmoe[{extra}]'"
+            f"{asked}: {path} needs the package {package}; accepted is after pip install 'switchmoe[{extra}]'"
         ) from error
 
 
-def _lines(path: str, file: IO[bytes], source: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines (from 1), decoded; whatever is wrong with the file names it and the line."""
+def lines(path: str, file: IO[bytes], asked: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines (from 1), decoded; whatever is wrong with the file names it and the line, behind what was ``asked``."""
     number = 0
     try:
-        for number, line in enumerate(_unpacked(path, file, source), 1):
+        for number, line in enumerate(_unpacked(path, file, asked), 1):
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"data.source={source}: {path}, line {number}: not UTF-8 text ({error.reason})"
-        ) from error
+        raise DataError(f"{asked}: {path}, line {number}: not UTF-8 text ({error.reason})") from error
     except DataError:
         raise
     except Exception as error:  # each packing has errors of its own
@@ -184,14 +185,14 @@ def _lines(path: str, file: IO[bytes], source: str) -> Iterator[tuple[int, str]]
         ):
             raise
         raise DataError(
-            f"data.source={source}: {path} cannot be read after line {number} ({error}); accepted is a "
+            f"{asked}: {path} cannot be read after line {number} ({error}); accepted is a "
             "complete file of the kind that its name says"
         ) from error
 
 
 def _columns(path: str, file: IO[bytes], settings: DataSettings) -> Iterator[str]:
     """The text column of a .parquet file, a few rows at a time."""
-    with _needed("pyarrow", "parquet", settings.source, path):
+    with _needed("pyarrow", "parquet", f"data.source={settings.source}", path):
         import pyarrow
         import pyarrow.parquet
     row = 0

@@ -53,7 +53,7 @@ def splits(settings: DataSettings, cache: str, note: Note = lambda _: None) -> d
     Raises:
       DataError: a file that can't be read, no text, a cache that can't be written.
     """
-    paths = local_files.paths(settings)
+    paths = local_files.paths(settings.source)
     reading = local_files.Reading(paths)
     packed = any(path.lower().endswith((".parquet", *local_files.PACKINGS[1:])) for path in paths)
     if reading.total <= (IN_MEMORY // 4 if packed else IN_MEMORY):

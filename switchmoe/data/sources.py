@@ -112,7 +112,7 @@ def _local(settings: DataSettings, note: Note) -> dict[str, Documents]:
                 f"data.{field}={getattr(settings, field)}: accepted with local files is '' (data.validation_share splits them)"
             )
     cache = _local_cache(settings)
-    paths = local_files.paths(settings)
+    paths = local_files.paths(settings.source)
     names = local_files.part_names(paths, settings) if settings.parts else []
     directory = os.path.dirname(os.path.abspath(paths[0]))
     found = {}

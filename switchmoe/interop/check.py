@@ -3,6 +3,8 @@
 Letters: B batch, L length, V vocabulary rows.
 """
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,17 @@ class Found(NamedTuple):
         row, position, token = self.place
         share = self.largest / self.scale
         return f"logits differ by {self.largest:.2g} at most, {share:.1g} of the largest (row {row}, position {position}, id {token})"
+
+
+def with_their_slots(settings: Settings, path: Path) -> Settings:
+    """The settings with the slots of a Hugging Face directory's Switch, as theirs can't say a factor or groups of sequences."""
+    slots = json.loads((path / "config.json").read_text(encoding="utf-8")).get("expert_capacity")
+    if slots is None or not settings.sparse:
+        return settings
+    moe = dataclasses.replace(
+        settings.moe, capacity=slots, group_size=0, eval_group_size=0, route_padding=True, dropless=False
+    )
+    return dataclasses.replace(settings, moe=moe)
 
 
 def batch(settings: Settings, rows: int = ROWS, length: int = LENGTH, seed: int = 0) -> Batch:

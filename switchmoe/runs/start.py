@@ -38,8 +38,7 @@ def beginning(context: Context) -> Beginning:
         return Beginning(Start())
     step = locate(init.checkpoint)
     saved = _saved_shapes(init, step)
-    vocabulary = step.parent.parent / VOCABULARY_FILE
-    vocabulary = str(vocabulary) if vocabulary.exists() else ""
+    vocabulary = vocabulary_of(init.checkpoint)
     if init.upcycle:
         return Beginning(_upcycled(context, step, saved), vocabulary)
     taken = _taken(context.settings, saved)
@@ -56,6 +55,12 @@ def beginning(context: Context) -> Beginning:
         return state.replace(opt_state=_optimizer(init, step, state.opt_state)) if init.optimizer else state
 
     return Beginning(Start(load, record), vocabulary)
+
+
+def vocabulary_of(checkpoint: str) -> str:
+    """The vocabulary's file of the run that ``init.checkpoint`` names, "" if it has none."""
+    path = locate(checkpoint).parent.parent / VOCABULARY_FILE if checkpoint else None
+    return str(path) if path and path.exists() else ""
 
 
 def _upcycled(context: Context, step: epath.Path, saved: dict[str, tuple[int, ...]]) -> Start:
@@ -106,6 +111,7 @@ def locate(text: str, field: str = "init.checkpoint") -> epath.Path:
     """
     directory, bar, number = text.partition("|")
     path = epath.Path(directory).expanduser()
+    path = path if "://" in directory else path.absolute()  # as Orbax asks
     if directory.startswith("s3://"):
         raise ValueError(f"{field}={text}: accepted is a directory or gs:// (Orbax reads no s3://)")
     if bar and not number.isdecimal():

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from switchmoe.model.transformer import PAD_ID, Transformer
 from switchmoe.settings import Settings
 
-# int32, 0 where padded: inputs_BL and targets_BL; or for a decoder alone targets_BL, segments_BL and positions_BL
+# int32, 0 where padded: inputs_BL and targets_BL; or for a decoder alone targets_BL, segments_BL and positions_BL. With loss_BL only
+# the targets where it is 1 are to be predicted.
 Batch = dict[str, jax.Array]
-STACK_OF = {"inputs": "encoder", "targets": "decoder"}
+STACK_OF = {"inputs": "encoder", "targets": "decoder", "loss": "predicted"}
 
 
 class Objective(NamedTuple):
@@ -45,7 +46,7 @@ def token_sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | N
     (nll_BL, z_BL, correct_BL), aux = model.apply(
         {"params": params}, batch, smoothing, rngs=rngs, method="token_losses"
     )
-    real_BL = batch["targets"] != PAD_ID
+    real_BL = batch.get("loss", batch["targets"]) != PAD_ID
     sums = {
         name: jnp.where(real_BL, value_BL, 0.0).sum()
         for name, value_BL in (("nll", nll_BL), ("output_z", z_BL), ("correct", correct_BL))
@@ -55,7 +56,7 @@ def token_sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | N
 
 
 def token_counts(batch: Batch) -> dict[str, jax.Array]:
-    """Real tokens of each stack, float32."""
+    """Real tokens of each stack, and of what is to be predicted where that is not all of the decoder's, float32."""
     return {
         stack: (batch[name] != PAD_ID).sum().astype(jnp.float32)
         for name, stack in STACK_OF.items()
@@ -72,7 +73,7 @@ def summarize(sums: dict, counts: dict[str, jax.Array], settings: Settings) -> d
     layers, the encoder's first.
     """
     scale = {stack: 1.0 / jnp.maximum(count, 1.0) for stack, count in counts.items()}
-    tokens = scale["decoder"]
+    tokens = scale.get("predicted", scale["decoder"])
     metrics = {
         "cross_entropy": sums["nll"] * tokens,
         "accuracy": sums["correct"] * tokens,

@@ -68,9 +68,21 @@ def parameter_names(settings: Settings) -> list[str]:
     return ["/".join(sharding.path_keys(path)) for path, _ in leaves]
 
 
+# ST-MoE's fine-tuned subsets (2202.08906, figure 5), which `train.trainable` may name
+SUBSETS = {
+    "all": "",
+    "non_moe": r"^(?!.*/moe/)",
+    "moe_only": r"/moe/(router|experts)",
+    "attention": r"/(self|cross)/",
+    "ffn": r"/(ff|moe)/",
+    "router": r"/moe/router",
+}
+
+
 def is_trained(name: str, settings: Settings) -> bool:
     """Whether ``train.trainable`` has this parameter."""
-    return re.search(settings.train.trainable, name) is not None
+    wanted = settings.train.trainable
+    return re.search(SUBSETS.get(wanted, wanted), name) is not None
 
 
 def split(params: Any, settings: Settings) -> tuple[Any, Any]:

@@ -79,7 +79,7 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     params = train_state.merge(optax.apply_updates(trained, updates), frozen)
     metrics = objective.summarize(sums, counts, settings) | {"grad_norm": optax.global_norm(grads)}
-    metrics["tokens"] = sum(counts.values()).astype(jnp.int32)
+    metrics["tokens"] = sum(count for name, count in counts.items() if name != "predicted").astype(jnp.int32)
     if settings.train.skip_nonfinite:
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["skipped"] = 1 - finite.astype(jnp.int32)

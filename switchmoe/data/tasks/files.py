@@ -1,0 +1,154 @@
+"""A task of files: two templates make of a record's fields what is read and what is to be written."""
+
+import csv
+import functools
+import io
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from switchmoe.data import local_files
+from switchmoe.data.errors import DataError
+from switchmoe.data.tasks.task import Example, Task
+from switchmoe.settings import DataSettings, TaskSettings
+
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+SUFFIXES = tuple(kind + packing for kind in KINDS for packing in local_files.PACKINGS)
+ACCEPTED = (
+    ".jsonl, .ndjson, .json (a list of records, or SQuAD's), .csv, .tsv (all also .gz, .xz, .bz2, .zst)"
+)
+SQUAD = "question: {question} context: {context}"  # T5's (1910.10683, appendix D.15)
+
+
+def is_files(name: str) -> bool:
+    return name.endswith(SUFFIXES)
+
+
+def task(name: str, settings: TaskSettings, data: DataSettings) -> Task:
+    """Of a glob of files. A record is held out by the hash of `data.split_field`, or of what is read.
+
+    Raises:
+      DataError: no files, one that can't be read, a field that a record lacks, no examples.
+    """
+    options = tuple(option.strip() for option in settings.options.split(",")) if settings.options else ()
+
+    @functools.cache
+    def examples(split: str) -> tuple[Example, ...]:
+        held_out = split == "validation"
+        return tuple(
+            one for one, place in _all(name, settings, data) if (place < data.validation_share) == held_out
+        )
+
+    metrics = (
+        tuple(settings.metrics.split(","))
+        if settings.metrics
+        else ("accuracy",)
+        if options
+        else ("exact_match", "f1")
+    )
+    return Task(name, examples, metrics, options)
+
+
+@functools.cache
+def _all(name: str, settings: TaskSettings, data: DataSettings) -> tuple[tuple[Example, float], ...]:
+    found, options = (
+        [],
+        {option.strip() for option in settings.options.split(",")} if settings.options else None,
+    )
+    for where, record in _records(name):
+        answers = record.get("answers") if isinstance(record.get("answers"), tuple) else ()
+        squad = bool(answers) and settings.inputs == TaskSettings().inputs
+        inputs = _filled("inputs", SQUAD if squad else settings.inputs, record, where)
+        targets = answers[0] if squad else _filled("targets", settings.targets, record, where)
+        if options is not None and targets not in options:
+            raise DataError(
+                f"task.targets={settings.targets}: {where} gives {targets!r}; accepted is one of task.options={settings.options}"
+            )
+        key = (
+            _filled("split_field", "{" + data.split_field + "}", record, where)
+            if data.split_field
+            else inputs
+        )
+        found.append((Example(inputs, targets, answers if squad else ()), local_files.fraction(key)))
+    if not found:
+        raise DataError(f"task.names={name}: no records; accepted are files with one or more")
+    return tuple(found)
+
+
+def _filled(field: str, template: str, record: dict[str, Any], where: str) -> str:
+    group = "data" if field == "split_field" else "task"
+    try:
+        return template.format_map(record)
+    except (KeyError, IndexError) as error:
+        raise DataError(
+            f"{group}.{field}={template}: {where} has no field {error}; accepted are {', '.join(map(str, record))}"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{group}.{field}={template}: {where}: {error}") from error
+
+
+def _records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it is, a record) of all files; of SQuAD's format a question with its context and ``answers``, a tuple."""
+    for path in local_files.paths(name, SUFFIXES, ACCEPTED, "task.names"):
+        kind = os.path.splitext(
+            path.removesuffix(next((p for p in local_files.PACKINGS[1:] if path.endswith(p)), ""))
+        )[1]
+        with open(path, "rb") as file:
+            if kind in (".jsonl", ".ndjson"):
+                for number, line in local_files.lines(path, file, f"task.names={name}"):
+                    if line.strip():
+                        yield f"{path}:{number}", _record(line, f"{path}:{number}")
+                continue
+            text = "\n".join(line for _, line in local_files.lines(path, file, f"task.names={name}"))
+        if kind == ".json":
+            yield from _json(path, text)
+        else:
+            rows = csv.DictReader(io.StringIO(text), delimiter="\t" if kind == ".tsv" else ",")
+            for number, row in enumerate(rows, 2):
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{path}:{number}: another number of columns than in line 1; accepted is a table"
+                    )
+                yield f"{path}:{number}", row
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: no JSON ({error}); accepted is an object a line") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: {type(record).__name__}; accepted is a JSON object")
+    return record
+
+
+def _json(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        whole = json.loads(text)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: no JSON ({error}); accepted is a list of records, or SQuAD's format"
+        ) from error
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        try:
+            for article in whole["data"]:
+                for paragraph in article["paragraphs"]:
+                    for one in paragraph["qas"]:
+                        answers = tuple(dict.fromkeys(answer["text"] for answer in one["answers"])) or (
+                            "no answer",
+                        )
+                        record = {
+                            "question": one["question"],
+                            "context": paragraph["context"],
+                            "title": article.get("title", ""),
+                        }
+                        yield f"{path}: {one.get('id', one['question'])}", record | {"answers": answers}
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: SQuAD's format without {error}; accepted is data/paragraphs/qas/answers/text"
+            ) from error
+    elif isinstance(whole, list) and all(isinstance(record, dict) for record in whole):
+        yield from ((f"{path}: record {number}", record) for number, record in enumerate(whole))
+    else:
+        raise DataError(f"{path}: accepted is a list of records, or SQuAD's format")

@@ -1,0 +1,113 @@
+"""What answers are judged by, 0 to 100: predictions and, for each, the answers that are right. By maintained libraries
+(scikit-learn, sacrebleu, rouge-score: extra ``tasks``) where they have it.
+"""
+
+import collections
+import re
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Right = Sequence[tuple[str, ...]]
+
+
+def _needed(package: str) -> ValueError:
+    return ValueError(f"a metric of this task needs {package}: pip install 'switchmoe[tasks]'")
+
+
+def accuracy(predictions: Sequence[str], right: Right) -> float:
+    return _mean(found.strip() in answers for found, answers in zip(predictions, right, strict=True))
+
+
+def macro_f1(predictions: Sequence[str], right: Right) -> float:
+    """The classes' F1, each class counted alike; of the classes that are right somewhere."""
+    try:
+        from sklearn.metrics import f1_score
+    except ImportError as error:
+        raise _needed("scikit-learn") from error
+    truth = [answers[0] for answers in right]
+    found = [prediction.strip() for prediction in predictions]
+    return 100 * float(f1_score(truth, found, labels=sorted(set(truth)), average="macro", zero_division=0))
+
+
+def matthews(predictions: Sequence[str], right: Right) -> float:
+    """Matthews' correlation, as GLUE's CoLA has it."""
+    try:
+        from sklearn.metrics import matthews_corrcoef
+    except ImportError as error:
+        raise _needed("scikit-learn") from error
+    return 100 * float(
+        matthews_corrcoef([answers[0] for answers in right], [found.strip() for found in predictions])
+    )
+
+
+def exact_match(predictions: Sequence[str], right: Right) -> float:
+    """SQuAD's: after case, punctuation, articles and blanks are set aside, the best of the right answers."""
+    pairs = zip(predictions, right, strict=True)
+    return _mean(any(_normal(found) == _normal(answer) for answer in answers) for found, answers in pairs)
+
+
+def f1(predictions: Sequence[str], right: Right) -> float:
+    """SQuAD's: of the words that answer and prediction share, the best of the right answers."""
+    return _mean(
+        max(_word_f1(found, answer) for answer in answers)
+        for found, answers in zip(predictions, right, strict=True)
+    )
+
+
+def rouge_l(predictions: Sequence[str], right: Right) -> float:
+    return _rouge("rougeL", predictions, right)
+
+
+def rouge_1(predictions: Sequence[str], right: Right) -> float:
+    return _rouge("rouge1", predictions, right)
+
+
+def rouge_2(predictions: Sequence[str], right: Right) -> float:
+    return _rouge("rouge2", predictions, right)
+
+
+def bleu(predictions: Sequence[str], right: Right) -> float:
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise _needed("sacrebleu") from error
+    most = max(map(len, right))
+    references = [[(*answers, *[answers[0]] * most)[i] for answers in right] for i in range(most)]
+    return float(sacrebleu.corpus_bleu(list(predictions), references).score)
+
+
+def _rouge(kind: str, predictions: Sequence[str], right: Right) -> float:
+    """F of the best of the right answers, mean over examples."""
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError as error:
+        raise _needed("rouge-score") from error
+    scorer = rouge_scorer.RougeScorer([kind], use_stemmer=True)
+    return _mean(
+        scorer.score_multi(answers, found)[kind].fmeasure
+        for found, answers in zip(predictions, right, strict=True)
+    )
+
+
+def _normal(text: str) -> str:
+    """As the script of SQuAD 1.1 has it."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _word_f1(prediction: str, answer: str) -> float:
+    found, right = _normal(prediction).split(), _normal(answer).split()
+    shared = sum((collections.Counter(found) & collections.Counter(right)).values())
+    return 2 * shared / (len(found) + len(right)) if shared else 0.0
+
+
+def _mean(values: Any) -> float:
+    found = [float(value) for value in values]
+    return 100 * sum(found) / len(found)
+
+
+METRICS: dict[str, Callable[[Sequence[str], Right], float]] = {
+    metric.__name__: metric
+    for metric in (accuracy, macro_f1, matthews, exact_match, f1, rouge_l, rouge_1, rouge_2, bleu)
+}

@@ -1,0 +1,33 @@
+"""A task: text in, text out, and how answers are judged."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+SPLITS = ("train", "validation")
+
+
+class Example(NamedTuple):
+    """What a model reads, and what it should write."""
+
+    inputs: str
+    targets: str
+    answers: tuple[str, ...] = ()  # all that are right, where several are; (): the targets alone
+
+    @property
+    def right(self) -> tuple[str, ...]:
+        return self.answers or (self.targets,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """``examples(split)`` gives those of `train` or `validation`, the same each time and in the same order.
+
+    ``metrics`` are names in `metrics.METRICS`, of which the first is the task's score. ``options`` are the classes, where
+    there are some: then an answer is the likeliest of them as well (rank classification).
+    """
+
+    name: str
+    examples: Callable[[str], Sequence[Example]]
+    metrics: tuple[str, ...]
+    options: tuple[str, ...] = ()

@@ -1,0 +1,300 @@
+"""Fine-tuning on a mixture of tasks: pairs of text, judged by the tasks' own metrics on the model's answers.
+
+A `Kind` of run beside pre-training: loop, checkpoints, faults, layouts and reports are the same.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from switchmoe.data import pairs, progress, tasks, vocabulary
+from switchmoe.data.tasks import Example, Task
+from switchmoe.data.tasks.metrics import METRICS
+from switchmoe.inference import generation
+from switchmoe.model.transformer import Transformer
+from switchmoe.parallel import distributed, sharding
+from switchmoe.planning import flops
+from switchmoe.runs import placing, start, trained
+from switchmoe.runs.judges import HeldOut
+from switchmoe.runs.parts import Context, Kind, Parts
+from switchmoe.runs.rundir import check_documents
+from switchmoe.settings import Settings
+from switchmoe.training import objective
+
+PREDICTIONS = "predictions.jsonl"
+SHOWN = 5  # examples in the report
+CUT_WARNED = 0.05  # share of the examples that are too long
+
+
+def lengths(settings: Settings) -> dict[str, int]:
+    return pairs.lengths(settings.data, settings.stacks)
+
+
+def finetuning(context: Context) -> Parts:
+    """The cross-entropy of the targets of `task.names`; judged by the tasks' metrics.
+
+    Raises:
+      ValueError: a task, vocabulary or `init.checkpoint` that can't be used, or that a run here did not begin with.
+    """
+    settings, beginning = context.settings, start.beginning(context)
+    data = Pairs(context, beginning.vocabulary)
+    answers = Answers(data, settings, context.mesh)
+    batches = [batch for batch, _ in pairs.eval_batches(data.held_out_examples, data.encoder)]
+    return Parts(
+        data=data,
+        objective=objective.CROSS_ENTROPY,
+        judges=(HeldOut("validation", batches, objective.CROSS_ENTROPY, settings, context.mesh), answers),
+        best=(answers.name, "shortfall"),
+        start=beginning.start,
+        flops=flops.train_flops(settings, lengths(settings)),
+        finish=functools.partial(finish, answers, context.workdir),
+    )
+
+
+FINETUNING = Kind(lengths, finetuning)
+
+
+class Pairs:
+    """The examples of a mixture of tasks, and the batches of them (`parts.Data`).
+
+    ``trained`` are the tasks that batches are made of, ``measured`` these and the held-out ones.
+
+    Args:
+      vocabulary_file: of the run that the parameters are from.
+
+    Raises:
+      ValueError: tasks or vocabulary that can't be used, or that the run in the directory did not begin with.
+    """
+
+    def __init__(self, context: Context, vocabulary_file: str = ""):
+        settings = self._settings = context.settings
+        self._note, self._workdir = context.note, context.workdir
+        self.trained, self.measured = find_tasks(settings)
+        self.vocabulary = _vocabulary(context, vocabulary_file)
+        self.encoder = pairs.Encoder(settings.data, settings.stacks, self.vocabulary)
+        self.lengths = pairs.array_lengths(settings.data, settings.stacks)
+        self._fingerprints = {
+            f"{task.name}/{split}": pairs.fingerprint(task, split)
+            for task in self.measured
+            for split in tasks.SPLITS
+        }
+        check_documents(context.workdir, settings.task.names, self._fingerprints)
+        self.identity = self._fingerprints | {"vocabulary": self.vocabulary.sha256}
+        self.held_out = {task.name: pairs.held_out(task, settings.task) for task in self.measured}
+
+    @property
+    def held_out_examples(self) -> list[Example]:
+        """Of the tasks that are trained on."""
+        return [example for task in self.trained for example in self.held_out[task.name]]
+
+    def prepare(self) -> None:
+        """Nothing takes long."""
+
+    def keep(self) -> None:
+        """The run's own copy of the vocabulary."""
+        path = self._workdir / start.VOCABULARY_FILE
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            temporary.write_bytes(self.vocabulary.model_bytes)
+            temporary.replace(path)
+
+    def batches(self, streams: Sequence[int] | None = None) -> Any:
+        settings = self._settings
+        return pairs.train_batches(self.trained, settings.task, self.encoder, settings.train.seed, streams)
+
+    def tell(self) -> tuple[dict[str, Any], list[str]]:
+        settings, lines, figures = self._settings, [], {}
+        rows = settings.train.num_steps * settings.data.batch_size
+        for task, share in zip(self.trained, pairs.shares(self.trained, settings.task), strict=True):
+            sample = task.examples("train")[:1000]
+            cut = [float(np.mean(column)) for column in zip(*map(self.encoder.is_cut, sample), strict=True)]
+            examples = len(task.examples("train"))
+            figures[task.name] = {
+                "examples": examples, "share": share, "epochs": share * rows / examples, "inputs_cut": cut[0], "targets_cut": cut[1],
+            }  # fmt: skip
+            lines.append(
+                f"{task.name}: {examples:,} examples, {share:.1%} of the rows, each {share * rows / examples:.2g} times in"
+                f" {settings.train.num_steps:,} steps; too long and cut: {cut[0]:.1%} of the inputs, {cut[1]:.1%} of the targets"
+            )
+            if max(cut) > CUT_WARNED:
+                lines.append(
+                    f"warning: {task.name}: many are cut; data.input_length and data.target_length say how much is read"
+                )
+        record = {
+            "tasks": figures,
+            "vocabulary_sha256": self.vocabulary.sha256,
+            "documents": {name: len(examples) for name, examples in self.held_out.items()},
+            "documents_sha256": self._fingerprints,
+        }
+        return record, lines
+
+
+def fitted(settings: Settings, free: Sequence[str]) -> Settings:
+    """The settings with those of `data.input_length` and `data.target_length` that are free as long as the examples ask.
+
+    Raises:
+      ValueError: a task or a vocabulary that can't be used.
+    """
+    chosen, _ = find_tasks(settings)
+    if not free:
+        return settings
+    file = start.vocabulary_of(settings.init.checkpoint) or settings.data.vocab
+    found = pairs.fitting(chosen, load_vocabulary(settings, file))
+    longest = dict(zip(("input_length", "target_length"), found, strict=True))
+    data = dataclasses.replace(settings.data, **{field: max(8, longest[field]) for field in free})
+    return dataclasses.replace(settings, data=data)
+
+
+def measured(settings: Settings, workdir: Path, note: Callable[[str], None]) -> list[str]:
+    """The figures of the model as it is, as lines; the answers are written to the directory.
+
+    Raises:
+      ValueError: as `finetuning`.
+    """
+    mesh = sharding.make_mesh(settings.mesh)
+    sharding.check(settings, lengths(settings), mesh.shape)
+    data = Pairs(Context(settings, workdir, mesh, False, note), start.vocabulary_of(settings.init.checkpoint))
+    answers = Answers(data, settings, mesh)
+    with jax.set_mesh(mesh), sharding.rules(settings), progress.told(note, "answering"):
+        params, _ = trained.mean_parameters(trained.find(settings.init.checkpoint), settings, mesh, 1)
+        answers.compile(params)
+        found = answers.figures(params)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_predictions(workdir / PREDICTIONS, answers)
+    return [*(f"{name} {value:.2f}" for name, value in found.items()), str(workdir / PREDICTIONS)]
+
+
+def find_tasks(settings: Settings) -> tuple[list[Task], list[Task]]:
+    """(the tasks that are trained on, these and the held-out ones)."""
+    found = tasks.find(settings.task, settings.data)
+    if not settings.task.held_out:
+        return found, found
+    return found, found + tasks.find(settings.task, settings.data, "held_out")
+
+
+def _vocabulary(context: Context, file: str) -> vocabulary.Vocabulary:
+    """The run's own copy, or that of the model it begins with, or `data.vocab`."""
+    own = context.workdir / start.VOCABULARY_FILE
+    return load_vocabulary(
+        context.settings, str(own) if own.exists() else file or context.settings.data.vocab
+    )
+
+
+def load_vocabulary(settings: Settings, path: str) -> vocabulary.Vocabulary:
+    """Raises ValueError: no file, or a vocabulary with more ids than the model has rows."""
+    if not path:
+        raise ValueError(
+            f"init.checkpoint={settings.init.checkpoint or chr(39) * 2}: it has no vocabulary; accepted is a run that has one, or"
+            " data.vocab=FILE, its SentencePiece model"
+        )
+    found = vocabulary.Vocabulary.from_bytes(Path(path).expanduser().read_bytes(), path)
+    if found.size > settings.embedding_rows:
+        raise ValueError(
+            f"data.vocab={path}: {found.size} ids; accepted is the vocabulary of a model of {settings.embedding_rows} rows"
+        )
+    return found
+
+
+class Answers:
+    """The tasks' metrics on what the model writes, one token after the other, each time the likeliest.
+
+    ``score`` is the mean over tasks of each one's first metric, 0 to 100, ``shortfall`` what it lacks of 100. A task with classes
+    has ``ranked`` too: how often the likeliest of them is the right one.
+    """
+
+    name = "tasks"
+
+    def __init__(self, data: Pairs, settings: Settings, mesh: Mesh):
+        self._data, self._settings, self._mesh = data, settings, mesh
+        self.answers: dict[str, list[dict[str, Any]]] = {}  # of the last measurement, by task
+        self.found: dict[str, float] = {}
+
+    def compile(self, params: Any) -> None:
+        """Compiled at the first call, as there are two programs, of few shapes."""
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        settings = self._settings
+        decode = functools.partial(generation.greedy, tokens=settings.data.target_length, settings=settings)
+        self._decode = jax.jit(decode, out_shardings=whole)
+        self._nll = jax.jit(functools.partial(row_nll, settings=settings), out_shardings=whole)
+
+    def figures(self, params: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        scores = []
+        for task in self._data.measured:
+            examples = self._data.held_out[task.name]
+            right = [example.right for example in examples]
+            texts = self._written(params, examples)
+            values = {name: METRICS[name](texts, right) for name in task.metrics}
+            ranked = self._ranked(params, task, examples) if task.options else None
+            if ranked is not None:
+                values["ranked"] = METRICS["accuracy"](ranked, right)
+            scores.append(values[task.metrics[0]])
+            found |= {f"{task.name}/{name}": value for name, value in values.items()}
+            self.answers[task.name] = [
+                {"task": task.name, "inputs": example.inputs, "targets": example.targets, "prediction": text}
+                | ({} if ranked is None else {"ranked": ranked[number]})
+                for number, (example, text) in enumerate(zip(examples, texts, strict=True))
+            ]
+        self.found = found | {"score": float(np.mean(scores)), "shortfall": 100 - float(np.mean(scores))}
+        return dict(self.found)
+
+    def _written(self, params: Any, examples: Sequence[Example]) -> list[str]:
+        size, texts = self._settings.data.batch_size, []
+        for first in range(0, len(examples), size):
+            prompts = [self._data.encoder.prompt(example) for example in examples[first : first + size]]
+            rows = np.zeros((size, self._settings.data.input_length), np.int32)
+            counts = np.ones(size, np.int32)
+            for row, prompt in enumerate(prompts):
+                rows[row, : len(prompt)], counts[row] = prompt, len(prompt)
+            placed = placing.whole({"prompts": rows, "counts": counts}, self._mesh)
+            answers = jax.device_get(self._decode(params, placed["prompts"], placed["counts"]))
+            texts += [self._data.vocabulary.decode(answer) for answer in answers[: len(prompts)]]
+        return texts
+
+    def _ranked(self, params: Any, task: Task, examples: Sequence[Example]) -> list[str]:
+        """The option of the highest likelihood of each example."""
+        nll_ON = []
+        for option in task.options:
+            asked = [example._replace(targets=option) for example in examples]
+            parts = [
+                jax.device_get(self._nll(params, placing.whole(batch, self._mesh)))[:rows]
+                for batch, rows in pairs.eval_batches(asked, self._data.encoder)
+            ]
+            nll_ON.append(np.concatenate(parts))
+        return [task.options[best] for best in np.argmin(np.stack(nll_ON), axis=0)]
+
+
+def row_nll(params: Any, batch: objective.Batch, settings: Settings) -> jax.Array:
+    """[B] The sum of the negative log-likelihoods of a row's targets."""
+    (nll_BL, *_), _ = Transformer(settings).apply({"params": params}, batch, method="token_losses")
+    return jnp.where(batch.get("loss", batch["targets"]) != 0, nll_BL, 0.0).sum(axis=1)
+
+
+def finish(answers: Answers, workdir: Path, params: Any) -> dict[str, Any]:
+    """Writes the answers of the last measurement, measured now if there was none; returns what `run.json` says of them."""
+    if not answers.answers:
+        answers.compile(params)
+        answers.figures(params)
+    if distributed.is_main():
+        write_predictions(workdir / PREDICTIONS, answers)
+    first = [one for rows in answers.answers.values() for one in rows[:SHOWN]][: 2 * SHOWN]
+    shown = [
+        {"input": one["inputs"], "target": one["targets"], "prediction": one["prediction"]} for one in first
+    ]
+    return {"examples": shown, "scores": answers.found}
+
+
+def write_predictions(path: Path, answers: Answers) -> None:
+    """A JSON object a line: task, inputs, targets, prediction, of classes the likeliest (`ranked`)."""
+    lines = [json.dumps(one, ensure_ascii=False) for rows in answers.answers.values() for one in rows]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
