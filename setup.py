@@ -56,6 +56,9 @@ setup(
             "moto[server]>=5",
             "zstandard>=0.22",
             "pyarrow>=16",
+            "scikit-learn>=1.4",
+            "rouge-score>=0.1.2",
+            "sacrebleu>=2.4",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",
@@ -69,6 +72,7 @@ setup(
         "s3": ["s3fs>=2024.6"],
         "zstd": ["zstandard>=0.22"],  # text in .zst files
         "parquet": ["pyarrow>=16"],
+        "tasks": ["scikit-learn>=1.4", "rouge-score>=0.1.2", "sacrebleu>=2.4"],  # metrics of fine-tuning
         "gpu": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tokamax": ["tokamax>=0.0.12"],  # kernels of the ragged back end on GPU and TPU

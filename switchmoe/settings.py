@@ -358,9 +358,7 @@ class TrainSettings:
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary
     output_z_loss_weight: float = 1e-4  # on the vocabulary logits; 0 leaves it out
     skip_nonfinite: int = 0  # updates in a row left out as loss or gradient is not finite; one more: a stop
-    trainable: str = (
-        ""  # regular expression of the parameters that are trained (found in encoder/blocks/...), or a name of train_state.SUBSETS; "": all
-    )
+    trainable: str = ""  # regular expression of the parameters that are trained (found in encoder/blocks/...), or a name of train_state.SUBSETS; "": all
     seed: int = 0  # of parameters, batches, dropout and routers
 
     def __post_init__(self) -> None:

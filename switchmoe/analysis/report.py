@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from switchmoe.analysis import parts, plots
+from switchmoe.analysis import answers, parts, plots
 from switchmoe.runs.reporting import METRICS_FILE, Record, duration, read_metrics
 from switchmoe.runs.rundir import REPORT_FILE
 
@@ -30,6 +30,8 @@ CAPTIONS = {
     "routing": "Tokens dropped because their expert was full, and the entropy of the router's distribution over "
     "the experts: ln E where it has no preference, 0 where it is certain.",
     "parts": "Load per expert and part of the mixture at the last evaluation, in the last sparse layer of each stack.",
+    "scores": "The tasks' metrics on held-out examples over the training steps.",
+    "confusion": "How often a class is taken for another: held-out examples, the option of the highest likelihood.",
     "speed": "Tokens per second and the share of the time in which the device waited for input.",
 }
 
@@ -77,6 +79,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
     pictures = plots.save_all(records, run, directory / "plots")
     if parts.names(records) and plots.layer_names(records):
         pictures.append(parts.save_loads(records, directory / "plots" / "parts.png"))
+    pictures += answers.save_all(records, directory, directory / "plots")
     path = directory / REPORT_FILE
     write_whole(path, page(directory.resolve().name, records, run, config, pictures))
     return path
@@ -101,7 +104,7 @@ def page(
         f"<h1>{escape(name)}</h1>",
         tiles(headline(records, run, config)),
         "<h2>Training</h2>",
-        *(picture(path, CAPTIONS[path.stem]) for path in pictures),
+        *(picture(path, _caption(path.stem)) for path in pictures),
         "<h2>Routing by layer</h2>",
         _layers(records),
         *(
@@ -109,6 +112,7 @@ def page(
             if (rows := parts.rows(records))
             else []
         ),
+        *(["<h2>Tasks</h2>", grid(answers.HEADS, rows)] if (rows := answers.rows(records)) else []),
         "<h2>Held-out examples</h2>",
         _examples(run.get("examples")),
         "<h2>Settings</h2>",
@@ -117,6 +121,10 @@ def page(
         table(run["versions"].items()) if run.get("versions") else f"<p>{MISSING}</p>",
     ]
     return document(name, sections)
+
+
+def _caption(name: str) -> str:
+    return CAPTIONS["confusion" if name.startswith("confusion_") else name]
 
 
 def document(title: str, sections: Iterable[str]) -> str:

@@ -196,6 +196,7 @@ def _fields(record: Record, num_steps: int) -> list[str]:
         fields.append(f"perplexity {figure(record['perplexity'], ',.1f')}")
     if "tokens_per_second" in record:
         fields.append(f"{figure(record['tokens_per_second'], ',.0f')} tokens/s")
+    fields += [f"{name} {figure(record[name], '.1f')}" for name in record if "/" in name and validation]
     dropped = [value for value in record.get("layer_fraction_dropped", []) if _is_number(value)]
     if dropped:
         fields.append(f"dropped {sum(dropped) / len(dropped):.1%}")

@@ -1,0 +1,97 @@
+"""What a fine-tuned model's answers came to: learning curves of the tasks' metrics, tables, confusion matrices.
+
+Letters: C classes.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from switchmoe.analysis import plots
+from switchmoe.runs.reporting import Record
+
+SPLIT, PREDICTIONS = "tasks", "predictions.jsonl"
+HEADS = ("metric", "first", "best", "last")
+MOST_CLASSES = 30
+
+
+def rows(records: Sequence[Record]) -> list[list[str]]:
+    """Each metric at the first, the best and the last evaluation; [] of a run without tasks."""
+    found = [record for record in records if record["split"] == SPLIT]
+    if not found:
+        return []
+    values = {name: [record[name] for record in found] for name in _metrics(found[-1])}
+    return [[name, *(f"{value:.2f}" for value in (of[0], max(of), of[-1]))] for name, of in values.items()]
+
+
+def _metrics(record: Record) -> list[str]:
+    return [name for name in record if "/" in name] + ["score"]
+
+
+@plots.own_style
+def save_all(records: Sequence[Record], directory: Path, out_dir: Path) -> list[Path]:
+    """Writes the pictures of a run with tasks as PNGs; returns their paths. [] of one without."""
+    if not rows(records):
+        return []
+    figures = {"scores": scores(records)} | confusions(directory / PREDICTIONS)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(out_dir / f"{name}.png")
+        figure.savefig(paths[-1], dpi=plots.DPI)
+    return paths
+
+
+def scores(records: Sequence[Record]) -> Figure:
+    """The metrics over the training steps, 0 to 100."""
+    found = [record for record in records if record["split"] == SPLIT]
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name in _metrics(found[-1]):
+        style = dict(color="black", linewidth=2) if name == "score" else dict(linewidth=1.2)
+        axes.plot(
+            [r["step"] for r in found], [r[name] for r in found], "o-", markersize=3, label=name, **style
+        )
+    plots.finish(axes, "metric (0 to 100)")
+    axes.set_xlabel("step")
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def confusions(path: Path) -> dict[str, Figure]:
+    """A picture for each task with classes: `confusion_TASK`, how often a class (row) is taken for another (column)."""
+    if not path.exists():
+        return {}
+    answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    classed = [answer for answer in answers if "ranked" in answer]
+    figures = {}
+    for task in dict.fromkeys(answer["task"] for answer in classed):
+        pairs = [(a["targets"], a["ranked"]) for a in classed if a["task"] == task]
+        classes = sorted({label for pair in pairs for label in pair})
+        if len(classes) <= MOST_CLASSES:
+            name = "".join(letter if letter.isalnum() else "_" for letter in Path(task).stem)
+            figures[f"confusion_{name}"] = _confusion(pairs, classes)
+    return figures
+
+
+def _confusion(pairs: Sequence[tuple[str, str]], classes: Sequence[str]) -> Figure:
+    count_CC = np.zeros((len(classes), len(classes)), int)
+    for target, found in pairs:
+        count_CC[classes.index(target), classes.index(found)] += 1
+    share_CC = count_CC / np.maximum(1, count_CC.sum(axis=1, keepdims=True))
+    size = 2.5 + 0.45 * len(classes)
+    figure = Figure(figsize=(size + 1.5, size), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share_CC, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(count_CC):
+        if count:
+            colour = "white" if share_CC[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    axes.set_xlabel("the likeliest class")
+    axes.set_ylabel("the right one")
+    figure.colorbar(image, label="share of the row", shrink=0.7)
+    return figure

@@ -1,0 +1,154 @@
+"""Tasks: what their examples are, what files become, what is refused, and metrics on hand-made cases."""
+
+import gzip
+import json
+
+import pytest
+
+from switchmoe.data import tasks
+from switchmoe.data.errors import DataError
+from switchmoe.data.tasks import Example, embedded, metrics
+from switchmoe.data.wiki_vital_en import builder
+from switchmoe.settings import DataSettings, TaskSettings
+
+
+def find(names, data=None, **settings):
+    return tasks.find(TaskSettings(names=names, **settings), data or DataSettings())
+
+
+@pytest.mark.parametrize("name", ["topic", "description", "title"])
+def test_embedded_tasks_are_split_by_title_and_come_in_the_same_order(name):
+    (task,) = find(name)
+    train, held_out = task.examples("train"), task.examples("validation")
+    assert train == task.examples("train") and 8000 < len(train) < 9600 and 400 < len(held_out) < 560
+    titles = {
+        record["title"] for record in builder.records() if builder.split_of(record["title"]) == "validation"
+    }
+    if name == "title":
+        assert {example.targets for example in held_out} == titles
+        assert not any(example.targets in example.inputs for example in train[:500])
+    assert not {example.inputs for example in train} & {example.inputs for example in held_out}
+
+
+def test_topics_are_eleven_classes_and_every_target_is_one():
+    (task,) = find("topic")
+    assert len(task.options) == 11 and {example.targets for example in task.examples("train")} == set(
+        task.options
+    )
+    assert embedded.NO_TOPIC not in task.options
+
+
+def write(path, text):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8", newline="") as file:
+        file.write(text)
+    return str(path)
+
+
+ROWS = [
+    {"text": f"so {n}, it is", "label": "even" if n % 2 == 0 else "odd", "score": n / 10} for n in range(40)
+]
+JSONL = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.jsonl", JSONL),
+        ("a.jsonl.gz", JSONL),
+        ("a.json", json.dumps(ROWS)),
+        ("a.csv", "text,label,score\n" + "".join(f'"{r["text"]}",{r["label"]},{r["score"]}\n' for r in ROWS)),
+        (
+            "a.tsv",
+            "text\tlabel\tscore\n" + "".join(f"{r['text']}\t{r['label']}\t{r['score']}\n" for r in ROWS),
+        ),
+    ],
+)
+def test_files_of_each_kind_give_the_same_examples(tmp_path, name, text):
+    path = write(tmp_path / name, text)
+    data = DataSettings(validation_share=0.3)
+    (task,) = find(path, data, inputs="parity of {text}", targets="{label}", options="even,odd")
+    train, held_out = task.examples("train"), task.examples("validation")
+    assert len(train) + len(held_out) == 40 and 4 < len(held_out) < 20
+    assert Example("parity of so 7, it is", "odd") in (*train, *held_out)
+    assert task.metrics == ("accuracy",) and task.options == ("even", "odd")
+
+
+def test_numbers_are_rounded_by_the_template(tmp_path):
+    path = write(tmp_path / "a.jsonl", JSONL)
+    (task,) = find(path, DataSettings(validation_share=0.3), inputs="{text}", targets="{score:.0f}")
+    assert {example.targets for example in task.examples("train")} == {"0", "1", "2", "3", "4"}
+
+
+def test_squads_format_has_questions_with_all_their_answers(tmp_path):
+    qas = [
+        {
+            "question": f"who {n}?",
+            "id": str(n),
+            "answers": [{"text": "Ann"}, {"text": "Ann B"}, {"text": "Ann"}],
+        }
+        for n in range(30)
+    ]
+    whole = {"data": [{"title": "t", "paragraphs": [{"context": "Ann B did.", "qas": qas}]}]}
+    (task,) = find(write(tmp_path / "a.json", json.dumps(whole)), DataSettings(validation_share=0.3))
+    example = task.examples("train")[0]
+    assert example.inputs.startswith("question: who ") and example.inputs.endswith(" context: Ann B did.")
+    assert (
+        example.targets == "Ann"
+        and example.right == ("Ann", "Ann B")
+        and task.metrics == ("exact_match", "f1")
+    )
+
+
+@pytest.mark.parametrize(
+    "content, settings, message",
+    [
+        (JSONL, dict(inputs="{body}", targets="{label}"), "task.inputs={body}: .*a.jsonl:1 has no field 'body'; accepted are text, label, score"),
+        (JSONL, dict(inputs="{text}", targets="{label}", options="even,two"), "gives 'odd'; accepted is one of task.options=even,two"),
+        (JSONL + "{\n", dict(inputs="{text}", targets="{label}"), "a.jsonl:41: no JSON"),
+        ("", dict(inputs="{text}", targets="{label}"), "no records"),
+        (JSONL, dict(inputs="{text}", targets="{label}", metrics="speed"), "task.metrics=speed: accepted are accuracy"),
+        (JSONL, dict(inputs="{text:d}", targets="{label}"), "task.inputs={text:d}: .*a.jsonl:1: Unknown format code"),
+    ],
+)  # fmt: skip
+def test_what_files_lack_is_one_line(tmp_path, content, settings, message):
+    path = write(tmp_path / "a.jsonl", content)
+    with pytest.raises(DataError, match=message) as caught:
+        find(path, DataSettings(validation_share=0.3), **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_task_an_empty_split_and_a_missing_file_are_refused(tmp_path):
+    with pytest.raises(
+        DataError, match="task.names=topics: no such task; accepted are topic, description, title"
+    ):
+        find("topic,topics")
+    path = write(tmp_path / "a.jsonl", JSONL)
+    with pytest.raises(DataError, match="its split validation is empty"):
+        find(path, DataSettings(validation_share=1e-6), inputs="{text}", targets="{label}")
+    with pytest.raises(DataError, match="task.names=.*none.csv: no file matches"):
+        find(str(tmp_path / "none.csv"))
+
+
+def test_metrics_by_hand():
+    """SQuAD's script: articles, punctuation and case are set aside; F1 of the shared words, best of the answers."""
+    right = [("the Eiffel Tower",), ("in 1889", "1889"), ("Gustave",)]
+    found = ["Eiffel tower.", "1889", "Eiffel Gustave"]
+    assert metrics.exact_match(found, right) == pytest.approx(200 / 3)
+    assert metrics.f1(found, right) == pytest.approx(100 * (1 + 1 + 2 / 3) / 3)
+    assert metrics.accuracy([" a ", "b"], [("a",), ("c",)]) == 50
+
+
+def test_libraries_metrics():
+    pytest.importorskip("sklearn")
+    # a: precision 1/2, recall 1; b: 1, 1/2; so each class has F1 of 2/3
+    assert metrics.macro_f1(["a", "a", "b"], [("a",), ("b",), ("b",)]) == pytest.approx(200 / 3)
+    assert metrics.matthews(["a", "b"], [("a",), ("b",)]) == pytest.approx(100)
+    pytest.importorskip("rouge_score")
+    # longest common subsequence of 2 among 3 and 2 words: P 2/3, R 1
+    assert metrics.rouge_l(["city of France"], [("city France",)]) == pytest.approx(80)
+    assert metrics.rouge_1(["x", "city"], [("city",), ("town", "city")]) == pytest.approx(50)
+    pytest.importorskip("sacrebleu")
+    assert metrics.bleu(["the cat sat on the mat"], [("the cat sat on the mat", "a cat")]) == pytest.approx(
+        100
+    )

@@ -1,0 +1,188 @@
+"""Fine-tuning: a task is learnt and judged, kills, both kinds of model, what is frozen, zero steps, refusals."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from test_run import DECODER_ONLY, TINY, finish, losses, wait_for_step
+
+from experiments import finetune as command
+from experiments import run as pretraining
+from experiments.exits import EXIT_BAD_INPUT
+from switchmoe.runs.reporting import read_metrics
+from switchmoe.training import train_state
+
+pytestmark = pytest.mark.usefixtures("one_device")
+KINDS = {"encoder_decoder": [], "decoder_only": DECODER_ONLY}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pretrained(request, tmp_path_factory, user_environment):
+    workdir = tmp_path_factory.mktemp("before") / "run"
+    more = [*KINDS[request.param], "--config.train.num_steps=2", "--config.train.eval_every=2"]
+    arguments = [sys.executable, "-m", "experiments.run", f"--workdir={workdir}", *TINY, *more]
+    subprocess.run(arguments, env=user_environment, check=True, capture_output=True)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """Records whose class is told by a word of the text."""
+    rng = np.random.default_rng(0)
+    words = ["river", "people", "war", "music", "city"]
+    path = tmp_path_factory.mktemp("texts") / "colours.jsonl"
+    rows = []
+    for n in range(300):
+        kind = n % 2
+        text = " ".join([*rng.choice(words, 3), ("north", "south")[kind]])
+        rows.append({"text": f"{n} {text}", "label": ("cold", "warm")[kind]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arguments(pretrained, colours, workdir, *more):
+    return [
+        "finetune", f"--init={pretrained}", f"--task={colours}", "--config.task.inputs={text}", "--config.task.targets={label}",
+        "--config.task.options=cold,warm", "--config.data.validation_share=0.2", f"--workdir={workdir}",
+        "--config.data.batch_size=16", "--config.train.log_every=5", "--config.optimizer.learning_rate=0.01", *more,
+    ]  # fmt: skip
+
+
+def test_a_task_is_learnt_judged_and_reported(pretrained, colours, tmp_path, capsys):
+    steps = ["--steps=120", "--config.train.eval_every=40", "--config.checkpoint.every=40"]
+    assert command.main(arguments(pretrained, colours, tmp_path / "run", *steps)) == 0
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    found = [record for record in records if record["split"] == "tasks"]
+    assert [record["step"] for record in found] == [40, 80, 120]
+    name = f"{colours}/ranked"
+    assert found[-1][name] > 95 and found[-1]["shortfall"] == 100 - found[-1]["score"]
+    answers = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    right = np.mean([answer["prediction"] == answer["targets"] for answer in answers])
+    assert 100 * right == pytest.approx(found[-1][f"{colours}/accuracy"])
+    assert {answer["ranked"] for answer in answers} == {"cold", "warm"}
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["scores"]["score"] == found[-1]["score"] and run["tasks"][str(colours)]["share"] == 1
+    for picture in ("scores", "confusion_colours"):
+        assert (tmp_path / "run" / "plots" / f"{picture}.png").exists()
+    assert "<h2>Tasks</h2>" in (tmp_path / "run" / "report.html").read_text()
+    assert "in 120 steps; too long and cut: 0.0% of the inputs" in capsys.readouterr().out
+
+
+def test_without_steps_the_model_is_measured_as_it_is(pretrained, colours, tmp_path, capsys):
+    told = []
+    for place, more in (
+        ("a", ["--steps=0"]),
+        ("b", ["--steps=0", "--config.task.held_out=topic", "--config.task.eval_examples=16"]),
+    ):
+        assert command.main(arguments(pretrained, colours, tmp_path / place, *more)) == 0
+        told.append(capsys.readouterr().out)
+    assert f"{colours}/ranked" in told[0] and "topic" not in told[0]
+    assert "topic/ranked" in told[1]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["predictions.jsonl"]
+    assert len((tmp_path / "b" / "predictions.jsonl").read_text().splitlines()) == 32
+
+
+@pytest.mark.parametrize("subset", ["non_moe", "router"])
+def test_what_is_frozen_has_no_state_and_stays(pretrained, colours, tmp_path, subset):
+    import orbax.checkpoint as ocp
+
+    more = [
+        "--steps=3",
+        "--config.train.eval_every=3",
+        f"--config.train.trainable={subset}",
+        "--config.task.eval_examples=16",
+    ]
+    assert command.main(arguments(pretrained, colours, tmp_path / "run", *more)) == 0
+    before, after = (
+        flatten_dict(ocp.PyTreeCheckpointer().restore(path / "state")["params"], sep="/")
+        for path in (pretrained / "checkpoints" / "2", tmp_path / "run" / "checkpoints" / "3")
+    )
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert moved and moved <= {name for name in before if ("/moe/" in name) == (subset == "router")}
+    assert all("router" in name for name in moved) == (subset == "router")
+
+
+def test_subsets_are_those_of_st_moe():
+    names = {
+        "embedding", "encoder/blocks/block_1/moe/experts/wi", "encoder/blocks/block_1/moe/router", "decoder/blocks/block_0/ff/wo",
+        "decoder/blocks/block_0/cross/query", "decoder/blocks/block_0/self_norm/scale",
+    }  # fmt: skip
+    import re
+
+    found = {
+        subset: {name for name in names if re.search(pattern, name)}
+        for subset, pattern in train_state.SUBSETS.items()
+    }
+    assert found["all"] == names
+    assert found["non_moe"] | found["moe_only"] == names and not found["non_moe"] & found["moe_only"]
+    assert found["attention"] == {"decoder/blocks/block_0/cross/query"}
+    assert found["router"] == {"encoder/blocks/block_1/moe/router"}
+    assert found["ffn"] == {name for name in names if "/ff/" in name or "/moe/" in name}
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (
+            ["--task=sentiments"],
+            "task.names=sentiments: no such task; accepted are topic, description, title",
+        ),
+        (["--config.task.options=cold,hot"], "gives 'warm'; accepted is one of task.options=cold,hot"),
+        (["--config.task.inputs={body}"], "has no field 'body'"),
+        (["--steps=many"], "--steps=many: accepted is an integer >= 0"),
+        (["--init=/nowhere"], "no checkpoint is there"),
+        (["--task="], "no task; accepted is --task="),
+        (["--config.task.rates=1"], "task.rates=1: accepted is numbers with task.mixture=rates"),
+        (["--config.train.trainable=gate"], "train.trainable=gate: no parameter has such a name"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(pretrained, colours, tmp_path, capsys, more, message):
+    assert command.main(arguments(pretrained, colours, tmp_path / "run", *more)) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_model_without_a_vocabulary_is_refused(pretrained, colours, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(pretrained, tmp_path / "bare")
+    (tmp_path / "bare" / "vocabulary.model").unlink()
+    assert command.main(arguments(tmp_path / "bare", colours, tmp_path / "run")) == EXIT_BAD_INPUT
+    assert "it has no vocabulary; accepted is a run that has one" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_to_the_bit(pretrained, colours, tmp_path, environment):
+    def begin(workdir):
+        more = [
+            "--steps=24",
+            "--config.train.eval_every=8",
+            "--config.checkpoint.every=4",
+            "--config.train.log_every=1",
+        ]
+        argv = [
+            sys.executable,
+            "-m",
+            "experiments.finetune",
+            *arguments(pretrained, colours, workdir, *more)[1:],
+        ]
+        return subprocess.Popen(
+            argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    finish(begin(tmp_path / "whole"))
+    process = begin(tmp_path / "broken")
+    wait_for_step(process, tmp_path / "broken", 7)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    out, _ = finish(begin(tmp_path / "broken"))
+    assert "resuming from the checkpoint of step 4" in out
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    files = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("broken", "whole")]
+    assert files[0] == files[1]
+    assert pretraining.main(["run", f"--workdir={tmp_path / 'whole'}", *TINY]) == EXIT_BAD_INPUT
