@@ -471,7 +471,7 @@ class TaskSettings:
     # equal, or rates
     mixture: str = "proportional"
     ceiling: int = 0  # 0: none
-    temperature: float = 1.0
+    temperature: float = 1.0  # above 1 small tasks get more
     rates: str = ""  # with mixture=rates: a number for each task, with commas between them
     eval_examples: int = 256  # of each task at most, for the metrics; 0: all
 
