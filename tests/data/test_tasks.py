@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -152,3 +154,14 @@ def test_libraries_metrics():
     assert metrics.bleu(["the cat sat on the mat"], [("the cat sat on the mat", "a cat")]) == pytest.approx(
         100
     )
+
+
+def test_the_walk_through_of_the_docs_adds_a_task():
+    page = (Path(__file__).parents[2] / "docs" / "fine_tuning.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    exec(code, {})
+    try:
+        (task,) = find("even")
+        assert task.examples("train")[3] == Example("is 3 even?", "no")
+    finally:
+        del tasks.TASKS["even"]

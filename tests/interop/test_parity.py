@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from test_run import TINY
 
 from experiments import convert as command
 from switchmoe.data import sources as texts
@@ -141,6 +144,24 @@ def test_fused_files_are_the_same_model(case, tmp_path):
     batch = check.batch(settings)
     found = check.compared(check.ours(settings, params, batch), check.theirs(model, batch), batch)
     assert found.largest <= 1e-4 * found.scale, found
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_a_run_of_ours_is_the_same_model_there(experts, tmp_path, user_environment):
+    """Of factors of capacity and groups of sequences, which theirs can't say, become slots of a sequence."""
+    arguments = [*TINY, f"--config.moe.num_experts={experts}", "--config.train.num_steps=1"]
+    run = [sys.executable, "-m", "experiments.run", "--workdir=run", *arguments]
+    subprocess.run(run, env=user_environment, cwd=tmp_path, check=True, capture_output=True)
+    convert = [
+        sys.executable,
+        "-m",
+        "experiments.convert",
+        "--source=run",
+        "--target=there/model",
+        "--check=True",
+    ]
+    done = subprocess.run(convert, env=user_environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "check: logits differ" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("normalization", ["nmt_nfkc", "identity"])
