@@ -177,11 +177,11 @@ def test_killed_it_goes_on_to_the_bit(pretrained, colours, tmp_path, environment
 
     finish(begin(tmp_path / "whole"))
     process = begin(tmp_path / "broken")
-    wait_for_step(process, tmp_path / "broken", 7)
+    wait_for_step(process, tmp_path / "broken", 14)  # a checkpoint is there by then
     process.send_signal(signal.SIGKILL)
     process.communicate()
     out, _ = finish(begin(tmp_path / "broken"))
-    assert "resuming from the checkpoint of step 4" in out
+    assert "resuming from the checkpoint of step" in out
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     files = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("broken", "whole")]
     assert files[0] == files[1]
