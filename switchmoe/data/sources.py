@@ -220,7 +220,7 @@ def _load_tfds(settings: DataSettings, split: str, note: Note) -> Documents:
         if name == EMBEDDED:
             data_dir = _local_cache(settings)  # too small to be worth a bucket
             prepare_embedded(data_dir)
-        builder = _builder(name, data_dir)
+        builder = tfds_builder(name, data_dir)
         source, split_name, held_out = _open(builder, settings, split)
     except ImportError as error:
         raise DataError(
@@ -279,7 +279,7 @@ def _by_hash(documents: Documents, settings: DataSettings, note: Note) -> dict[s
     return orders
 
 
-def _builder(name: str, data_dir: str) -> Any:
+def tfds_builder(name: str, data_dir: str) -> Any:
     import tensorflow_datasets as tfds
 
     def build() -> Any:

@@ -1,7 +1,8 @@
 """Tasks by name. A user adds one: ``TASKS["mine"] = Task("mine", examples, ("exact_match",))``."""
 
 from switchmoe.data.errors import DataError
-from switchmoe.data.tasks import embedded, files, metrics
+from switchmoe.data.tasks import benchmarks, embedded, files, metrics
+from switchmoe.data.tasks.benchmarks import BENCHMARKS
 from switchmoe.data.tasks.task import SPLITS, Example, Task
 from switchmoe.settings import DataSettings, TaskSettings
 
@@ -18,11 +19,13 @@ def find(settings: TaskSettings, data: DataSettings, field: str = "names") -> li
     for name in (part.strip() for part in getattr(settings, field).split(",")):
         if name in TASKS:
             found.append(TASKS[name])
+        elif name in BENCHMARKS:
+            found.append(benchmarks.task(name, data))
         elif files.is_files(name):
             found.append(files.task(name, settings, data))
         else:
             raise DataError(
-                f"task.{field}={name}: no such task; accepted are {', '.join(TASKS)}, and globs of files that end in {files.ACCEPTED}"
+                f"task.{field}={name}: no such task; accepted are {', '.join((*TASKS, *BENCHMARKS))}, and globs of files that end in {files.ACCEPTED}"
             )
     for task in found:
         for name in task.metrics:

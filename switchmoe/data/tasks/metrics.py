@@ -41,6 +41,63 @@ def matthews(predictions: Sequence[str], right: Right) -> float:
     )
 
 
+POSITIVE = ("equivalent", "duplicate", "True")  # the classes that F1 is of: MRPC's, QQP's, MultiRC's
+
+
+def f1_positive(predictions: Sequence[str], right: Right) -> float:
+    """F1 of the class that is asked for."""
+    truth = [answers[0] in POSITIVE for answers in right]
+    found = [prediction.strip() in POSITIVE for prediction in predictions]
+    both = sum(a and b for a, b in zip(truth, found, strict=True))
+    return 200 * both / max(1, sum(truth) + sum(found))
+
+
+def pearson(predictions: Sequence[str], right: Right) -> float:
+    return _correlation("pearsonr", predictions, right)
+
+
+def spearman(predictions: Sequence[str], right: Right) -> float:
+    return _correlation("spearmanr", predictions, right)
+
+
+def _correlation(kind: str, predictions: Sequence[str], right: Right) -> float:
+    """What is no number counts as 0; without any spread there is no correlation, 0."""
+    from scipy import stats
+
+    truth = [float(answers[0]) for answers in right]
+    found = [float(text) if re.fullmatch(r"\d+(\.\d+)?", text := one.strip()) else 0.0 for one in predictions]
+    if len(set(found)) < 2 or len(set(truth)) < 2:
+        return 0.0
+    return 100 * float(getattr(stats, kind)(truth, found).statistic)
+
+
+def wsc(predictions: Sequence[str], right: Right) -> float:
+    """The noun that is written is the one asked about, or not, as it should be (T5, appendix D.13): one's words are among the other's."""
+    said = []
+    for found, (noun, _) in zip(predictions, right, strict=True):
+        one, other = (set(text.lower().split()) - DETERMINERS for text in (found, noun))
+        said.append(bool(one) and (one <= other or other <= one))
+    return _mean(now == (truth == "True") for now, (_, truth) in zip(said, right, strict=True))
+
+
+DETERMINERS = {
+    "a",
+    "an",
+    "the",
+    "my",
+    "your",
+    "his",
+    "her",
+    "its",
+    "our",
+    "their",
+    "this",
+    "that",
+    "these",
+    "those",
+}
+
+
 def exact_match(predictions: Sequence[str], right: Right) -> float:
     """SQuAD's: after case, punctuation, articles and blanks are set aside, the best of the right answers."""
     pairs = zip(predictions, right, strict=True)
@@ -109,5 +166,19 @@ def _mean(values: Any) -> float:
 
 METRICS: dict[str, Callable[[Sequence[str], Right], float]] = {
     metric.__name__: metric
-    for metric in (accuracy, macro_f1, matthews, exact_match, f1, rouge_l, rouge_1, rouge_2, bleu)
+    for metric in (
+        accuracy,
+        macro_f1,
+        f1_positive,
+        matthews,
+        pearson,
+        spearman,
+        exact_match,
+        f1,
+        wsc,
+        rouge_l,
+        rouge_1,
+        rouge_2,
+        bleu,
+    )
 }

@@ -1,0 +1,117 @@
+"""Benchmarks: T5's phrasing by hand, and every data set's records through tfds's mock."""
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from switchmoe.data import tasks
+from switchmoe.data.errors import DataError
+from switchmoe.data.tasks import benchmarks, metrics
+from switchmoe.data.tasks.benchmarks import BENCHMARKS
+from switchmoe.settings import DataSettings, TaskSettings
+
+# tfds makes these with TensorFlow, or not by their name alone; prepared ones are read without
+UNMOCKED = {"boolq", "cb", "copa", "superglue_rte", "wic", "wsc", "wmt_en_de"}
+BY_HAND = {  # a record, what is read, what is to be written
+    "mnli": (
+        {"premise": "A man sleeps.", "hypothesis": "He is awake.", "label": 2},
+        "mnli hypothesis: He is awake. premise: A man sleeps.", "contradiction",
+    ),
+    "stsb": ({"sentence1": "a", "sentence2": "b", "label": 3.25}, "stsb sentence1: a sentence2: b", "3.2"),
+    "boolq": ({"passage": "P.", "question": "is it", "label": 1}, "boolq passage: P. question: is it", "True"),
+    "cb": ({"premise": "p", "hypothesis": "h", "label": 2}, "cb hypothesis: h premise: p", "neutral"),
+    "copa": (
+        {"premise": "It rained.", "choice1": "wet", "choice2": "dry", "question": "effect", "label": 0},
+        "copa choice1: wet choice2: dry premise: It rained. question: effect", "choice1",
+    ),
+    "multirc": (
+        {"paragraph": "<b>Sent 1: </b>One.<br><b>Sent 2: </b>Two.<br>", "question": "q?", "answer": "a", "label": 0},
+        "multirc question: q? answer: a paragraph: One. Two.", "False",
+    ),
+    "wic": (
+        {"sentence1": "a bank", "sentence2": "the bank", "word": "bank", "label": 1},
+        "wic sentence1: a bank sentence2: the bank word: bank", "True",
+    ),
+    "wsc": (
+        {"text": "Ann saw Eve as she left", "span1_text": "Ann", "span2_index": 4, "label": 1},
+        "wsc: Ann saw Eve as *she* left", "Ann",
+    ),
+    "record": (
+        {"passage": "It is.\n@highlight\nMore", "query": "@placeholder is", "entities": ["A", "B"], "answers": ["B", "B"]},
+        "record query: @placeholder is entities: A, B passage: It is. More", "B",
+    ),
+    "arc_easy": (
+        {"question": "q", "choices": {"label": [0, 1], "text": ["x", "y"]}, "answerKey": 1},
+        "arc question: q choices: (A) x (B) y", "B",
+    ),
+    "natural_questions": (
+        {"question": {"text": "who"}, "annotations": {"short_answers": {"text": [["Ann"], []]}, "yes_no_answer": [-1, 1]}},
+        "nq question: who", "Ann",
+    ),
+    "wmt_en_de": ({"en": "That is good.", "de": "Das ist gut."}, "translate English to German: That is good.", "Das ist gut."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_phrasing(name):
+    record, inputs, targets = BY_HAND[name]
+    example = BENCHMARKS[name].make(record)
+    assert (example.inputs, example.targets) == (inputs, targets)
+    if BENCHMARKS[name].options:
+        assert targets in BENCHMARKS[name].options
+
+
+def test_all_that_is_promised_is_there():
+    glue = {"cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"}
+    superglue = {"boolq", "cb", "copa", "multirc", "record", "superglue_rte", "wic", "wsc"}
+    others = {
+        "squad",
+        "cnn_dailymail",
+        "xsum",
+        "anli_r1",
+        "anli_r2",
+        "anli_r3",
+        "winogrande",
+        "arc_easy",
+        "arc_challenge",
+    }
+    others |= {"natural_questions", "web_questions", "trivia_qa", "wmt_en_de"}
+    assert set(BENCHMARKS) == glue | superglue | others
+    assert all(name in metrics.METRICS for found in BENCHMARKS.values() for name in found.metrics)
+
+
+@pytest.mark.parametrize("name", sorted(set(BENCHMARKS) - UNMOCKED))
+def test_records_of_the_mock_become_examples(name, tmp_path):
+    with tfds.testing.mock_data(num_examples=4):
+        (task,) = tasks.find(TaskSettings(names=name), DataSettings(data_dir=str(tmp_path)))
+        for split in tasks.SPLITS:
+            found = task.examples(split)
+            assert len(found) == 4 and len(found[:2]) == 2
+            for example in found[:4]:
+                assert isinstance(example.inputs, str) and isinstance(example.targets, str)
+                assert all(isinstance(answer, str) for answer in example.right)
+                if task.options:
+                    assert example.targets in (*task.options, "<unk>") or name.startswith("arc")
+
+
+def test_what_is_not_prepared_says_how_to_prepare_it(tmp_path):
+    with pytest.raises(
+        DataError, match="task.names=rte: split train of glue/rte can't be read.*tfds build glue/rte"
+    ):
+        tasks.find(TaskSettings(names="rte"), DataSettings(data_dir=str(tmp_path)))
+
+
+def test_metrics_of_the_benchmarks():
+    right = [("True",), ("True",), ("False",)]
+    assert metrics.f1_positive(["True", "False", "True"], right) == 50
+    numbers = [(f"{n / 5:.1f}",) for n in range(5)]
+    assert metrics.pearson([answer for (answer,) in numbers], numbers) == pytest.approx(100)
+    assert metrics.spearman(["0.0", "x", "0.1", "3.0", "5.0"], numbers) > 90
+    assert metrics.pearson(["1.0"] * 5, numbers) == 0
+    nouns = [("the tall man", "True"), ("Ann", "False"), ("Eve", "True")]
+    assert metrics.wsc(["man", "Bob", ""], nouns) == pytest.approx(200 / 3)
+
+
+def test_bytes_and_arrays_of_records_become_text_and_lists():
+    record = {"a": b"x", "b": np.array([b"y", b"z"], object), "c": {"d": np.int64(3)}}
+    assert benchmarks._plain(record) == {"a": "x", "b": ["y", "z"], "c": {"d": 3}}
