@@ -9,7 +9,7 @@ from_pretrained loads. Families: Switch, T5, T5 1.1, Flan-T5, mT5, Mixtral, OLMo
   --shard=5GB                at most so much in a safetensors file
   --revision=REVISION        a hub's branch or commit
   --check=True|False         compares both models' logits on random sequences (True where transformers is installed)
-  --tolerance=N              of the check, a share of the largest logit (1e-4; 0.05 where the source has half precision)
+  --tolerance=N              of the check, a share of the largest logit (1e-4; both compute in float32, of weights rounded alike)
 
 A dense model made sparse (2212.05055), of SOURCE any of the above:
 
@@ -24,6 +24,7 @@ A conversion that was killed goes on with the same command. Exit codes: 0 done; 
 a file that can't be written or read.
 """
 
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -91,7 +92,14 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
     if found["upcycle"] and "experts" not in found["upcycle"]:
         raise ValueError("--upcycle.experts: accepted is a number of experts, 2 or more")
     if found["tolerance"]:
-        found["tolerance"] = _typed("tolerance", found["tolerance"])
+        given, found["tolerance"] = found["tolerance"], _typed("tolerance", found["tolerance"])
+        if not 0 < found["tolerance"] < math.inf:
+            raise ValueError(f"--tolerance={given}: accepted is a number above 0")
+    for name in ("check", "tolerance"):
+        if found["upcycle"] and found[name]:
+            raise ValueError(
+                f"--{name}={found[name]}: accepted without --upcycle, after which the models differ"
+            )
     return found
 
 
@@ -112,7 +120,7 @@ def _convert(found: dict[str, Any]) -> int:
     from switchmoe.interop import check, convert, upcycle
     from switchmoe.runs import upcycling
 
-    target, dtype = Path(found["target"]), found["dtype"]
+    target, dtype = Path(found["target"]).expanduser(), found["dtype"]
     if found["upcycle"]:
         report = upcycle.upcycle(
             _source(found), target, dtype, upcycling.Upcycling(**found["upcycle"]), told, note
@@ -142,7 +150,7 @@ def _convert(found: dict[str, Any]) -> int:
     return _checked(str(run), other, found["tolerance"])
 
 
-def _checked(run: str, other: Path, tolerance: float) -> int:
+def _checked(run: str, other: Path, tolerance: float) -> int:  # 0: the default
     """Compares a run with a Hugging Face directory; the exit code."""
     import dataclasses
 
@@ -156,8 +164,12 @@ def _checked(run: str, other: Path, tolerance: float) -> int:
     )
     params = trained.on_one_device(model, settings)
     dtypes = {tensor.dtype for tensor in sources.hugging_face(other).tensors.values()}
-    tolerance = tolerance or max(check.TOLERANCE[dtype] for dtype in dtypes)
-    result = check.directory(other, settings, params)
+    tolerance = tolerance or check.TOLERANCE
+    try:
+        result = check.directory(other, settings, params, "bfloat16" in dtypes | {trained.dtype(model)})
+    except ValueError as error:
+        print(f"check: {error}: NOT the same model")
+        return EXIT_DIFFERENT
     same = result.largest <= tolerance * result.scale
     print(f"check: {result}; accepted is {tolerance:g}" + ("" if same else ": NOT the same model"))
     return 0 if same else EXIT_DIFFERENT

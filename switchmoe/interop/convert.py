@@ -4,12 +4,15 @@ What is written grows in a directory beside the target, and is renamed to it whe
 not at all, and a conversion that was killed goes on where it was.
 """
 
+import contextlib
+import hashlib
 import json
 import math
+import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +87,10 @@ def _hugging_face(directory: Path) -> Model:
     for name in ("shared.weight", "model.embed_tokens.weight"):
         if name in tensors:
             model["vocab_rows"] = tensors[name].shape[0]
+            if model["vocab_rows"] != config["vocab_size"]:
+                raise tables.TableError(
+                    f"tensor {name}: found with {model['vocab_rows']} rows, expected vocab_size={config['vocab_size']} of config.json"
+                )
     if config["model_type"] in ("t5", "mt5"):  # what the config says is of the scale alone
         own = "lm_head.weight" in tensors and "shared.weight" in tensors
         own = own and not sources.same(tensors["lm_head.weight"], tensors["shared.weight"])
@@ -116,10 +123,21 @@ def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str,
         raise ValueError(f"{where}: {field}={config.get(field)}: accepted is {accepted}")
 
     is_t5 = kind in t5.CLASSES
+    for field, default in defaults[kind].items():
+        if config[field] is not None and not _of_kind(config[field], default):
+            refuse(field, f"of type {type(default).__name__}, as {default}")
     try:
         groups = (t5 if is_t5 else decoders).read_config(config, refuse)
-    except (TypeError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{where}: a field that can't be read ({type(error).__name__}: {error})") from error
+    except (TypeError, KeyError, ZeroDivisionError, AttributeError) as error:
+        null = ", ".join(
+            field
+            for field, value in config.items()
+            if value is None and defaults[kind].get(field) is not None
+        )
+        named = f" (null are {null})" if null else ""
+        raise ValueError(
+            f"{where}: a field that can't be read{named}: {type(error).__name__}: {error}; accepted is transformers' config"
+        ) from error
     gated = groups["model"]["activation"] != "relu"
     family = t5.family(kind == "switch_transformers", gated) if is_t5 else decoders.FAMILIES[kind]
     groups["model"]["vocab_rows"] = config["vocab_size"]
@@ -132,6 +150,15 @@ def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str,
     return family, groups
 
 
+def _of_kind(value: Any, default: Any) -> bool:
+    """Whether a config's value is of its default's type."""
+    if default is None or isinstance(value, list):  # several ends
+        return True
+    if isinstance(value, bool) or isinstance(default, bool):
+        return type(value) is type(default)
+    return isinstance(value, (int, float) if isinstance(default, float) else type(default))
+
+
 def _settings(
     groups: dict[str, dict[str, Any]],
     directory: Path,
@@ -141,8 +168,10 @@ def _settings(
     rows = groups["model"]["vocab_rows"]
     pieces = Vocabulary.from_bytes(vocabulary, VOCABULARY).pieces if vocabulary else max(300, rows - 100)
     groups["data"] |= {"vocab_size": min(pieces, rows), "input_length": 512}
-    dtype = next(iter(source.tensors.values())).dtype
-    groups["model"]["dtype"] = "float32" if dtype == "float32" else "bfloat16"
+    dtypes = {tensor.dtype for tensor in source.tensors.values()}
+    groups["model"]["dtype"] = (
+        "bfloat16" if dtypes == {"bfloat16"} else "float32"
+    )  # float16 is held by float32 alone
     try:
         return from_config(groups)
     except ValueError as error:
@@ -206,7 +235,7 @@ def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
             writer.write(move.ours, move.index, part.reshape(move.shape))
         counter.add(size, there)
 
-    with told(counter.state):
+    with _removed_if_wrong(work), told(counter.state):
         _each(one, found)
     checksums = writer.finish()
     (step / integrity.MANIFEST).write_text(json.dumps(checksums, indent=1))
@@ -215,6 +244,23 @@ def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
     write_json(work / "config.json", to_dict(settings))
     ended(work, target)
     return counter.report(len({move.theirs for move in found}))
+
+
+@contextlib.contextmanager
+def _removed_if_wrong(work: Path) -> Iterator[None]:
+    """Nothing is kept of a source that turns out to be damaged; of a full disk or a signal what was done is."""
+    try:
+        yield
+    except ValueError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def step_identity(step: Path) -> list[Any]:
+    """By which an interrupted conversion knows a run's step again: what its files are, and when they were written."""
+    files = sorted(path for path in step.rglob("*") if path.is_file())
+    found = [[str(path.relative_to(step)), *_identity(path)[1:]] for path in files]
+    return [str(step.absolute()), hashlib.sha256(json.dumps(found).encode()).hexdigest()]
 
 
 def _identity(file: Path) -> list[Any]:
@@ -262,7 +308,7 @@ def begun(target: Path, asked: dict[str, Any]) -> Path:
     Raises:
       ValueError: the target is there, or another conversion to it is half done.
     """
-    if target.exists():
+    if os.path.lexists(target):
         raise ValueError(f"--target={target}: it is there; accepted is a name that is free")
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.converting")
@@ -324,7 +370,7 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
     reader = run_files.Reader(Path(model.step))
     kept = dtype or str(reader.read(f"params/{found[0].ours}", found[0].index).dtype)
     asked = {
-        "files": [str(model.step), (model.step / integrity.MANIFEST).exists()],
+        "files": step_identity(Path(model.step)),
         "dtype": kept,
         "limit": limit,
     }
@@ -337,7 +383,7 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
     counter = _Counter(writer.total)
     log = work / WRITTEN  # a byte a move that is done
     done = log.stat().st_size if log.exists() else 0
-    with told(counter.state), log.open("ab", buffering=0) as written:
+    with _removed_if_wrong(work), told(counter.state), log.open("ab", buffering=0) as written:
         for number, move in enumerate(found):  # one parameter after the other, as `Reader` keeps one
             names = move.theirs, *(copy for copy, of in copied.items() if of == move.theirs)
             size = len(names) * math.prod(move.shape) * np.dtype(kept).itemsize

@@ -55,9 +55,11 @@ class Writer:
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
         if not path.exists():  # else an earlier process began it, and wrote some of the tensors
-            with path.open("wb") as file:
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("wb") as file:
                 file.write(len(raw).to_bytes(8, "little") + raw)
                 file.truncate(8 + len(raw) + end)
+            temporary.replace(path)
         for name in names:
             self._places[name] = path, 8 + len(raw) + header[name]["data_offsets"][0]
 

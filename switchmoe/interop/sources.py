@@ -65,6 +65,8 @@ def _sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> Source:
         raise SourceError(
             f"{index}: not an index ({error}); accepted is an object with weight_map"
         ) from error
+    if not files:
+        raise SourceError(f"{index}: it names no tensors; accepted is an object with weight_map")
     missing = [file for file in files if not (index.parent / file).is_file()]
     if missing:
         raise SourceError(
@@ -100,7 +102,9 @@ def safetensors(file: Path) -> dict[str, Tensor]:
         size = file.stat().st_size
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length)) if 2 <= length <= size - 8 else None
+            if not 2 <= length <= size - 8:
+                raise SourceError(f"{file}: not a safetensors file, or cut short ({size:,} bytes)")
+            header = json.loads(opened.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
         if size != expected:
@@ -119,6 +123,10 @@ def safetensors(file: Path) -> dict[str, Tensor]:
 def _safetensor(file: Path, name: str, entry: Mapping[str, Any], start: int) -> Tensor:
     shape, dtype = tuple(entry["shape"]), _SAFETENSORS.get(entry["dtype"], entry["dtype"])
     begin, end = entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise SourceError(
+            f"tensor {name}: found shape {shape} at {begin} to {end} in {file.name}, expected integers >= 0"
+        )
     if dtype in DTYPES and end - begin != int(np.prod(shape)) * np.dtype(dtype).itemsize:
         raise SourceError(
             f"tensor {name}: found {end - begin:,} bytes in {file.name}, expected those of {shape} {dtype}"
@@ -180,7 +188,9 @@ def t5x(directory: Path) -> Source:
     if not leaves:
         raise SourceError(f"{directory}: no T5X parameters; accepted is a directory with target.*/.zarray")
     found = {leaf.name: zarr(leaf) for leaf in leaves}
-    return Source(_checked(directory, found), tuple(leaf / ".zarray" for leaf in leaves))
+    return Source(
+        _checked(directory, found), tuple(file for leaf in leaves for file in sorted(leaf.iterdir()))
+    )
 
 
 def zarr(leaf: Path) -> Tensor:
@@ -189,7 +199,12 @@ def zarr(leaf: Path) -> Tensor:
 
     try:
         store = tensorstore.open(
-            {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{leaf}/"}}, read=True
+            {
+                "driver": "zarr",
+                "kvstore": {"driver": "file", "path": f"{leaf}/"},
+                "fill_missing_data_reads": False,  # a chunk that is not there is no chunk of zeros
+            },
+            read=True,
         ).result()
     except ValueError as error:
         line = str(error).splitlines()[0]

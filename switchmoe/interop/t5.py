@@ -283,8 +283,11 @@ def t5x_config(shapes: Shapes, missing: Any) -> dict[str, dict[str, Any]]:
     def shape(name: str) -> tuple[int, ...]:
         return shapes[name] if name in shapes else missing(name)
 
-    rows, d_model = shape("target.token_embedder.embedding")
-    heads, buckets = shape("target.encoder.relpos_bias.rel_embedding")
+    def matrix(name: str) -> tuple[int, ...]:
+        return shape(name) if len(shape(name)) == 2 else missing(f"{name} of two axes")
+
+    rows, d_model = matrix("target.token_embedder.embedding")
+    heads, buckets = matrix("target.encoder.relpos_bias.rel_embedding")
     query = shape("target.encoder.layers_0.attention.query.kernel")
     layers = {stack: _count(shapes, f"target.{stack}.layers_") for stack in ("encoder", "decoder")}
     gated = any(name.endswith(".wi_0.kernel") for name in shapes)

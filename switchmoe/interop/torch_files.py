@@ -111,6 +111,8 @@ def read(file: Path) -> dict[str, Where]:
         AttributeError,
         IndexError,
         KeyError,
+        OverflowError,
+        MemoryError,
     ) as error:
         raise PickleError(
             f"its pickle can't be read ({type(error).__name__}: {error}); accepted is a state of tensors"

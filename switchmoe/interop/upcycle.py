@@ -32,14 +32,18 @@ def upcycle(
     if target.exists():
         raise ValueError(f"--target={target}: it is there; accepted is a name that is free")
     if not convert.is_run(source):
-        dense = target.with_name(f".{target.name}.dense")
-        if not dense.exists():
-            convert.into_run(convert.recognised(source), dense, dtype, told)
-        report = upcycle(dense, target, dtype, how, told, note)
-        shutil.rmtree(dense)
-        return report
+        dense, found = target.with_name(f".{target.name}.dense"), convert.recognised(source)
+        upcycling.settings_of(found.settings, how)  # before anything is written
+        shutil.rmtree(dense, ignore_errors=True)  # of an earlier process, and maybe of another source
+        try:
+            convert.into_run(found, dense, dtype, told)
+            return upcycle(dense, target, dtype, how, told, note)
+        finally:
+            shutil.rmtree(dense, ignore_errors=True)
     began, model = time.monotonic(), trained.find(str(source))
     settings = upcycling.settings_of(model.settings, how)
+    if dtype:
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
     damage = integrity.damage(model.step, "state")
     if damage:
         raise ValueError(f"--source={source}: it is damaged: {damage}; accepted is a good one")
@@ -62,7 +66,12 @@ def upcycle(
             )
             state = state.replace(opt_state={} if found is None else found)
         work = convert.begun(
-            target, {"files": [str(model.step)], "upcycle": dataclasses.asdict(how), "dtype": dtype}
+            target,
+            {
+                "files": convert.step_identity(Path(model.step)),
+                "upcycle": dataclasses.asdict(how),
+                "dtype": dtype,
+            },
         )
         step = work / "checkpoints" / "0"
         shutil.rmtree(step, ignore_errors=True)

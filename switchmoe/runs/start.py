@@ -190,7 +190,7 @@ def _optimizer(init: InitSettings, step: epath.Path, like: Any) -> Any:
     )
     try:
         return ocp.PyTreeCheckpointer().restore(step / "state", args=arguments)["opt_state"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"init.optimizer=True: {step} has no state of this optimizer and model ({str(error).splitlines()[0][:120]});"
             f" accepted is False, or a checkpoint (init.checkpoint={init.checkpoint}) of the same ones"

@@ -31,6 +31,14 @@ READERS = {
 }  # fmt: skip
 
 
+def dtype(source: "Source") -> str:
+    """In which the parameters are saved: float32, or what a conversion gave them."""
+    import orbax.checkpoint as ocp
+
+    found = ocp.PyTreeCheckpointHandler().metadata(source.step / "state").tree["params"]
+    return str(next(iter(flatten_dict(found).values())).dtype)
+
+
 class Source(NamedTuple):
     """Where a model is."""
 

@@ -4,6 +4,7 @@ All of the sparse model's state is in memory.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,7 @@ class Upcycling:
             refuse("every", "an integer >= 1")
         if self.router not in ROUTERS:
             refuse("router", f"one of {', '.join(ROUTERS)}")
-        if not self.noise >= 0:
+        if not 0 <= self.noise < math.inf:
             refuse("noise", "a number >= 0")
         if not 0 <= self.reinit <= 1:
             refuse("reinit", "a number from 0 to 1")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,12 +45,12 @@ def shapes_of(config):
     return {move.theirs: move.whole() for move in tables.moves(family, from_config(groups))}
 
 
-def make(directory, config, dtype="float32", limit=5 * 10**9, shapes=None, keep=True):
+def make(directory, config, dtype="float32", limit=5 * 10**9, shapes=None, keep=True, seed=0):
     """A Hugging Face directory with random tensors, as their own writer would write it; returns the tensors, if asked to keep them."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     shapes = shapes_of(config) if shapes is None else shapes
-    rng, found = np.random.default_rng(0), {}
+    rng, found = np.random.default_rng(seed), {}
     writer = shards.Writer(directory, shapes, dtype, limit)
     for name, shape in shapes.items():
         tensor = rng.standard_normal(shape, np.float32).astype(dtype)
@@ -336,3 +337,78 @@ def test_memory_is_a_few_tensors_whatever_the_models_size(tmp_path, environment)
         assert done.returncode == 0, done.stderr
         print(done.stdout)
         assert int(done.stdout.split("grown ")[1]) < allowed * 1024  # ru_maxrss is in KiB on Linux
+
+
+# Found by reviewers.
+
+
+def test_another_runs_files_under_the_same_name_are_not_gone_on_with(tmp_path, environment, capsys):
+    """A conversion out that was killed, and the run made anew meanwhile."""
+    for name, seed in (("one", 0), ("two", 1)):
+        make(tmp_path / name, SWITCH, seed=seed)
+    assert run(f"--source={tmp_path / 'one'}", f"--target={tmp_path / 'run'}") == 0
+    asked = [f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'back'}", "--check=False"]
+    subprocess.run([sys.executable, "-c", SLOW, *asked], env=environment, capture_output=True, timeout=120)
+    shutil.rmtree(tmp_path / "run")
+    assert run(f"--source={tmp_path / 'two'}", f"--target={tmp_path / 'run'}") == 0
+    assert run(*asked[:2]) == exits.EXIT_BAD_INPUT
+    assert "another conversion is half done" in capsys.readouterr().err
+
+
+def test_upcycling_never_takes_what_another_source_left(tmp_path, capsys):
+    from switchmoe.runs import trained as library
+
+    dense = {name: make(tmp_path / name, T5, seed=seed) for name, seed in (("one", 0), ("two", 1))}
+    target = f"--target={tmp_path / 'run'}"
+    wrong = ["convert", f"--source={tmp_path / 'one'}", target, "--upcycle.experts=2", "--upcycle.every=3"]
+    assert command.main(wrong) == exits.EXIT_BAD_INPUT
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    good = ["convert", f"--source={tmp_path / 'two'}", target, "--upcycle.experts=2", "--upcycle.every=2"]
+    assert command.main([*good, "--dtype=bfloat16"]) == 0
+    source = library.find(str(tmp_path / "run"))
+    assert source.settings.model.dtype == "bfloat16"
+    params = flatten_dict(library.on_one_device(source, source.settings), sep="/")
+    wanted = dense["two"]["shared.weight"].astype("bfloat16").astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(params["embedding"], np.float32), wanted)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tolerance=nan"], "--tolerance=nan: accepted is a number above 0"),
+        (["--tolerance=-1"], "--tolerance=-1: accepted is a number above 0"),
+        (["--upcycle.experts=2", "--tolerance=1"], "accepted without --upcycle"),
+        (["--upcycle.experts=2", "--upcycle.noise=inf"], "--upcycle.noise=inf: accepted is a number >= 0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(tmp_path, arguments, message, capsys):
+    make(tmp_path / "theirs", T5)
+    asked = ["convert", f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}", *arguments]
+    assert command.main(asked) == exits.EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_half_precision_comes_back_with_its_values(tmp_path):
+    there = make(tmp_path / "theirs", T5, "float16")
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == 0
+    assert run(f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'back'}") == 0
+    for name, tensor in sources.hugging_face(tmp_path / "back").tensors.items():
+        if name in there:
+            np.testing.assert_array_equal(tensor.read((), slice(None)), there[name].astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", [[333.0, 16], [-333, -16], "wide"])
+def test_a_header_with_other_shapes_than_numbers_is_one_line(tmp_path, shape, capsys):
+    make(tmp_path / "theirs", T5)
+    file = tmp_path / "theirs" / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["shared.weight"]["shape"] = shape
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == exits.EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert "safetensors" in error and error.count("\n") == 1
