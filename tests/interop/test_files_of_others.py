@@ -253,3 +253,19 @@ def test_a_t5x_leaf_that_is_missing_is_told(tmp_path, capsys):
     assert run(f"--source={tmp_path / 't5x'}", f"--target={tmp_path / 'run'}") == exits.EXIT_BAD_INPUT
     assert f"tensor {lost}: not found, expected with shape (3, 24, 16)" in capsys.readouterr().err
     assert len(shapes_of(SWITCH)) > len(there) - 1
+
+
+@pytest.mark.parametrize("fault", ["gone", "cut"])
+def test_a_t5x_chunk_that_is_gone_or_cut_is_named_and_nothing_is_left(tmp_path, fault, capsys):
+    there = make(tmp_path / "theirs", SWITCH)
+    write_t5x(tmp_path / "t5x", t5x_names(there))
+    leaf = tmp_path / "t5x" / "target.encoder.layers_0.mlp.wi.kernel"
+    (chunk,) = [path for path in leaf.iterdir() if not path.name.startswith(".")]
+    chunk.unlink() if fault == "gone" else chunk.write_bytes(chunk.read_bytes()[:40])
+    assert run(f"--source={tmp_path / 't5x'}", f"--target={tmp_path / 'run'}") == exits.EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert (
+        "tensor target.encoder.layers_0.mlp.wi.kernel: a part can't be read" in error
+        and error.count("\n") == 1
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t5x", "theirs"]
