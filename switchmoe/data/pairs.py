@@ -161,10 +161,16 @@ class _MixtureIterator(grain.DatasetIterator):
         self._batch, self._taken_T = one["batch"], list(one["taken"])
 
 
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """So many of the examples, at equal distances: files are often sorted by class."""
+    count = min(count, len(examples))
+    return [examples[number * len(examples) // count] for number in range(count)]
+
+
 def held_out(task: Task, settings: TaskSettings) -> Sequence[Example]:
-    """The first `task.eval_examples` held-out examples of a task."""
+    """`task.eval_examples` of a task's held-out examples."""
     found = task.examples("validation")
-    return found[: settings.eval_examples or len(found)]
+    return spread(found, settings.eval_examples or len(found))
 
 
 def eval_batches(examples: Sequence[Example], encoder: Encoder) -> Iterator[tuple[Batch, int]]:
@@ -187,11 +193,11 @@ def fingerprint(task: Task, split: str) -> str:
 def fitting(
     tasks: Sequence[Task], vocabulary: Vocabulary, share: float = 0.99, sample: int = 1000
 ) -> tuple[int, int]:
-    """Lengths of inputs and targets that hold this share of the examples, of the first of each task: multiples of 8."""
+    """Lengths of inputs and targets that hold this share of the examples, of so many of each task: multiples of 8."""
     counts = [
         [len(vocabulary.encode(text)) + 1 for text in example[:2]]
         for task in tasks
-        for example in task.examples("train")[:sample]
+        for example in spread(task.examples("train"), sample)
     ]
     longest = np.quantile(np.array(counts), share, axis=0, method="higher")
     return tuple(int(-(-length // 8) * 8) for length in longest)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switchmoe.data import pairs, progress, tasks, vocabulary
-from switchmoe.data.tasks import Example, Task
+from switchmoe.data.tasks import Example, Task, baselines
 from switchmoe.data.tasks.metrics import METRICS
 from switchmoe.inference import generation
 from switchmoe.model.transformer import Transformer
@@ -25,7 +25,7 @@ from switchmoe.planning import flops
 from switchmoe.runs import placing, start, trained
 from switchmoe.runs.judges import HeldOut
 from switchmoe.runs.parts import Context, Kind, Parts
-from switchmoe.runs.rundir import check_documents
+from switchmoe.runs.rundir import check_documents, read_run
 from switchmoe.settings import Settings
 from switchmoe.training import objective
 
@@ -96,7 +96,13 @@ class Pairs:
         return [example for task in self.trained for example in self.held_out[task.name]]
 
     def prepare(self) -> None:
-        """Nothing takes long."""
+        """Scores the baselines, once a run."""
+        self._baselines = read_run(self._workdir).get("baselines")
+        if self._baselines is None:
+            with progress.told(self._note, "scoring the baselines"):
+                self._baselines = {
+                    task.name: baselines.scores(task, self.held_out[task.name]) for task in self.measured
+                }
 
     def keep(self) -> None:
         """The run's own copy of the vocabulary."""
@@ -114,7 +120,7 @@ class Pairs:
         settings, lines, figures = self._settings, [], {}
         rows = settings.train.num_steps * settings.data.batch_size
         for task, share in zip(self.trained, pairs.shares(self.trained, settings.task), strict=True):
-            sample = task.examples("train")[:1000]
+            sample = pairs.spread(task.examples("train"), 1000)
             cut = [float(np.mean(column)) for column in zip(*map(self.encoder.is_cut, sample), strict=True)]
             examples = len(task.examples("train"))
             figures[task.name] = {
@@ -128,8 +134,12 @@ class Pairs:
                 lines.append(
                     f"warning: {task.name}: many are cut; data.input_length and data.target_length say how much is read"
                 )
+        for name, found in self._baselines.items():
+            told = ", ".join(f"{which} {score:.1f}" for which, score in found.items())
+            lines.append(f"{name}: baselines: {told}")
         record = {
             "tasks": figures,
+            "baselines": self._baselines,
             "vocabulary_sha256": self.vocabulary.sha256,
             "documents": {name: len(examples) for name, examples in self.held_out.items()},
             "documents_sha256": self._fingerprints,

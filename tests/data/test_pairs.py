@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from switchmoe.data import pairs
+from switchmoe.data import pairs, tasks
 from switchmoe.data.batches import joined_states
 from switchmoe.data.tasks import Example, Task
 from switchmoe.settings import DataSettings, TaskSettings
@@ -97,3 +97,16 @@ def test_lengths_hold_nearly_all_examples():
     examples = tuple(Example("a" * (10 if n < 99 else 30), "b") for n in range(100))
     assert pairs.fitting([Task("a", lambda split: examples, ("accuracy",))], Letters(), share=0.9) == (16, 8)
     assert pairs.fitting([Task("a", lambda split: examples, ("accuracy",))], Letters(), share=1.0) == (32, 8)
+
+
+def test_what_is_measured_is_spread_over_sorted_examples():
+    """The packaged summaries are sorted by topic."""
+    examples = tuple(Example(f"a{n}", "x" if n < 90 else "y") for n in range(100))
+    found = pairs.held_out(Task("a", lambda split: examples, ("accuracy",)), TaskSettings(eval_examples=20))
+    assert [example.targets for example in found].count("y") == 2 and len(set(found)) == 20
+    assert (
+        len(pairs.held_out(Task("a", lambda split: examples, ("accuracy",)), TaskSettings(eval_examples=0)))
+        == 100
+    )
+    (topic,) = tasks.find(TaskSettings(names="topic"), DataSettings())
+    assert len({example.targets for example in pairs.held_out(topic, TaskSettings())}) == 11

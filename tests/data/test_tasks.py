@@ -9,7 +9,7 @@ import pytest
 
 from switchmoe.data import tasks
 from switchmoe.data.errors import DataError
-from switchmoe.data.tasks import Example, embedded, metrics
+from switchmoe.data.tasks import Example, Task, baselines, embedded, metrics
 from switchmoe.data.wiki_vital_en import builder
 from switchmoe.settings import DataSettings, TaskSettings
 
@@ -165,3 +165,19 @@ def test_the_walk_through_of_the_docs_adds_a_task():
         assert task.examples("train")[3] == Example("is 3 even?", "no")
     finally:
         del tasks.TASKS["even"]
+
+
+def test_baselines_by_hand():
+    """Two thirds of the classes are `a`, told by a word that words alone find."""
+    rows = [
+        Example(f"t: {'red' if n % 3 else 'blue'} house {n % 7}", "a" if n % 3 else "b") for n in range(90)
+    ]
+    task = Task("t", lambda split: rows, ("accuracy",), ("a", "b"))
+    found = baselines.scores(task, rows[:30])
+    assert found["majority"] == pytest.approx(200 / 3)
+    pytest.importorskip("sklearn")
+    assert found["TF-IDF"] == 100
+    texts = [Example("describe: one two three four five six", "one two three four five")]
+    assert baselines.scores(Task("t", lambda split: texts, ("exact_match",)), texts) == {
+        "first five words": 100
+    }
