@@ -4,15 +4,9 @@ What is written grows in a directory beside the target, and is renamed to it whe
 not at all, and a conversion that was killed goes on where it was.
 """
 
-import contextlib
-import hashlib
 import json
 import math
-import os
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from switchmoe.data.vocabulary import Vocabulary
-from switchmoe.interop import decoders, run_files, shards, sources, t5, tables, tokenizer
+from switchmoe.interop import decoders, growing, run_files, shards, sources, t5, tables, tokenizer
+from switchmoe.interop.growing import Report
 from switchmoe.interop.tables import LINEAR, Family, Move
 from switchmoe.runs import integrity, start, trained
 from switchmoe.runs.checkpoints import write_json
@@ -29,7 +24,7 @@ from switchmoe.training import places
 
 THREADS = 2
 VOCABULARY = "spiece.model"  # what Hugging Face calls T5's
-PROGRESS, WRITTEN = "converting.json", "written"
+WRITTEN = "written"
 Told = Callable[[Callable[[], str]], Any]  # a context in which a function is asked how far it has got
 
 
@@ -40,18 +35,6 @@ class Model(NamedTuple):
     family: Family
     source: sources.Source
     vocabulary: bytes | None = None
-
-
-class Report(NamedTuple):
-    tensors: int
-    size: int  # bytes written
-    kept: int  # of these written by an earlier process
-    seconds: float
-
-    def __str__(self) -> str:
-        new = (self.size - self.kept) / 1e6
-        again = f", {self.kept / 1e6:,.0f} MB were there" if self.kept else ""
-        return f"{self.tensors} tensors, {self.size / 1e6:,.0f} MB{again}; {new / self.seconds:,.0f} MB/s"
 
 
 # What a source is.
@@ -80,7 +63,7 @@ def recognised(directory: Path) -> Model:
 
 
 def _hugging_face(directory: Path) -> Model:
-    config = read_json(directory / "config.json")
+    config = growing.read_json(directory / "config.json")
     family, groups = from_fields(config, str(directory / "config.json"))
     source = sources.hugging_face(directory)
     tensors, model = source.tensors, groups["model"]
@@ -178,17 +161,6 @@ def _settings(
         raise ValueError(f"--source={directory}: as settings of a run: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError: not an object."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: can't be read ({error}); accepted is a JSON object") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: accepted is a JSON object")
-    return found
-
-
 def is_run(directory: Path | str) -> bool:
     """A run's directory, or one of its steps."""
     path = Path(str(directory).partition("|")[0])
@@ -219,10 +191,10 @@ def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
     settings = from_config(
         to_dict(model.settings) | {"model": to_dict(model.settings)["model"] | {"dtype": kept}}
     )
-    work = begun(target, {"files": [_identity(file) for file in source.files], "dtype": kept})
+    work = growing.begun(target, {"files": [growing.identity(file) for file in source.files], "dtype": kept})
     step = work / "checkpoints" / "0"
     writer = run_files.Writer(step, run_files.parts(found, places.names(settings)), kept)
-    counter = _Counter(sum(math.prod(move.shape) for move in found) * np.dtype(kept).itemsize)
+    counter = growing.Counter(sum(math.prod(move.shape) for move in found) * np.dtype(kept).itemsize)
 
     def one(move: Move) -> None:
         size = math.prod(move.shape) * np.dtype(kept).itemsize
@@ -235,60 +207,15 @@ def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
             writer.write(move.ours, move.index, part.reshape(move.shape))
         counter.add(size, there)
 
-    with _removed_if_wrong(work), told(counter.state):
+    with growing.removed_if_wrong(work), told(counter.state):
         _each(one, found)
     checksums = writer.finish()
     (step / integrity.MANIFEST).write_text(json.dumps(checksums, indent=1))
     if model.vocabulary:
         (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary)
     write_json(work / "config.json", to_dict(settings))
-    ended(work, target)
+    growing.ended(work, target)
     return counter.report(len({move.theirs for move in found}))
-
-
-@contextlib.contextmanager
-def _removed_if_wrong(work: Path) -> Iterator[None]:
-    """Nothing is kept of a source that turns out to be damaged; of a full disk or a signal what was done is."""
-    try:
-        yield
-    except ValueError:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def step_identity(step: Path) -> list[Any]:
-    """By which an interrupted conversion knows a run's step again: what its files are, and when they were written."""
-    files = sorted(path for path in step.rglob("*") if path.is_file())
-    found = [[str(path.relative_to(step)), *_identity(path)[1:]] for path in files]
-    return [str(step.absolute()), hashlib.sha256(json.dumps(found).encode()).hexdigest()]
-
-
-def _identity(file: Path) -> list[Any]:
-    status = file.stat()
-    return [str(file.absolute()), status.st_size, status.st_mtime_ns]
-
-
-class _Counter:
-    """Bytes that are done, by several threads."""
-
-    def __init__(self, total: int):
-        self._total, self._done, self._kept, self._lock = total, 0, 0, threading.Lock()
-        self._began = time.monotonic()
-
-    def add(self, size: int, kept: bool = False) -> None:
-        with self._lock:
-            self._done += size
-            self._kept += size if kept else 0
-
-    def state(self) -> str:
-        share = self._done / max(self._total, 1)
-        rate = (self._done - self._kept) / max(time.monotonic() - self._began, 1e-9)
-        bar = "#" * int(20 * share)
-        left = f", {(self._total - self._done) / rate:,.0f} s left" if rate else ""
-        return f"[{bar:20}] {share:4.0%} of {self._total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s{left}"
-
-    def report(self, tensors: int) -> Report:
-        return Report(tensors, self._total, self._kept, max(time.monotonic() - self._began, 1e-9))
 
 
 def _each(action: Callable[[Move], None], found: Iterable[Move]) -> None:
@@ -300,37 +227,6 @@ def _each(action: Callable[[Move], None], found: Iterable[Move]) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def begun(target: Path, asked: dict[str, Any]) -> Path:
-    """The directory in which the target grows; an earlier process's of the same conversion goes on.
-
-    Raises:
-      ValueError: the target is there, or another conversion to it is half done.
-    """
-    if os.path.lexists(target):
-        raise ValueError(f"--target={target}: it is there; accepted is a name that is free")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.converting")
-    file = work / PROGRESS
-    if work.exists() and file.exists():
-        there = read_json(file)
-        if there != asked:
-            differ = ", ".join(name for name in asked if there.get(name) != asked[name])
-            raise ValueError(
-                f"--target={target}: another conversion is half done in {work} ({differ} differ); accepted is the same one, or"
-                " that directory removed"
-            )
-        return work
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    write_json(file, asked)
-    return work
-
-
-def ended(work: Path, target: Path) -> None:
-    (work / PROGRESS).unlink()
-    work.rename(target)
 
 
 # Into a Hugging Face directory.
@@ -370,20 +266,20 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
     reader = run_files.Reader(Path(model.step))
     kept = dtype or str(reader.read(f"params/{found[0].ours}", found[0].index).dtype)
     asked = {
-        "files": step_identity(Path(model.step)),
+        "files": growing.step_identity(Path(model.step)),
         "dtype": kept,
         "limit": limit,
     }
-    work = begun(target, asked)
+    work = growing.begun(target, asked)
     copied = t5.written_copies(settings)
     shapes = {move.theirs: move.whole() for move in found}
     shapes |= {copy: shapes[of] for copy, of in copied.items()}
     shapes = dict(sorted(shapes.items(), key=lambda item: natural(item[0])))
     writer = shards.Writer(work, shapes, kept, limit)
-    counter = _Counter(writer.total)
+    counter = growing.Counter(writer.total)
     log = work / WRITTEN  # a byte a move that is done
     done = log.stat().st_size if log.exists() else 0
-    with _removed_if_wrong(work), told(counter.state), log.open("ab", buffering=0) as written:
+    with growing.removed_if_wrong(work), told(counter.state), log.open("ab", buffering=0) as written:
         for number, move in enumerate(found):  # one parameter after the other, as `Reader` keeps one
             names = move.theirs, *(copy for copy, of in copied.items() if of == move.theirs)
             size = len(names) * math.prod(move.shape) * np.dtype(kept).itemsize
@@ -410,7 +306,7 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
         ends = (settings.data.bos_id, None) if alone else (None, settings.data.eos_id)
         for name, content in (tokenizer.files(model.vocabulary, *ends) or {}).items():
             write_json(work / name, content)
-    ended(work, target)
+    growing.ended(work, target)
     return counter.report(len(shapes))
 
 

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from switchmoe.interop import convert, run_files
-from switchmoe.interop.convert import Report
+from switchmoe.interop import convert, growing, run_files
+from switchmoe.interop.growing import Report
 from switchmoe.runs import checkpoints, integrity, start, trained, upcycling
 from switchmoe.runs.upcycling import Upcycling
 from switchmoe.settings import to_dict
@@ -65,10 +65,10 @@ def upcycle(
                 else "without an optimizer's state: the source has none of its kind"
             )
             state = state.replace(opt_state={} if found is None else found)
-        work = convert.begun(
+        work = growing.begun(
             target,
             {
-                "files": convert.step_identity(Path(model.step)),
+                "files": growing.step_identity(Path(model.step)),
                 "upcycle": dataclasses.asdict(how),
                 "dtype": dtype,
             },
@@ -83,6 +83,6 @@ def upcycle(
         if model.vocabulary is not None:
             (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary.model_bytes)
         checkpoints.write_json(work / "config.json", to_dict(settings))
-        convert.ended(work, target)
+        growing.ended(work, target)
     leaves = jax.tree.leaves(state)
     return Report(len(leaves), sum(leaf.nbytes for leaf in leaves), 0, time.monotonic() - began)
