@@ -5,6 +5,7 @@ are one run: the Switch model with factor 1.25 of Table 1 is that with jitter of
 """
 
 import functools
+import importlib
 from typing import Any
 
 from experiments.claims import st_moe, switch_figures, switch_tables, switch_text, upcycling
@@ -68,7 +69,7 @@ def run_of(arm: Overrides, seed: int, scale: str) -> Overrides:
     asked = arm | {"train.seed": seed}
     if (
         "init.checkpoint" in arm
-    ):  # of another seed, so that what it goes on with is not what it was trained with
+    ):  # of another seed, so that it goes on with other batches than it was trained with
         before = run_of(arm["init.checkpoint"], (seed + 1) % SCALES[scale].seeds, scale)
         asked["init.checkpoint"] = study.reference(before)
     if asked["moe.num_experts"] == 1:  # a dense model has no use for a router's fields
@@ -80,7 +81,7 @@ def run_of(arm: Overrides, seed: int, scale: str) -> Overrides:
 
 def base_config(scale: str) -> Any:
     """The scale's config, a ConfigDict."""
-    return SCALES[scale].base()
+    return importlib.import_module(SCALES[scale].config.removesuffix(".py").replace("/", ".")).get_config()
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """What a claim is, and what a scale is: the size at which the claims are tried."""
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,10 +28,6 @@ class Scale:
     )  # of runs that need one, where the base has none
     mixture: bool = False  # the text is one of languages (`data.parts`), for the claims about them alone
     seeds: int = 3  # of a claim that does not ask for more
-
-    def base(self) -> Any:
-        """The config of all runs, a ConfigDict."""
-        return importlib.import_module(self.config.removesuffix(".py").replace("/", ".")).get_config()
 
 
 SMALL_CAUSAL = dict(
@@ -80,9 +75,8 @@ class Claim:
     """One of a paper's claims.
 
     ``paper`` has the paper's figures by arm: held-out loss in nats per target token (its tables print the
-    negative), and what else it gives. An arm's ``init.checkpoint`` is another arm, with whose run it begins. A claim that can't be
-    run has ``missing`` or ``elsewhere`` instead of
-    arms and checks.
+    negative), and what else it gives. An arm's ``init.checkpoint`` is another arm, with whose run it begins. A
+    claim that can't be run has ``missing`` or ``elsewhere`` instead of arms and checks.
     """
 
     name: str  # as on the command line

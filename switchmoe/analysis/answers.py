@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from switchmoe.analysis import plots
 from switchmoe.runs.reporting import Record
+from switchmoe.runs.rundir import PREDICTIONS_FILE
 
-SPLIT, PREDICTIONS = "tasks", "predictions.jsonl"
+SPLIT = "tasks"
 HEADS = ("metric", "first", "best", "last")
 MOST_CLASSES = 30
 
@@ -36,7 +37,7 @@ def save_all(records: Sequence[Record], directory: Path, out_dir: Path) -> list[
     """Writes the pictures of a run with tasks as PNGs; returns their paths. [] of one without."""
     if not rows(records):
         return []
-    figures = {"scores": scores(records)} | confusions(directory / PREDICTIONS)
+    figures = {"scores": scores(records)} | confusions(directory / PREDICTIONS_FILE)
     paths = []
     for name, figure in figures.items():
         paths.append(out_dir / f"{name}.png")

@@ -25,11 +25,10 @@ from switchmoe.planning import flops
 from switchmoe.runs import placing, start, trained
 from switchmoe.runs.judges import HeldOut
 from switchmoe.runs.parts import Context, Kind, Parts
-from switchmoe.runs.rundir import check_documents, read_run
+from switchmoe.runs.rundir import PREDICTIONS_FILE, check_documents, read_run
 from switchmoe.settings import Settings
 from switchmoe.training import objective
 
-PREDICTIONS = "predictions.jsonl"
 SHOWN = 5  # examples in the report
 CUT_WARNED = 0.05  # share of the examples that are too long
 
@@ -106,11 +105,7 @@ class Pairs:
 
     def keep(self) -> None:
         """The run's own copy of the vocabulary."""
-        path = self._workdir / start.VOCABULARY_FILE
-        if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(self.vocabulary.model_bytes)
-            temporary.replace(path)
+        start.keep_vocabulary(self._workdir, self.vocabulary.model_bytes)
 
     def batches(self, streams: Sequence[int] | None = None) -> Any:
         settings = self._settings
@@ -156,7 +151,7 @@ def fitted(settings: Settings, free: Sequence[str]) -> Settings:
     chosen, _ = find_tasks(settings)
     if not free:
         return settings
-    file = start.vocabulary_of(settings.init.checkpoint) or settings.data.vocab
+    file = start.vocabulary_of(start.locate(settings.init.checkpoint)) or settings.data.vocab
     found = pairs.fitting(chosen, load_vocabulary(settings, file))
     longest = dict(zip(("input_length", "target_length"), found, strict=True))
     data = dataclasses.replace(settings.data, **{field: max(8, longest[field]) for field in free})
@@ -171,15 +166,18 @@ def measured(settings: Settings, workdir: Path, note: Callable[[str], None]) -> 
     """
     mesh = sharding.make_mesh(settings.mesh)
     sharding.check(settings, lengths(settings), mesh.shape)
-    data = Pairs(Context(settings, workdir, mesh, False, note), start.vocabulary_of(settings.init.checkpoint))
+    data = Pairs(
+        Context(settings, workdir, mesh, False, note),
+        start.vocabulary_of(start.locate(settings.init.checkpoint)),
+    )
     answers = Answers(data, settings, mesh)
     with jax.set_mesh(mesh), sharding.rules(settings), progress.told(note, "answering"):
         params, _ = trained.mean_parameters(trained.find(settings.init.checkpoint), settings, mesh, 1)
         answers.compile(params)
         found = answers.figures(params)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_predictions(workdir / PREDICTIONS, answers)
-    return [*(f"{name} {value:.2f}" for name, value in found.items()), str(workdir / PREDICTIONS)]
+    write_predictions(workdir / PREDICTIONS_FILE, answers)
+    return [*(f"{name} {value:.2f}" for name, value in found.items()), str(workdir / PREDICTIONS_FILE)]
 
 
 def find_tasks(settings: Settings) -> tuple[list[Task], list[Task]]:
@@ -294,7 +292,7 @@ def finish(answers: Answers, workdir: Path, params: Any) -> dict[str, Any]:
         answers.compile(params)
         answers.figures(params)
     if distributed.is_main():
-        write_predictions(workdir / PREDICTIONS, answers)
+        write_predictions(workdir / PREDICTIONS_FILE, answers)
     first = [one for rows in answers.answers.values() for one in rows[:SHOWN]][: 2 * SHOWN]
     shown = [
         {"input": one["inputs"], "target": one["targets"], "prediction": one["prediction"]} for one in first

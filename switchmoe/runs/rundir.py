@@ -14,6 +14,7 @@ from switchmoe.runs.reporting import METRICS_FILE, read_metrics
 from switchmoe.settings import Settings, to_dict
 
 REPORT_FILE = "report.html"
+PREDICTIONS_FILE = "predictions.jsonl"  # of a fine-tuned model
 
 
 def check(

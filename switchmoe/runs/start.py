@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ def beginning(context: Context) -> Beginning:
         return Beginning(Start())
     step = locate(init.checkpoint)
     saved = _saved_shapes(init, step)
-    vocabulary = vocabulary_of(init.checkpoint)
+    vocabulary = vocabulary_of(step)
     if init.upcycle:
         return Beginning(_upcycled(context, step, saved), vocabulary)
     taken = _taken(context.settings, saved)
@@ -57,10 +58,19 @@ def beginning(context: Context) -> Beginning:
     return Beginning(Start(load, record), vocabulary)
 
 
-def vocabulary_of(checkpoint: str) -> str:
-    """The vocabulary's file of the run that ``init.checkpoint`` names, "" if it has none."""
-    path = locate(checkpoint).parent.parent / VOCABULARY_FILE if checkpoint else None
-    return str(path) if path and path.exists() else ""
+def vocabulary_of(step: epath.Path) -> str:
+    """The vocabulary's file of the run that a step is of, "" if it has none."""
+    path = step.parent.parent / VOCABULARY_FILE
+    return str(path) if path.exists() else ""
+
+
+def keep_vocabulary(workdir: Path, model_bytes: bytes) -> None:
+    """The run's own copy, where it has none."""
+    path = workdir / VOCABULARY_FILE
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(model_bytes)
+        temporary.replace(path)
 
 
 def _upcycled(context: Context, step: epath.Path, saved: dict[str, tuple[int, ...]]) -> Start:

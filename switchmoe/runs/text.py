@@ -113,11 +113,7 @@ class Text:
 
     def keep(self) -> None:
         """The run's own copy of the vocabulary."""
-        path = self._workdir / VOCABULARY_FILE
-        if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(self.vocabulary.model_bytes)
-            temporary.replace(path)
+        start.keep_vocabulary(self._workdir, self.vocabulary.model_bytes)
 
     def tell(self) -> tuple[dict[str, Any], list[str]]:
         rare = self._rare

@@ -2,6 +2,7 @@
 translation. A data set is read where it is prepared as array_record (`data.data_dir`); nothing is fetched.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ def task(name: str, data: DataSettings) -> Task:
     """Raises DataError: tfds has not prepared the data set, or it is not as expected."""
     found = BENCHMARKS[name]
 
+    @functools.cache
     def examples(split: str) -> Sequence[Example]:
         builder = sources.tfds_builder(found.dataset, data.data_dir or sources.cache_directory(data))
         wanted = found.train if split == "train" else found.held_out
