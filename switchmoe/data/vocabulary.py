@@ -43,7 +43,7 @@ IDENTITY = {  # data.normalization=identity: every character comes back
     "add_dummy_prefix": False,
     "allow_whitespace_only_pieces": True,  # an indentation is one piece
 }
-_BLANK = "\u2581"  # SentencePiece's sign for a blank
+BLANK = "\u2581"  # SentencePiece's sign for a blank
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -99,7 +99,7 @@ class Vocabulary:
         everything = self._processor.vocab_size()
         below = everything - NUM_SENTINELS
         own = (
-            self._processor.id_to_piece(below + i).strip(_BLANK)
+            self._processor.id_to_piece(below + i).strip(BLANK)
             for i in range(NUM_SENTINELS if below > 0 else 0)
         )
         names = [f"<extra_id_{NUM_SENTINELS - 1 - i}>" for i in range(NUM_SENTINELS)]
@@ -135,7 +135,7 @@ class Vocabulary:
     @functools.cached_property
     def bytes_of_ids(self) -> np.ndarray:
         """Bytes of UTF-8 that each id stands for, [size]: of text as the model sees it, normalised; 0 of what is no text."""
-        pieces = (self._processor.id_to_piece(i).replace(_BLANK, " ") for i in range(self.pieces))
+        pieces = (self._processor.id_to_piece(i).replace(BLANK, " ") for i in range(self.pieces))
         found = np.array([len(piece.encode()) for piece in pieces] + [0] * NUM_SENTINELS, np.int64)
         found[self.byte_ids] = 1
         found[[self.pad_id, self.eos_id]] = 0
@@ -144,14 +144,14 @@ class Vocabulary:
     @functools.cached_property
     def blank_ids(self) -> list[int]:
         """The ids of pieces that are nothing but blanks."""
-        return [i for i in range(self.pieces) if not self._processor.id_to_piece(i).strip(_BLANK)]
+        return [i for i in range(self.pieces) if not self._processor.id_to_piece(i).strip(BLANK)]
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int32 [L], without EOS."""
-        if not self.exact or _BLANK not in text or not self.byte_ids.size:
+        if not self.exact or BLANK not in text or not self.byte_ids.size:
             return np.array(self._processor.encode(text), np.int32)
-        sign = self.byte_ids[list(_BLANK.encode())]  # as bytes, for it would come back as a blank
-        first, *others = (np.array(self._processor.encode(part), np.int32) for part in text.split(_BLANK))
+        sign = self.byte_ids[list(BLANK.encode())]  # as bytes, for it would come back as a blank
+        first, *others = (np.array(self._processor.encode(part), np.int32) for part in text.split(BLANK))
         return np.concatenate([first, *(part for other in others for part in (sign, other))])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -175,7 +175,7 @@ def _joined(pieces: Sequence[str]) -> str:
     parts = []
     for piece in pieces:
         byte = _BYTE.fullmatch(piece)
-        parts.append(bytes.fromhex(byte[1]) if byte else piece.replace(_BLANK, " ").encode())
+        parts.append(bytes.fromhex(byte[1]) if byte else piece.replace(BLANK, " ").encode())
     return b"".join(parts).decode("utf-8", "replace")
 
 

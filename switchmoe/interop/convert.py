@@ -152,9 +152,8 @@ def _settings(
     pieces = Vocabulary.from_bytes(vocabulary, VOCABULARY).pieces if vocabulary else max(300, rows - 100)
     groups["data"] |= {"vocab_size": min(pieces, rows), "input_length": 512}
     dtypes = {tensor.dtype for tensor in source.tensors.values()}
-    groups["model"]["dtype"] = (
-        "bfloat16" if dtypes == {"bfloat16"} else "float32"
-    )  # float16 is held by float32 alone
+    # float16 is held by float32 alone
+    groups["model"]["dtype"] = "bfloat16" if dtypes == {"bfloat16"} else "float32"
     try:
         return from_config(groups)
     except ValueError as error:

@@ -5,11 +5,10 @@ from typing import Any
 
 import sentencepiece.sentencepiece_model_pb2 as proto
 
-from switchmoe.data.vocabulary import Vocabulary
+from switchmoe.data.vocabulary import BLANK, Vocabulary
 from switchmoe.settings import NUM_SENTINELS
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
-BLANK = "\u2581"  # SentencePiece's sign for a blank
 
 
 def files(vocabulary: Vocabulary, first: int | None, last: int | None) -> dict[str, Any] | None:

@@ -73,14 +73,10 @@ def settings_of(dense: Settings, how: Upcycling) -> Settings:
         "offset": -1,
         "router": how.router,
         "unit_gates": True,
-    }
-    groups["moe"] |= {
         "choices": 2 if how.router == "top_k" else 1,
         "decoder_every": -1,
         "dense_first": 0,
         "d_ff": 0,
-    }
-    groups["moe"] |= {
         "decoder_router": "switch" if how.router == "expert_choice" else "",
         "granularity": 1,
         "num_shared": 0,
@@ -145,16 +141,14 @@ def _differ(found: dict[str, np.ndarray], how: Upcycling, rng: np.random.Generat
     for layer in sorted(layers):
         kernels = {name: found[name] for name in found if name.rpartition("/")[0] == layer}
         wo = kernels[f"{layer}/wo"]
-        width = wo.shape[2]
-        drawn = rng.random(wo.shape[:3]).argsort(axis=-1) < round(
-            how.reinit * width
-        )  # [layers, experts, width]
+        count = round(how.reinit * wo.shape[2])
+        drawn = rng.random(wo.shape[:3]).argsort(axis=-1) < count  # [layers, experts, width]
         for name, kernel in kernels.items():
             spread = kernel.std(axis=(2, 3), keepdims=True)
             new = rng.standard_normal(kernel.shape, np.float32) if how.noise or how.reinit else None
             if how.reinit:
-                places = drawn[..., None] if name.endswith("/wo") else drawn[..., None, :]
-                kernel = np.where(places, kernel.mean(axis=(2, 3), keepdims=True) + spread * new, kernel)
+                anew = drawn[..., None] if name.endswith("/wo") else drawn[..., None, :]
+                kernel = np.where(anew, kernel.mean(axis=(2, 3), keepdims=True) + spread * new, kernel)
             if how.noise:
                 kernel = kernel + how.noise * spread * rng.standard_normal(kernel.shape, np.float32)
             found[name] = kernel.astype(np.float32)
