@@ -2,6 +2,8 @@
 
     python -m experiments.finetune --init=runs/quickstart --task=topic --workdir=runs/topic
 
+The command reads this file as --config=configs/finetune.py:DIR, with DIR of --init.
+
 As T5 and Switch Transformers fine-tune (1910.10683, 3.1; 2101.03961, table 4): a constant rate, dropout 0.1 and 0.4 in the
 experts. Lengths are those that hold 99 % of the tasks' examples.
 """
