@@ -14,7 +14,11 @@ from configs import from_run
 
 
 def get_config(directory: str = "") -> ConfigDict:
-    config = from_run.get_config(directory)
+    return tuned(from_run.get_config(directory))
+
+
+def tuned(config: ConfigDict) -> ConfigDict:
+    """With what fine-tuning sets."""
     config.model.update(dropout_rate=0.1)
     config.moe.update(expert_dropout_rate=0.4)
     config.data.update(batch_size=64, streams=0)

@@ -9,12 +9,14 @@ are as in DIR and to be said anew: a converted checkpoint has no more than the l
 from ml_collections import ConfigDict
 
 from switchmoe.runs import trained
-from switchmoe.settings import to_dict
+from switchmoe.settings import Settings, to_dict
 
 
 def get_config(directory: str = "") -> ConfigDict:
     if not directory:
         raise ValueError("configs/from_run.py: accepted is configs/from_run.py:DIR, a run's directory")
     config = ConfigDict(to_dict(trained.find(directory).settings))
-    config.init.update({"checkpoint": directory, "params": "", "optimizer": False})
+    plain = to_dict(Settings())
+    config.update({group: plain[group] for group in ("init", "task", "distill")})
+    config.init.checkpoint = directory
     return config

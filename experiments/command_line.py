@@ -77,6 +77,24 @@ def joined(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def options(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """(values of ``--NAME=VALUE`` by name, "" where it is not given; the other arguments)."""
+    found, others = dict.fromkeys(names, ""), []
+    for argument in arguments:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if name in found and equals:
+            found[name] = value
+        else:
+            others.append(argument)
+    return found, others
+
+
+def free_lengths(arguments: Sequence[str]) -> list[str]:
+    """The lengths of `data` that no argument gives, which fine-tuning fits to its tasks."""
+    given = {argument.lstrip("-").partition("=")[0] for argument in arguments}
+    return [field for field in ("input_length", "target_length") if f"config.data.{field}" not in given]
+
+
 def _check(argument: str) -> str:
     """Refuses what absl and ml_collections would answer with a traceback, or not at all."""
     name, equals, value = argument.removeprefix("-").removeprefix("-").partition("=")

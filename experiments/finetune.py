@@ -27,13 +27,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _finetune(argv: list[str]) -> int:
-    own, rest = dict.fromkeys(("init", "task", "steps"), ""), []
-    for argument in argv[1:]:
-        name, equals, value = argument.lstrip("-").partition("=")
-        if name in own and equals:
-            own[name] = value
-        else:
-            rest.append(argument)
+    own, rest = command_line.options(argv[1:], ("init", "task", "steps"))
     for name, what in (("init", "a run's directory"), ("task", "a task's name, or several with commas")):
         if not own[name]:
             raise ValueError(f"no {name}; accepted is --{name}=, {what}")
@@ -47,11 +41,9 @@ def _finetune(argv: list[str]) -> int:
     process.check_devices()
     from switchmoe.runs import finetuning
 
-    asked = {argument.lstrip("-").partition("=")[0] for argument in rest}
-    free = [f for f in ("input_length", "target_length") if f"config.data.{f}" not in asked]
-    settings = finetuning.fitted(settings, free)
+    settings = finetuning.fitted(settings, command_line.free_lengths(rest))
     if trains:
-        return run.carry_out(COMMAND, argv, settings, workdir, lambda: finetuning.FINETUNING)
+        return run.carry_out(COMMAND, argv, settings, workdir)
     for line in finetuning.measured(settings, Path(workdir), lambda text: print(text, file=sys.stderr)):
         print(line)
     return 0

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from experiments import command_line, exits, process, supervisor
@@ -40,23 +40,21 @@ def main(argv: list[str]) -> int:
         settings, workdir = command_line.parse(argv, DEFAULT_CONFIG, __doc__, buckets=True)
     except ValueError as error:
         return exits.fail(COMMAND, error, EXIT_BAD_INPUT)
-    return carry_out(COMMAND, argv, settings, workdir, _pretraining)
+    return carry_out(COMMAND, argv, settings, workdir)
 
 
-def _pretraining() -> Any:
-    from switchmoe.runs import text
+def _kind(settings: Settings) -> Any:
+    """The `runs.parts.Kind` that the settings ask for."""
+    from switchmoe.runs import finetuning, text
 
-    return text.PRETRAINING
+    return finetuning.FINETUNING if settings.task.names else text.PRETRAINING
 
 
-def carry_out(
-    command: str, argv: Sequence[str], settings: Settings, workdir: str, kind: Callable[[], Any]
-) -> int:
+def carry_out(command: str, argv: Sequence[str], settings: Settings, workdir: str) -> int:
     """Trains, in one process or as one of several; returns the exit code.
 
     Args:
       command: such as ``experiments.run``, which with ``argv`` starts this very run.
-      kind: gives the `runs.parts.Kind`. Called once the settings are known to be good: an error in them shows at once.
     """
     try:
         from switchmoe.parallel import distributed
@@ -69,13 +67,13 @@ def carry_out(
     process.keep_quiet()
     if several:
         supervisor.leave_with_parent()
-    code = _train(command, settings, workdir, kind)
+    code = _train(command, settings, workdir)
     if several and code not in (0, EXIT_STOPPED):
         _leave_at_once(code, wait=distributed.is_main())
     return code
 
 
-def _train(command: str, settings: Settings, workdir: str, kind: Callable[[], Any]) -> int:
+def _train(command: str, settings: Settings, workdir: str) -> int:
     import jax
 
     from switchmoe.analysis import report
@@ -89,7 +87,7 @@ def _train(command: str, settings: Settings, workdir: str, kind: Callable[[], An
         with contextlib.closing(progress):
             distributed.initialize(settings.mesh)
             process.check_devices()
-            path = loop.run(settings, workdir, progress, report.write_report, kind())
+            path = loop.run(settings, workdir, progress, report.write_report, _kind(settings))
     except ValueError as error:
         return fail(error, EXIT_BAD_INPUT)
     except (loop.NonFiniteLoss, FloatingPointError) as error:  # the latter with JAX_DEBUG_NANS

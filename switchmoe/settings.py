@@ -491,6 +491,32 @@ class TaskSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillSettings:
+    """The teacher of a run (`experiments.distill`)."""
+
+    teacher: str = ""  # a run's directory (its newest step), DIR|STEP, or a step's own directory; "": none
+    weight: float = 0.25  # of the teacher's probabilities, the true tokens' is 1 less it; 0: it is not read
+    temperature: float = 1.0  # by which both models' logits are divided for it
+    # The first parameters are the teacher's, of all parts that both have in the same shape: of a sparse teacher all but its experts
+    init: bool = True
+    # So many of the teacher's likeliest tokens are written once, with their log-probabilities, and read; 0: it runs beside
+    # the student
+    top_k: int = 0
+    store: str = ""  # the directory where they are written, which runs may share; "": the run's own
+    baseline: str = ""  # the run of such a student without a teacher: what the teacher's gain is counted from
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise _bad("distill.weight", self.weight, "a number from 0 to 1")
+        _positive("distill", self, "temperature")
+        _at_least("distill", self, "top_k", 0)
+        if self.store and not self.top_k:
+            raise _bad("distill.store", self.store, "'' without distill.top_k")
+        if self.baseline and not self.teacher:
+            raise _bad("distill.baseline", self.baseline, "'' without distill.teacher")
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """All groups; the checks that need more than one group are here."""
 
@@ -503,6 +529,7 @@ class Settings:
     checkpoint: CheckpointSettings = CheckpointSettings()
     init: InitSettings = InitSettings()
     task: TaskSettings = TaskSettings()
+    distill: DistillSettings = DistillSettings()
 
     def __post_init__(self) -> None:
         if (self.data.objective == "causal_lm") != (self.model.stacks == "decoder_only"):
@@ -533,6 +560,14 @@ class Settings:
             )
         if self.init.upcycle and not self.sparse:
             raise _bad("init.upcycle", True, "False with a dense model")
+        if self.distill.teacher and self.distill.init and self.init.checkpoint:
+            raise _bad("distill.init", True, f"False with init.checkpoint={self.init.checkpoint}")
+        if self.distill.top_k > self.embedding_rows:
+            raise _bad(
+                "distill.top_k",
+                self.distill.top_k,
+                f"at most the {self.embedding_rows} rows of the embedding",
+            )
         if self.data.batch_size % self.train.accumulate:
             raise _bad(
                 "train.accumulate",

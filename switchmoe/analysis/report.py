@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from switchmoe.analysis import answers, parts, plots
+from switchmoe.analysis import answers, distilled, parts, plots
 from switchmoe.runs.reporting import METRICS_FILE, Record, duration, read_metrics
 from switchmoe.runs.rundir import REPORT_FILE
 
@@ -113,6 +113,7 @@ def page(
             else []
         ),
         *(["<h2>Tasks</h2>", grid(answers.HEADS, rows)] if (rows := answers.rows(records)) else []),
+        *(["<h2>Distillation</h2>", table(rows)] if (rows := distilled.rows(run)) else []),
         "<h2>Held-out examples</h2>",
         _examples(run.get("examples")),
         "<h2>Settings</h2>",
@@ -177,7 +178,7 @@ def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, A
 def _beginning(run: dict[str, Any]) -> list[tuple[str, str]]:
     """Where a run began and what it trains, if that is not random parameters and all of them."""
     found, init = [], run.get("init")
-    if init:
+    if init and "checkpoint" in init:
         found.append(("Parameters from", f"{init['checkpoint']}, step {init['step']:,}"))
     if run.get("parameters_trained", run.get("parameters")) != run.get("parameters"):
         found.append(("Parameters trained", count(run["parameters_trained"])))

@@ -290,10 +290,18 @@ class Transformer(nn.Module):
         self, batch: dict[str, jax.Array], label_smoothing: float = 0.0
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], dict]:
         """`output_loss.output_cross_entropy` of a batch's teacher-forced targets, and ``aux`` as of a call."""
-        packed = batch.get("segments"), batch.get("positions")
-        x_BLD, aux = self._teacher_forced(batch.get("inputs"), batch["targets"], *packed)
+        x_BLD, aux = self._read_batch(batch)
         table_VD = self._output_table().astype(x_BLD.dtype)
         return output_loss.output_cross_entropy(x_BLD, table_VD, batch["targets"], label_smoothing), aux
+
+    def batch_logits(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
+        """(logits_BLV, aux) of a batch's teacher-forced targets, as of a call."""
+        x_BLD, aux = self._read_batch(batch)
+        return self.logits(x_BLD), aux
+
+    def _read_batch(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
+        packed = batch.get("segments"), batch.get("positions")
+        return self._teacher_forced(batch.get("inputs"), batch["targets"], *packed)
 
     def encode(self, inputs_BL: jax.Array) -> tuple[jax.Array, dict]:
         return self.encoder(self._embed(inputs_BL), inputs_BL != PAD_ID, inputs_BL)

@@ -22,7 +22,7 @@ from switchmoe.inference import generation
 from switchmoe.model.transformer import Transformer
 from switchmoe.parallel import distributed, sharding
 from switchmoe.planning import flops
-from switchmoe.runs import placing, start, trained
+from switchmoe.runs import distilling, placing, start, trained
 from switchmoe.runs.judges import HeldOut
 from switchmoe.runs.parts import Context, Kind, Parts
 from switchmoe.runs.rundir import PREDICTIONS_FILE, check_documents, read_run
@@ -47,7 +47,7 @@ def finetuning(context: Context) -> Parts:
     data = Pairs(context, beginning.vocabulary)
     answers = Answers(data, settings, context.mesh)
     batches = [batch for batch, _ in pairs.eval_batches(data.held_out_examples, data.encoder)]
-    return Parts(
+    parts = Parts(
         data=data,
         objective=objective.CROSS_ENTROPY,
         judges=(HeldOut("validation", batches, objective.CROSS_ENTROPY, settings, context.mesh), answers),
@@ -56,6 +56,7 @@ def finetuning(context: Context) -> Parts:
         flops=flops.train_flops(settings, lengths(settings)),
         finish=functools.partial(finish, answers, context.workdir),
     )
+    return distilling.taught(parts, context, lengths(settings), data.vocabulary.sha256)
 
 
 FINETUNING = Kind(lengths, finetuning)
@@ -151,7 +152,8 @@ def fitted(settings: Settings, free: Sequence[str]) -> Settings:
     chosen, _ = find_tasks(settings)
     if not free:
         return settings
-    file = start.vocabulary_of(start.locate(settings.init.checkpoint)) or settings.data.vocab
+    origin = settings.init.checkpoint or settings.distill.teacher
+    file = start.vocabulary_of(start.locate(origin)) or settings.data.vocab
     found = pairs.fitting(chosen, load_vocabulary(settings, file))
     longest = dict(zip(("input_length", "target_length"), found, strict=True))
     data = dataclasses.replace(settings.data, **{field: max(8, longest[field]) for field in free})
@@ -219,6 +221,10 @@ class Answers:
     """
 
     name = "tasks"
+
+    def of(self, settings: Settings) -> "Answers":
+        """The same questions to another model."""
+        return Answers(self._data, settings, self._mesh)
 
     def __init__(self, data: Pairs, settings: Settings, mesh: Mesh):
         self._data, self._settings, self._mesh = data, settings, mesh

@@ -39,6 +39,10 @@ class HeldOut:
         self._batches, self._objective, self._settings, self._mesh = batches, objective, settings, mesh
         self._like = like
 
+    def of(self, settings: Settings) -> "HeldOut":
+        """The same batches for another model."""
+        return HeldOut(self.name, self._batches, self._objective, settings, self._mesh)
+
     def compile(self, params: Any) -> None:
         if self._like:
             self._step = self._like._step

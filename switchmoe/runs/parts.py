@@ -68,6 +68,9 @@ class Judge(Protocol):
     def compile(self, params: Any) -> None:
         """Makes ready for parameters of these shapes, with their places on the mesh."""
 
+    def of(self, settings: Settings) -> "Judge":
+        """The same for a model of other settings."""
+
     def figures(self, params: Any) -> dict[str, Any]:
         """Numbers, and arrays with a value for each sparse layer."""
 

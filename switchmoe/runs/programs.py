@@ -39,8 +39,9 @@ class Programs:
         key = jax.jit(jax.random.key, out_shardings=where.step)(np.uint32(settings.train.seed))
         init = jax.jit(functools.partial(train_state.init_state, settings, tx), out_shardings=where)
         self.init: Any = functools.partial(init.lower(key).compile(), key)
-        step = train_step.compile_step(settings, tx, self.abstract, batch, key, parts.objective)
-        self.step: Any = functools.partial(step, key=key)
+        constants = parts.objective.constants()
+        step = train_step.compile_step(settings, tx, self.abstract, batch, key, parts.objective, constants)
+        self.step: Any = functools.partial(step, key=key, **({"constants": constants} if constants else {}))
         for judge in parts.judges:
             judge.compile(self.abstract.params)
         self.norm = jax.jit(optax.global_norm, out_shardings=where.step)

@@ -123,6 +123,12 @@ RULES: dict[str, Rule] = (
         (f"task.{name}" for name in ("names", "inputs", "targets", "options", "metrics", "mixture", "ceiling", "temperature", "rates")),
         Rule(NOT, "other examples, or in another order"),
     )
+    | dict.fromkeys(("distill.teacher", "distill.init"), Rule(NOT, "the run began with another teacher"))
+    | dict.fromkeys(("distill.weight", "distill.temperature", "distill.top_k"), _LOSS)
+    | {
+        "distill.store": _PLACE,
+        "distill.baseline": _HELD_OUT,
+    }
     | {f"mesh.{field.name}": _ROUNDING for field in dataclasses.fields(Settings().mesh)}
     | {f"checkpoint.{field.name}": _KEPT for field in dataclasses.fields(Settings().checkpoint)}
 )  # fmt: skip

@@ -34,9 +34,10 @@ def beginning(context: Context) -> Beginning:
     Raises:
       ValueError: no checkpoint there, a damaged one, or one of another model; names the parameter.
     """
-    init = context.settings.init
+    init, teacher = context.settings.init, context.settings.distill.teacher
     if not init.checkpoint or context.begun:
-        return Beginning(Start())
+        step = locate(teacher, "distill.teacher") if teacher and not context.begun else None
+        return Beginning(Start(), vocabulary_of(step) if step else "")
     step = locate(init.checkpoint)
     saved = _saved_shapes(init, step)
     vocabulary = vocabulary_of(step)

@@ -10,7 +10,7 @@ from etils import epath
 from switchmoe.data import batches, sources, vocabulary
 from switchmoe.data.progress import told
 from switchmoe.planning import flops
-from switchmoe.runs import start
+from switchmoe.runs import distilling, start
 from switchmoe.runs.judges import Examples, HeldOut
 from switchmoe.runs.parts import Context, Kind, Parts
 from switchmoe.runs.rundir import check_documents, read_run
@@ -37,19 +37,20 @@ def pretraining(context: Context) -> Parts:
     text = Text(context, beginning.vocabulary)
     minimised = objective.CROSS_ENTROPY
     whole = HeldOut("validation", text.evaluation, minimised, settings, context.mesh)
-    parts = (
+    of_parts = (
         HeldOut(f"validation/{part}", found, minimised, settings, context.mesh, like=whole)
         for part, found in text.parts.items()
     )
-    return Parts(
+    parts = Parts(
         data=text,
         objective=minimised,
-        judges=(whole, *parts),
+        judges=(whole, *of_parts),
         best=("validation", "cross_entropy"),
         start=beginning.start,
         flops=flops.train_flops(settings, lengths(settings)),
         finish=Examples(text.evaluation[0], text.vocabulary, settings, context.mesh),
     )
+    return distilling.taught(parts, context, lengths(settings), text.vocabulary.sha256)
 
 
 PRETRAINING = Kind(lengths, pretraining)

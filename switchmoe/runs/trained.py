@@ -47,20 +47,20 @@ class Source(NamedTuple):
     vocabulary: Vocabulary | None
 
 
-def find(text: str) -> Source:
-    """The model of ``--source``: a run's directory, DIR|STEP or DIR/checkpoints/STEP.
+def find(text: str, field: str = "--source") -> Source:
+    """The model of ``--source`` (or another field): a run's directory, DIR|STEP or DIR/checkpoints/STEP.
 
     Raises:
       ValueError: there is none, or its settings or vocabulary can't be read.
     """
-    step = start.locate(text, "--source")
+    step = start.locate(text, field)
     directory = step.parent.parent
     file = directory / "config.json"
     try:
         settings = from_config(json.loads(file.read_text()))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--source={text}: {file} is not a run's ({error}); accepted is {start.ACCEPTED}"
+            f"{field}={text}: {file} is not a run's ({error}); accepted is {start.ACCEPTED}"
         ) from error
     path = directory / start.VOCABULARY_FILE
     found = Vocabulary.from_bytes(path.read_bytes(), str(path)) if path.exists() else None

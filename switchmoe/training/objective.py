@@ -23,16 +23,20 @@ STACK_OF = {"inputs": "encoder", "targets": "decoder", "loss": "predicted"}
 
 
 class Objective(NamedTuple):
-    """Three pure functions.
+    """Pure functions.
 
-    ``sums(params, batch, settings, key)`` is a dictionary of sums over the batch, in training with a key, held out with
-    None; sums of microbatches are added up. ``counts(batch)`` is what they are divided by, known before any pass.
+    ``sums(params, batch, settings, key, *constants)`` is a dictionary of sums over the batch, in training with a key, held
+    out with None; sums of microbatches are added up. ``counts(batch)`` is what they are divided by, known before any pass.
     ``summarize(sums, counts, settings)`` makes metrics of both; ``loss`` is minimised, the others are told.
+
+    ``constants()`` gives trees of arrays that no step changes, such as another model's parameters, on the mesh. They are
+    arguments of the compiled step, as constants of a program would be copied into it.
     """
 
-    sums: Callable[[Any, Batch, Settings, jax.Array | None], dict]
+    sums: Callable[..., dict]
     counts: Callable[[Batch], dict[str, jax.Array]]
     summarize: Callable[[dict, dict[str, jax.Array], Settings], dict[str, jax.Array]]
+    constants: Callable[[], tuple] = tuple
 
 
 def token_sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | None = None) -> dict:
@@ -40,17 +44,24 @@ def token_sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | N
 
     A key makes it a training pass, with the streams ``dropout`` and ``router``.
     """
+    smoothing = 0.0 if key is None else settings.train.label_smoothing
+    (nll_BL, z_BL, correct_BL), aux = applied(params, batch, settings, key, smoothing, method="token_losses")
+    return summed({"nll": nll_BL, "output_z": z_BL, "correct": correct_BL}, aux, batch)
+
+
+def applied(
+    params: Any, batch: Batch, settings: Settings, key: jax.Array | None, *args: Any, method: str
+) -> tuple[Any, dict]:
+    """(what a method of the model gives of a batch, aux); with a key in training."""
     rngs = None if key is None else dict(zip(("dropout", "router"), jax.random.split(key), strict=True))
     model = Transformer(settings, train=key is not None)
-    smoothing = 0.0 if key is None else settings.train.label_smoothing
-    (nll_BL, z_BL, correct_BL), aux = model.apply(
-        {"params": params}, batch, smoothing, rngs=rngs, method="token_losses"
-    )
+    return model.apply({"params": params}, batch, *args, rngs=rngs, method=method)
+
+
+def summed(values: dict[str, jax.Array], aux: dict, batch: Batch) -> dict:
+    """Sums of [B, L] values over what is to be predicted, and of each stack's aux over its tokens."""
     real_BL = batch.get("loss", batch["targets"]) != PAD_ID
-    sums = {
-        name: jnp.where(real_BL, value_BL, 0.0).sum()
-        for name, value_BL in (("nll", nll_BL), ("output_z", z_BL), ("correct", correct_BL))
-    }
+    sums = {name: jnp.where(real_BL, value_BL, 0.0).sum() for name, value_BL in values.items()}
     counts = token_counts(batch)
     return sums | {stack: jax.tree.map(lambda a, c=counts[stack]: a * c, aux[stack]) for stack in aux}
 

@@ -26,6 +26,7 @@ def compile_step(
     batch: Batch,
     key: jax.Array | None = None,
     objective: Objective = CROSS_ENTROPY,
+    constants: tuple = (),
 ) -> jax.stages.Compiled:
     """`train_step` ahead of time, on the mesh and by the rules in force; its metrics are whole on each device.
 
@@ -34,11 +35,13 @@ def compile_step(
       batch: arrays, or shapes with their shardings.
       key: of the run, if it is to be an argument of the program.
       objective: what is minimised.
+      constants: the objective's; to be given at each call, too, where there are some.
     """
     where = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = functools.partial(train_step, settings=settings, tx=tx, objective=objective)
     step = jax.jit(step, donate_argnums=0, out_shardings=(where, where.step))
-    lowered = step.lower(state, batch) if key is None else step.lower(state, batch, key=key)
+    named = ({} if key is None else {"key": key}) | ({"constants": constants} if constants else {})
+    lowered = step.lower(state, batch, **named)
     return lowered.compile(compiler_options())
 
 
@@ -49,6 +52,7 @@ def train_step(
     tx: optax.GradientTransformation,
     key: jax.Array | None = None,
     objective: Objective = CROSS_ENTROPY,
+    constants: tuple = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update; gradients are those of the mean over the whole batch, whatever ``train.accumulate``.
 
@@ -62,13 +66,14 @@ def train_step(
     Args:
       key: the run's, ``jax.random.key(train.seed)``, as an argument: all seeds share one compiled program.
         None: the same key, a constant of the program.
+      constants: the objective's.
     """
     key = jax.random.fold_in(jax.random.key(settings.train.seed) if key is None else key, state.step)
     counts = objective.counts(batch)
     trained, frozen = train_state.split(state.params, settings)
 
     def loss_and_sums(trained: Any, micro: Batch, key: jax.Array) -> tuple[jax.Array, dict]:
-        sums = objective.sums(train_state.merge(trained, frozen), micro, settings, key)
+        sums = objective.sums(train_state.merge(trained, frozen), micro, settings, key, *constants)
         return objective.summarize(sums, counts, settings)["loss"], sums
 
     gradient = jax.grad(loss_and_sums, has_aux=True)

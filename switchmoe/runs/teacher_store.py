@@ -1,0 +1,172 @@
+"""A teacher's likeliest tokens of each step's batch, written once and read by the students that see the same batches.
+
+A directory: ``teacher.json`` (what they are of, how many steps are done, the place in the data), ``ids.npy`` (unsigned integers)
+and ``log_probs.npy`` (float16), both [steps, B, L * K]. A kill costs the steps since the last `SAVED`.
+
+Letters: B batch, L length, K likeliest tokens.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from switchmoe.data import progress
+from switchmoe.data.batches import Batch
+from switchmoe.parallel import sharding
+from switchmoe.runs import placing
+from switchmoe.runs.checkpoints import write_json
+from switchmoe.runs.parts import Context, Data
+from switchmoe.settings import Settings
+from switchmoe.training import distillation
+
+DIRECTORY, FILE = "teacher", "teacher.json"
+SAVED = 25  # steps
+
+
+class Kept:
+    """Data (`parts.Data`) whose batches have the teacher's likeliest tokens as well.
+
+    Raises:
+      ValueError: several processes, or a store that is another teacher's, or of other batches.
+    """
+
+    def __init__(
+        self, data: Data, context: Context, name: str, teacher: Settings, parameters: Callable[[], Any]
+    ):
+        self._data, self._context, self._name = data, context, name
+        self._teacher, self._parameters = teacher, parameters
+        settings = self._settings = context.settings
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"distill.top_k={settings.distill.top_k}: accepted with {jax.process_count()} processes is 0, the teacher beside"
+                " the student"
+            )
+        self._count, self._length = settings.distill.top_k, data.lengths["targets"]
+        own = {name: self._length * self._count for name in (distillation.IDS, distillation.LOG_PROBS)}
+        self.identity, self.lengths = data.identity, data.lengths | own
+        self.directory = (
+            Path(settings.distill.store).expanduser()
+            if settings.distill.store
+            else context.workdir / DIRECTORY
+        )
+        self._check()
+
+    def prepare(self) -> None:
+        self._data.prepare()
+
+    def keep(self) -> None:
+        self._data.keep()
+        self._write()
+
+    def batches(self, streams: Sequence[int] | None = None) -> "_Batches":
+        ids, log_probs = (np.load(path, mmap_mode="r") for path in self._files)
+        return _Batches(self._data.batches(streams), ids, log_probs)
+
+    def tell(self) -> tuple[dict[str, Any], list[str]]:
+        record, lines = self._data.tell()
+        size = sum(path.stat().st_size for path in self._files)
+        line = (
+            f"the teacher's {self._count} likeliest tokens of each: {size / 1e6:,.1f} MB in {self.directory}"
+        )
+        return record | {"teacher_bytes": size}, [*lines, line]
+
+    @property
+    def _files(self) -> tuple[Path, Path]:
+        return self.directory / "ids.npy", self.directory / "log_probs.npy"
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        settings = self._settings
+        return settings.train.num_steps, settings.data.batch_size, self._length * self._count
+
+    def _known(self) -> dict[str, Any]:
+        """What the store must be of."""
+        distill = self._settings.distill
+        return {
+            "teacher": self._name, "temperature": distill.temperature, "top_k": distill.top_k,
+            "shape": list(self._shape), "seed": self._settings.train.seed, "data": self._data.identity,
+        }  # fmt: skip
+
+    def _read(self) -> dict[str, Any]:
+        path = self.directory / FILE
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _check(self) -> None:
+        there, known = self._read().get("of"), self._known()
+        if there is None:
+            return
+        differ = [f"{name} ({there.get(name)} there)" for name in known if there.get(name) != known[name]]
+        if differ:
+            raise ValueError(
+                f"distill.store={self.directory}: it is of another {', '.join(differ)}; accepted is a store of the same teacher and"
+                " batches, or another directory"
+            )
+
+    def _write(self) -> None:
+        """The steps that are not there yet."""
+        there, steps = self._read(), self._settings.train.num_steps
+        done = there.get("done", 0)
+        if done == steps:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        rows = self._teacher.embedding_rows
+        kinds = (np.uint16 if rows <= 2**16 else np.uint32, np.float16)
+        opened = [
+            np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=kind, shape=self._shape)
+            for path, kind in zip(self._files, kinds, strict=True)
+        ]
+        run, batches = self._program(), self._data.batches(None)
+        if done:
+            batches.set_state(there["state"])
+        size = sum(array.nbytes for array in opened) / 1e6
+        what = f"writing the teacher's {self._count} likeliest tokens ({size:,.1f} MB)"
+        reached = [done]
+        with progress.told(self._context.note, what, lambda: f"step {reached[0]} of {steps}"):
+            for step in range(done, steps):
+                found = distillation.as_rows(*map(np.asarray, run(next(batches))))
+                opened[0][step] = found[distillation.IDS]
+                opened[1][step] = found[distillation.LOG_PROBS].view(np.float32)
+                reached[0] = step + 1
+                if (step + 1) % SAVED == 0 or step + 1 == steps:
+                    for array in opened:
+                        array.flush()
+                    state = batches.get_state()
+                    write_json(self.directory / FILE, {"of": self._known(), "done": step + 1, "state": state})
+        batches.close()
+
+    def _program(self) -> Callable[[Batch], Any]:
+        mesh, distill = self._context.mesh, self._settings.distill
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        likeliest = functools.partial(
+            distillation.likeliest, settings=self._teacher, temperature=distill.temperature, count=self._count
+        )
+        compiled = jax.jit(likeliest, out_shardings=whole)
+
+        def run(batch: Batch) -> Any:
+            with jax.set_mesh(mesh), sharding.rules(self._teacher):
+                return compiled(self._parameters(), placing.whole(batch, mesh))
+
+        return run
+
+
+class _Batches(Iterator):
+    """The batches of an iterator, each with the rows of its step."""
+
+    def __init__(self, inner: Any, ids: np.ndarray, log_probs: np.ndarray):
+        self._inner, self._ids, self._log_probs, self._step = inner, ids, log_probs, 0
+        self.start_prefetch, self.close, self.get_state = inner.start_prefetch, inner.close, inner.get_state
+
+    def __next__(self) -> Batch:
+        batch, step = next(self._inner), self._step
+        self._step += 1
+        rows = self._ids[step].astype(np.int32), self._log_probs[step].astype(np.float32)
+        return batch | {distillation.IDS: rows[0], distillation.LOG_PROBS: rows[1].view(np.int32)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._inner.set_state(state)
+        self._step = next(iter(state.values()))["batch"]
