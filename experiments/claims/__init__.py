@@ -55,7 +55,20 @@ def pilots(scale: str) -> dict[tuple[str, int], Overrides]:
 def runs(claim: Claim, scale: str) -> list[Overrides]:
     """The overrides of a claim's runs, seed by seed: what is cut short has whole seeds."""
     arms = claim.arms(SCALES[scale]).values()
-    return unique([run_of(arm, seed, scale) for seed in range(seeds(claim, scale)) for arm in arms])
+    chosen = ((arm, seed) for seed in range(seeds(claim, scale)) for arm in arms)
+    return unique([run for arm, seed in chosen for run in [*_before(arm, seed, scale), run_of(arm, seed, scale)]])
+
+
+def _before(arm: Overrides, seed: int, scale: str) -> list[Overrides]:
+    """The runs that an arm's run begins with or learns from, what they need first."""
+    other = _other_seed(seed, scale)
+    needed = [arm[field] for field in study.REFERENCES if field in arm]
+    return [run for one in needed for run in [*_before(one, other, scale), run_of(one, other, scale)]]
+
+
+def _other_seed(seed: int, scale: str) -> int:
+    """Of what a run begins with: so it goes on with other batches than that was trained with."""
+    return (seed + 1) % SCALES[scale].seeds
 
 
 def seeds(claim: Claim, scale: str) -> int:
@@ -67,11 +80,9 @@ def run_of(arm: Overrides, seed: int, scale: str) -> Overrides:
     """The overrides of an arm's run with a seed, without those that are the base's own values."""
     base, named = _base(scale), {"moe.num_experts", "train.seed"}
     asked = arm | {"train.seed": seed}
-    if (
-        "init.checkpoint" in arm
-    ):  # of another seed, so that it goes on with other batches than it was trained with
-        before = run_of(arm["init.checkpoint"], (seed + 1) % SCALES[scale].seeds, scale)
-        asked["init.checkpoint"] = study.reference(before)
+    for field in study.REFERENCES:
+        if field in arm:
+            asked[field] = study.reference(run_of(arm[field], _other_seed(seed, scale), scale))
     if asked["moe.num_experts"] == 1:  # a dense model has no use for a router's fields
         asked = {field: v for field, v in asked.items() if field in named or not field.startswith("moe.")}
     differ = {field for field, value in asked.items() if value != base[field]} | named

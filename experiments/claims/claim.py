@@ -75,8 +75,8 @@ class Claim:
     """One of a paper's claims.
 
     ``paper`` has the paper's figures by arm: held-out loss in nats per target token (its tables print the
-    negative), and what else it gives. An arm's ``init.checkpoint`` is another arm, with whose run it begins. A
-    claim that can't be run has ``missing`` or ``elsewhere`` instead of arms and checks.
+    negative), and what else it gives. An arm's ``init.checkpoint`` and ``distill.teacher`` are other arms, with whose
+    run it begins or from which it learns. A claim that can't be run has ``missing`` or ``elsewhere`` instead of arms and checks.
     """
 
     name: str  # as on the command line

@@ -131,8 +131,9 @@ def _check_scale(workdir: Path, found: Any, scale: str) -> None:
 
 
 def _check_text(workdir: Path, kept: Path | None, runs: dict[Key, Outcome]) -> None:
-    found = (origin.get("documents_sha256") for _, origin in runs.values())
-    texts = {json.dumps(hashes, sort_keys=True) for hashes in found if hashes}
+    found = (origin.get("documents_sha256") or {} for _, origin in runs.values())
+    # A task's are named TASK/SPLIT: what runs are fine-tuned on is no matter of the text.
+    texts = {json.dumps(hashes, sort_keys=True) for hashes in found if {"train", "validation"} <= set(hashes)}
     if len(texts) > 1:
         where = f"--workdir={workdir}" + (f" and --kept={kept}" if kept else "")
         raise ValueError(
@@ -186,7 +187,8 @@ def _written(run: sweeps.Run | None, origin: dict[str, Any]) -> dict[str, Any]:
         return found | {"diverged": True}
     found |= {name: _numbers(getattr(run, name)) for name in ARRAYS}
     found |= {name: getattr(run, name) for name in NUMBERS}
-    found["parts"] = {part: [*map(_numbers, series)] for part, series in run.parts.items()}
+    for name in ("parts", "scores"):
+        found[name] = {one: [*map(_numbers, series)] for one, series in getattr(run, name).items()}
     return found | {"routing": run.routing._asdict() if run.routing else None}
 
 
@@ -234,7 +236,8 @@ def _restored(found: dict[str, Any], settings: Settings) -> Outcome:
         return None, origin
     values = {name: np.array(found[name]) for name in ARRAYS} | {name: found[name] for name in NUMBERS}
     values["routing"] = sweeps.Routing(**found["routing"]) if found["routing"] else None
-    values["parts"] = {part: tuple(map(np.array, series)) for part, series in found["parts"].items()}
+    for one in ("parts", "scores"):  # no scores in a file of an earlier version
+        values[one] = {part: tuple(map(np.array, series)) for part, series in found.get(one, {}).items()}
     name = ",".join(f"{field}={value}" for field, value in found["run"].items())
     told = {"device": str(origin.get("device", "not recorded")), "versions": origin.get("versions") or {}}
     return sweeps.Run(name, settings, **values, **told), origin

@@ -159,12 +159,13 @@ def _claim_rows(
     """``seconds`` a FLOP: an arm's time goes with its FLOPs."""
     rows = []
     for claim in claims.tried(scale):
-        if claim.mixture:  # its figures are of the parts, whose spread is another
-            continue
         arms = {
             name: from_config(finished.merged(base, claims.run_of(arm, 0, scale)))
             for name, arm in claim.arms(SCALES[scale]).items()
         }
+        # Figures of a mixture's parts, or of tasks, have another spread.
+        if claim.mixture or any(settings.task.names for settings in arms.values()):
+            continue
         hours_a_seed = sum(map(_flops, arms.values())) * seconds / 3600
         for check in claim.checks(SCALES[scale]):
             if check.unit != "nats":

@@ -109,7 +109,7 @@ class _Loop:
         with self._stop_signals():
             while self.jobs or (waiting and not self.signals):
                 while len(self.jobs) < self.launcher.at_once and not self.signals:
-                    ready = [run for run in waiting if self._parent_is(run, ("done", "failed"))]
+                    ready = [run for run in waiting if self._parents_are(run, ("done", "failed"))]
                     if not ready:
                         break
                     waiting.remove(ready[0])
@@ -130,24 +130,27 @@ class _Loop:
         print(f"{len(runs) - len(self.failed)} of {len(runs)} runs done: {self.sweep.workdir}")
         return EXIT_FAILED if self.failed else 0
 
-    def _parent_is(self, run: Run, states: Sequence[str]) -> bool:
-        """Whether the run that this one begins with, if it does with one, has come to one of these states."""
-        if not run.parent:
-            return "done" in states
-        state = "failed" if run.parent in self.failed else "running"
-        state = "done" if self._done(self.runs[run.parent]) else state
-        return state in states
+    def _parents_are(self, run: Run, states: Sequence[str]) -> bool:
+        """Whether the runs that this one needs have come to one of these states."""
+
+        def state(name: str) -> str:
+            if self._done(self.runs[name]):
+                return "done"
+            return "failed" if name in self.failed else "running"
+
+        return all(state(name) in states for name in run.parents.values())
 
     def _start(self, run: Run) -> None:
         """Has the launcher start the run, if it is not done."""
         if self._done(run):
             return self._show(run, self._status(run, "done"))
-        if not self._parent_is(run, ("done",)):
-            self.failed[run.name] = f"not started, as {run.parent} failed"
+        if not self._parents_are(run, ("done",)):
+            failed = [name for name in run.parents.values() if name in self.failed]
+            self.failed[run.name] = f"not started, as {' and '.join(failed)} failed"
             return self._show(run, self.failed[run.name])
         # Programs are compiled once for all runs of their shapes, whatever their seeds, and not again when a run goes on.
         cache = (self.sweep.workdir / CACHE_DIR).absolute()
-        own = run.overrides | ({"init.checkpoint": run.settings.init.checkpoint} if run.parent else {})
+        own = run.overrides | {field: str(self.sweep.workdir / name) for field, name in run.parents.items()}
         overrides = [f"--config.{field}={value}" for field, value in own.items()]
         order = Order([*self.sweep.arguments, *overrides], self.sweep.workdir / run.name, Path.cwd(), cache)
         self.told[run.name] = 0

@@ -4,11 +4,12 @@ A sweep's config is an ordinary one, whose ``get_config()`` is the base of all r
 ``get_sweep()``: a list of products, each ``{"group.field": [values]}``. The runs are those of all products,
 in their order. Fields that go together, such as the options of one router, are a product of their own.
 
-A run may begin with the parameters of another one of the sweep, which is then made before it: ``init.checkpoint`` is all of the
-other's overrides, ``"moe.num_experts=1,train.seed=0"`` (`reference`).
+A run may begin with another one of the sweep, or learn from it, which is then made before: ``init.checkpoint`` or
+``distill.teacher`` is all of the other's overrides, ``"moe.num_experts=1,train.seed=0"`` (`reference`).
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -24,6 +25,8 @@ from switchmoe.settings import Settings, from_config, to_dict
 
 DEFAULT_CONFIG = "configs/sweeps/experts_tiny.py"
 DEFINITION_FILE = "sweep.json"
+REFERENCES = ("init.checkpoint", "distill.teacher")  # fields that may name another run of the sweep
+LONGEST = 160  # letters of a run's name, after which a hash stands for the rest
 ASSUMED_PEAK_SHARE = 0.3  # of the matrix-product peak, until a run of this sweep is done
 
 
@@ -32,7 +35,7 @@ class Run:
     name: str  # its overrides, and its directory in the sweep's
     overrides: dict[str, Any]
     settings: Settings
-    parent: str = ""  # the name of the run that it begins with
+    parents: dict[str, str] = dataclasses.field(default_factory=dict)  # runs of `REFERENCES`, by the field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +90,11 @@ def read(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None = 
                 f"get_sweep(): two runs {name}; accepted are runs that differ in their overrides"
             )
     wanted = {run.name for run in runs if only is None or run.overrides in only}
-    parents = {run.name: run.parent for run in runs}
-    for name in list(wanted):  # with what they begin with, and what that begins with
-        while name := parents[name]:
-            wanted.add(name)
+    parents = {run.name: run.parents.values() for run in runs}
+    after = list(wanted)
+    for name in after:  # with what they need, and what that needs
+        after += parents[name]
+    wanted.update(after)
     asked = [run for run in runs if run.name in wanted]
     return Sweep(Path(workdir), [f"--config={config}", *overridden], base, asked, runs)
 
@@ -118,20 +122,23 @@ def reference(overrides: dict[str, Any]) -> str:
 
 
 def _name(overrides: dict[str, Any], varied: set[str]) -> str:
-    return ",".join(f"{_short(field, varied)}={_word(value)}" for field, value in overrides.items())
+    name = ",".join(f"{_short(field, varied)}={_word(value)}" for field, value in overrides.items())
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[:LONGEST]}-{hashlib.sha256(reference(overrides).encode()).hexdigest()[:8]}"
 
 
 def _run(
     base: Settings, overrides: dict[str, Any], varied: set[str], workdir: Path, names: dict[str, str]
 ) -> Run:
     name, groups = _name(overrides, varied), to_dict(base)
-    parent = names.get(overrides.get("init.checkpoint", ""), "")
-    own = overrides | ({"init.checkpoint": str(workdir / parent)} if parent else {})
+    parents = {field: names[overrides[field]] for field in REFERENCES if overrides.get(field) in names}
+    own = overrides | {field: str(workdir / parent) for field, parent in parents.items()}
     for path, value in own.items():
         group, field = path.split(".")
         groups.setdefault(group, {})[field] = value
     try:
-        return Run(name, overrides, from_config(groups), parent)
+        return Run(name, overrides, from_config(groups), parents)
     except ValueError as error:
         raise ValueError(f"run {name}: {error}") from error
 

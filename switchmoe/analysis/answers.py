@@ -22,14 +22,14 @@ MOST_CLASSES = 30
 def rows(records: Sequence[Record]) -> list[list[str]]:
     """Each metric at the first, the best and the last evaluation; [] of a run without tasks."""
     found = [record for record in records if record["split"] == SPLIT]
-    if not found:
-        return []
-    values = {name: [record[name] for record in found] for name in _metrics(found[-1])}
+    values = {name: [record[name] for record in found] for name in metrics(records)}
     return [[name, *(f"{value:.2f}" for value in (of[0], max(of), of[-1]))] for name, of in values.items()]
 
 
-def _metrics(record: Record) -> list[str]:
-    return [name for name in record if "/" in name] + ["score"]
+def metrics(records: Sequence[Record]) -> list[str]:
+    """The names of a run's metrics, of each task and their mean; [] of a run without tasks."""
+    last = next((record for record in reversed(records) if record["split"] == SPLIT), None)
+    return [] if last is None else [name for name in last if "/" in name] + ["score"]
 
 
 @plots.own_style
@@ -50,7 +50,7 @@ def scores(records: Sequence[Record]) -> Figure:
     found = [record for record in records if record["split"] == SPLIT]
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    for name in _metrics(found[-1]):
+    for name in metrics(records):
         style = dict(color="black", linewidth=2) if name == "score" else dict(linewidth=1.2)
         axes.plot(
             [r["step"] for r in found], [r[name] for r in found], "o-", markersize=3, label=name, **style

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from switchmoe.analysis import parts, plots
+from switchmoe.analysis import answers, parts, plots
 from switchmoe.analysis.report import STARVED
 from switchmoe.parallel import sharding
 from switchmoe.planning import memory
@@ -63,6 +63,8 @@ class Run:
     versions: dict[str, str]
     # Of a mixture's parts: step_V and loss_V of each
     parts: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+    # Of a fine-tuned run the tasks' metrics, 0 to 100, by name, and their mean `score`: steps and values
+    scores: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     @property
     def experts(self) -> int:
@@ -151,7 +153,7 @@ def read(directory: Path) -> Run:
     return Run(
         directory.name, settings, *counts, **series, routing=routing,
         device=str(known.get("device", "not recorded")), versions=dict(known.get("versions") or {}),
-        parts=_parts(records, series["step_V"][-1]),
+        parts=_parts(records, series["step_V"][-1]), scores=_scores(records),
     )  # fmt: skip
 
 
@@ -164,6 +166,10 @@ def _parts(records: Sequence[Record], last: float) -> dict[str, tuple[np.ndarray
             raise ValueError(f"it has no held-out loss of {part} at step {last:.0f}")
         found[part] = step_V[finite], loss_V[finite]
     return found
+
+
+def _scores(records: Sequence[Record]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {name: plots.series(records, answers.SPLIT, name) for name in answers.metrics(records)}
 
 
 def _line(error: BaseException) -> str:

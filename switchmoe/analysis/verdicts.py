@@ -50,7 +50,7 @@ class Check(NamedTuple):
     interval: Callable[[Table], Interval]
     above: float
     below: float
-    unit: str  # nats | ratio | share: how the figure is written
+    unit: str  # nats | ratio | share | points: how the figure is written
     paper: str = ""  # the paper's figure, "" where it gives none
     timed: bool = False  # of how long a step takes
 
@@ -109,6 +109,40 @@ def equal(one: str, other: str, within: float, paper: str = "") -> Check:
     """Held-out losses that differ by less than ``within`` nats."""
     says = f"loss of {one} within {within:g} nats of {other}"
     return paired(says, one, other, _loss_difference, (-within, within), "nats", paper)
+
+
+def better(one: str, other: str, by: float = 0.0, metric: str = "score", paper: str = "") -> Check:
+    """A metric of tasks of ``one`` ends above that of ``other``, by more than ``by`` points (of 0 to 100)."""
+
+    def difference(one: Run | None, other: Run | None) -> float:
+        return _score(one, metric) - _score(other, metric)
+
+    more = f" by more than {by:g}" if by > 0 else f", or below by less than {-by:g}" if by else ""
+    says = f"{metric} of {one} above {other}{more}"
+    return paired(says, one, other, difference, (by, math.inf), "points", paper)
+
+
+def gain_kept(
+    student: str, baseline: str, teacher: str, accepted: tuple[float, float], metric: str = "", paper: str = ""
+) -> Check:
+    """The share of the teacher's gain over ``baseline`` that the student keeps, of the loss or of a tasks' metric.
+
+    (baseline - student) / (baseline - teacher), each a mean over seeds in the denominator, so that one seed's small gain
+    does not blow up its share.
+    """
+
+    def value(run: Run | None) -> float:
+        return -_loss(run) if not metric else _score(run, metric)
+
+    def interval(table: Table) -> Interval:
+        gain = np.mean([value(table[teacher][seed]) - value(table[baseline][seed]) for seed in table[teacher]])
+        shares = [(value(table[student][s]) - value(table[baseline][s])) / gain for s in table[student]]
+        return t_interval(shares)
+
+    low, high = accepted
+    what = f"share of the gain of {teacher} that {student} keeps"
+    says = f"{what} between {low:.0%} and {high:.0%}" if high < math.inf else f"{what} above {low:.0%}"
+    return Check(says, (student, baseline, teacher), interval, low, high, "share", paper)
 
 
 def faster(fast: str, slow: str, paper: str = "") -> Check:
@@ -235,12 +269,12 @@ def f_interval(larger: Sequence[float], smaller: Sequence[float]) -> Interval:
 
 def written(found: Interval, unit: str) -> str:
     """``+0.0060 nats (-0.0010 to +0.0130)``; logarithms of ratios as ratios, of which 0 is a loss never reached."""
-    form = {"nats": "{:+.4f}", "ratio": "{:.2f}", "share": "{:.2%}"}[unit]
+    form = {"nats": "{:+.4f}", "ratio": "{:.2f}", "share": "{:.2%}", "points": "{:+.2f}"}[unit]
     if unit == "ratio" and not math.isfinite(found.mean):
         return _without_number(found)
     values = [float(np.exp(x)) if unit == "ratio" else x for x in found[:3]]
     mean, low, high = (form.format(value) for value in values)
-    return f"{mean}{' nats' if unit == 'nats' else ''} ({low} to {high})"
+    return f"{mean}{f' {unit}' if unit in ('nats', 'points') else ''} ({low} to {high})"
 
 
 def _without_number(found: Interval) -> str:
@@ -287,6 +321,11 @@ def _shares(
 
 def _loss(run: Run | None) -> float:
     return math.inf if run is None else run.loss
+
+
+def _score(run: Run | None, metric: str) -> float:
+    """At the end; no number of a run that diverged or has no such metric."""
+    return math.nan if run is None or metric not in run.scores else float(run.scores[metric][1][-1])
 
 
 def _loss_difference(better: Run | None, worse: Run | None) -> float:
