@@ -8,13 +8,21 @@ import functools
 import importlib
 from typing import Any
 
-from experiments.claims import st_moe, switch_figures, switch_tables, switch_text, upcycling
+from experiments.claims import (
+    distilling,
+    fine_tuning,
+    st_moe,
+    switch_figures,
+    switch_tables,
+    switch_text,
+    upcycling,
+)
 from experiments.claims.claim import SCALES, Claim, Overrides, Scale, dense, switch
 from experiments.sweep import study
 
 CLAIMS = {
     claim.name: claim
-    for family in (switch_tables, switch_figures, switch_text, st_moe, upcycling)
+    for family in (switch_tables, switch_figures, switch_text, st_moe, upcycling, distilling, fine_tuning)
     for claim in family.CLAIMS
 }
 
@@ -56,7 +64,9 @@ def runs(claim: Claim, scale: str) -> list[Overrides]:
     """The overrides of a claim's runs, seed by seed: what is cut short has whole seeds."""
     arms = claim.arms(SCALES[scale]).values()
     chosen = ((arm, seed) for seed in range(seeds(claim, scale)) for arm in arms)
-    return unique([run for arm, seed in chosen for run in [*_before(arm, seed, scale), run_of(arm, seed, scale)]])
+    return unique(
+        [run for arm, seed in chosen for run in [*_before(arm, seed, scale), run_of(arm, seed, scale)]]
+    )
 
 
 def _before(arm: Overrides, seed: int, scale: str) -> list[Overrides]:

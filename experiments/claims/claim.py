@@ -26,10 +26,23 @@ class Scale:
     encoder: Overrides = dataclasses.field(
         default_factory=dict
     )  # of runs that need one, where the base has none
+    tune: Overrides = dataclasses.field(default_factory=dict)  # of fine-tuning
     mixture: bool = False  # the text is one of languages (`data.parts`), for the claims about them alone
     seeds: int = 3  # of a claim that does not ask for more
 
 
+# As Switch Transformers fine-tunes (table 4), on the packaged summaries' topic.
+TUNE = {
+    "task.names": "topic",
+    "task.eval_examples": 0,
+    "data.batch_size": 64,
+    "optimizer.schedule": "constant",
+    "optimizer.learning_rate": 1e-3,
+    "model.dropout_rate": 0.1,
+    "train.num_steps": 500,
+    "train.eval_every": 100,
+    "train.log_every": 20,
+}
 SMALL_CAUSAL = dict(
     experts=16,
     experts_table_1=16,
@@ -37,6 +50,7 @@ SMALL_CAUSAL = dict(
     hot=0.5,
     wide={"model.d_ff": 512},
     encoder={"model.stacks": "encoder_decoder", "data.objective": "span_corruption"},
+    tune=TUNE | {"train.num_steps": 300, "data.input_length": 128, "data.target_length": 24},
 )
 SCALES = {
     "tiny": Scale("configs/paper_tiny.py", counts=(2, 4, 8, 16, 64), **SMALL_CAUSAL),
@@ -50,6 +64,7 @@ SCALES = {
         large={"model.d_model": 512, "model.d_ff": 2048, "model.num_heads": 8, "model.num_layers": 8},
         hot=0.3,
         wide={"model.d_ff": 33 * 1536 // 2},
+        tune=TUNE | {"data.input_length": 192, "data.target_length": 8},
     ),
     "base": Scale(
         "configs/paper_base.py",
@@ -66,6 +81,7 @@ SCALES = {
         hot=10.0,
         wide={"model.d_ff": 33 * 3072 // 2},
         early={"train.num_steps": 3500},
+        tune=TUNE | {"data.input_length": 192, "data.target_length": 8},
     ),
 }
 

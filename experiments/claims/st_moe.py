@@ -75,16 +75,4 @@ CLAIMS = [
         ],
         "The two factors at evaluation are tried on the same training, so that this difference has almost no noise.",
     ),
-    Claim(
-        "frozen_subsets",
-        "ST-MoE, Figure 5",
-        "Fine-tuning all but the experts is as good as fine-tuning all; of the experts alone much worse.",
-        missing="fine-tuning",
-    ),
-    Claim(
-        "dropped_fine_tuning",
-        "ST-MoE, Table 5",
-        "10 to 15 % of dropped tokens do not hurt fine-tuning; the balancing loss helps it.",
-        missing="fine-tuning",
-    ),
 ]

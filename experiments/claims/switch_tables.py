@@ -114,30 +114,6 @@ CLAIMS = [
         seeds=5,
     ),
     Claim(
-        "table4",
-        "Switch, Table 4",
-        "Fine-tuning with dropout 0.1, and 0.4 inside the experts, is better than with 0.1, 0.2 or 0.3 everywhere.",
-        missing="fine-tuning",
-    ),
-    Claim(
-        "table6",
-        "Switch, Table 6",
-        "A dense student keeps about 30 % of a Switch teacher's gain with its non-expert weights and a mix of hard and soft labels.",
-        missing="distillation",
-    ),
-    Claim(
-        "table7",
-        "Switch, Table 7",
-        "Compressed by up to 99 %, a Switch model's dense student keeps 28 to 37 % of its gain.",
-        missing="distillation (the teachers' losses are tried by figure1)",
-    ),
-    Claim(
-        "table8",
-        "Switch, Table 8",
-        "A dense student of a fine-tuned Switch model keeps 30 % of its gain on SuperGLUE.",
-        missing="fine-tuning and distillation",
-    ),
-    Claim(
         "table10",
         "Switch, Table 10 (app. A)",
         "Experts in the attention too are better a step but slower, and in bfloat16 they diverge.",

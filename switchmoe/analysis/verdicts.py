@@ -123,7 +123,12 @@ def better(one: str, other: str, by: float = 0.0, metric: str = "score", paper: 
 
 
 def gain_kept(
-    student: str, baseline: str, teacher: str, accepted: tuple[float, float], metric: str = "", paper: str = ""
+    student: str,
+    baseline: str,
+    teacher: str,
+    accepted: tuple[float, float],
+    metric: str = "",
+    paper: str = "",
 ) -> Check:
     """The share of the teacher's gain over ``baseline`` that the student keeps, of the loss or of a tasks' metric.
 
@@ -135,7 +140,9 @@ def gain_kept(
         return -_loss(run) if not metric else _score(run, metric)
 
     def interval(table: Table) -> Interval:
-        gain = np.mean([value(table[teacher][seed]) - value(table[baseline][seed]) for seed in table[teacher]])
+        gain = np.mean(
+            [value(table[teacher][seed]) - value(table[baseline][seed]) for seed in table[teacher]]
+        )
         shares = [(value(table[student][s]) - value(table[baseline][s])) / gain for s in table[student]]
         return t_interval(shares)
 
