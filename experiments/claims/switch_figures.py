@@ -3,7 +3,7 @@
 import itertools
 
 from experiments.claims.claim import Claim, Scale, dense, switch
-from switchmoe.analysis import languages
+from switchmoe.analysis import effective, languages
 from switchmoe.analysis.verdicts import Check, lower, sooner
 
 
@@ -83,6 +83,16 @@ CLAIMS = [
             sooner("Switch", "T5-Large", "steps"),
         ],
         "Small models far from convergence gain much by width and depth, so the larger dense one may be out of reach.",
+    ),
+    Claim(
+        "effective_speed_up",
+        "2202.01169, section 3",
+        "A sparse model reaches what its dense twin would take several times its compute for; more experts, more times.",
+        {},
+        lambda scale: _sweep(scale.counts),
+        lambda scale: [effective.speed_up(_name(experts), "dense") for experts in scale.counts],
+        "The dense model's curve is a power law with a floor, fitted to the last three quarters of its run: beyond its end it is a "
+        "guess, and a loss below the floor is one that it would never reach.",
     ),
     Claim(
         "figure7",
