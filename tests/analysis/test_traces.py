@@ -69,7 +69,7 @@ def test_labels_of_the_packaged_text_and_of_files(tmp_path):
         list(origins.labelled(DataSettings(), "all", "lang"))
 
 
-@pytest.mark.parametrize("router, choices", [("switch", 1), ("top_k", 2), ("expert_choice", 1)])
+@pytest.mark.parametrize("router, choices", [("top_k", 2), ("expert_choice", 1)])
 def test_a_trace_tells_what_the_layers_metrics_sum_up(router, choices):
     moe = dict(router=router, choices=choices, num_experts=4)
     settings = tiny(moe=moe | (dict(decoder_router="switch") if router == "expert_choice" else {}))

@@ -92,6 +92,10 @@ def interval(
     if not len(found_R):
         return math.nan, math.nan
     low, high = np.quantile(found_R, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)) - found_R.mean() + value
+    if (found_R >= 0).all():  # what can't be below 0
+        low = max(low, 0.0)
+    if statistic.unit == "share":
+        high = min(high, 1.0)
     return float(low), float(high)
 
 

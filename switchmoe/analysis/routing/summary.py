@@ -122,7 +122,7 @@ def written(figure: Figure | None, unit: str) -> str:
         return "none"
     form = "{:.0f}" if unit == "experts" else "{:.3f}"
     value, low, high, shuffled = (
-        form.format(number) if np.isfinite(number) else "unknown" for number in figure[:4]
+        form.format(round(number, 3) + 0.0) if np.isfinite(number) else "unknown" for number in figure[:4]
     )
     return f"{value} ({low} to {high}); shuffled {shuffled}"
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from switchmoe.analysis.routing import traces
 from switchmoe.analysis.routing.traces import Layer, LayerName
@@ -137,6 +137,9 @@ def choose(params: Any, batch: dict[str, jax.Array], settings: Settings, probabi
     return found | {"predicted": predicted_BL}
 
 
+_CHOOSE = jax.jit(choose, static_argnums=(2, 3))  # one program for all checkpoints of a run
+
+
 def _abstract(settings: Settings, lengths: dict[str, int]) -> tuple[Callable, Any, Any]:
     from switchmoe.training import train_state
 
@@ -190,16 +193,19 @@ def _chosen(
     if wanted and done >= wanted:
         return
     params = trained.parameters(source, settings, mesh)
-    whole = NamedSharding(mesh, PartitionSpec())
-    traced = functools.partial(choose, settings=settings, probabilities=info.identity["probabilities"])
-    step, before = jax.jit(traced, out_shardings=whole), None
+    probabilities, before = info.identity["probabilities"], None
     for number, origin in enumerate(stream):
         if number < first:
             continue
         real_B = sum((rows != 0).sum(axis=1) for name, rows in origin.batch.items() if name in ARRAY.values())
         used = len(real_B) if not wanted else int((done + np.cumsum(real_B) - real_B < wanted).sum())
         done += int(real_B[:used].sum())
-        after = (number, origin, step(params, placing.whole(origin.batch, mesh)), used)
+        after = (
+            number,
+            origin,
+            _CHOOSE(params, placing.whole(origin.batch, mesh), settings, probabilities),
+            used,
+        )
         if before:
             yield before[0], before[1], jax.device_get(before[2]), before[3]
         before = after
