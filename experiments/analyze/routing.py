@@ -174,7 +174,10 @@ def _traced(arguments: Arguments) -> tuple[Path, Path, Path | None, dict | None]
     if arguments.against and (Path(arguments.against) / traces.INFO_FILE).exists():
         against = Path(arguments.against)
     elif arguments.against:
-        other = trained.find(arguments.against.removeprefix("--"))
+        try:
+            other = trained.find(arguments.against)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--source=", "--against=", 1)) from error
         theirs = trained.changed(other.settings, arguments.overrides)
         theirs = dataclasses.replace(theirs, data=settings.data)
         against = trace(other, theirs, out / "against", f"tracing {arguments.against}")
