@@ -21,7 +21,12 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["switchmoe*", "experiments*", "configs*"]),
     package_data={
-        "switchmoe": ["data/wiki_vital_en/*.jsonl.xz", "data/wiki_vital_en/*.md", "analysis/*.csv"]
+        "switchmoe": [
+            "data/wiki_vital_en/*.jsonl.xz",
+            "data/wiki_vital_en/*.md",
+            "analysis/*.csv",
+            "analysis/routing/*.html",
+        ]
     },
     install_requires=[
         "absl-py>=2.1",

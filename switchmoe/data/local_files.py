@@ -81,11 +81,16 @@ class Reading:
         Raises:
           DataError: names the file and the line that can't be read.
         """
+        for number, text, key in self.keyed(settings, first):
+            yield number, text, fraction(key)
+
+    def keyed(self, settings: DataSettings, first: int = 0) -> Iterator[tuple[int, str, str]]:
+        """The same, with what a document is held out by in place of its fraction."""
         for number, path in enumerate(self.paths):
             if number >= first:
                 with open(path, "rb") as self.file:
                     for text, key in _documents(path, self.file, settings):
-                        yield number, text, fraction(key)
+                        yield number, text, key
             self.before += os.path.getsize(path)
 
 

@@ -154,6 +154,10 @@ class Vocabulary:
         first, *others = (np.array(self._processor.encode(part), np.int32) for part in text.split(BLANK))
         return np.concatenate([first, *(part for other in others for part in (sign, other))])
 
+    def piece(self, token: int) -> str:
+        """What an id below ``pieces`` stands for, blanks as the model writes them."""
+        return self._processor.id_to_piece(token)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text up to the first EOS, without pads; sentinels are shown as `<extra_id_0>`.
 

@@ -140,7 +140,7 @@ class RaggedExchange:
 
 def _indices(routing: Routing) -> Routing:
     """What a dispatcher reads, all of it along the groups."""
-    return routing.replace(losses={})
+    return routing.replace(losses={}, prob_SE=None, rank_SE=None)
 
 
 def _exchanged(rows_ND: jax.Array, axis: tuple[str, ...]) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from switchmoe.dispatch import exchange
 from switchmoe.dispatch.dispatchers import DECODING, DISPATCHERS
+from switchmoe.model import choices
 from switchmoe.model.attention import attention_inits, projections
 from switchmoe.model.layers import FeedForward, activate, kernel_init, param
 from switchmoe.routing import GROUPS, NOT_CAUSAL, ROUTERS, RouterSettings, Routing, expert_capacity
@@ -214,6 +215,7 @@ class MoELayer(nn.Module):
     train: bool = False
     causal: bool = False
     experts: Callable[..., nn.Module] = Experts
+    trace: bool = False
 
     @nn.compact
     def __call__(
@@ -235,7 +237,7 @@ class MoELayer(nn.Module):
         sum of the router's losses that is to be added to the model's; ``balance_loss`` (of
         noisy_top_k: importance + load) and ``z_loss``, without weights, 0 where the router has none;
         ``fraction_dropped``; ``router_entropy`` (nats); ``expert_load`` [E], each expert's share of
-        the choices.
+        the choices. With ``trace`` also ``trace``: `choices.told` of each token.
 
         Raises:
           ValueError: settings that do not go together, see `check`.
@@ -258,7 +260,9 @@ class MoELayer(nn.Module):
                 shared_GSD *= self._shared_gate(x_GSD)
             y_GSD += shared_GSD
         bad_GS1 = jnp.where(mask_GS, jnp.nan, 0.0).astype(y_GSD.dtype)[..., None]
-        return jnp.where(good_GS1, y_GSD, bad_GS1), self._aux(routing)
+        return jnp.where(good_GS1, y_GSD, bad_GS1), self._aux(routing) | (
+            {"trace": choices.told(routing)} if self.trace else {}
+        )
 
     def _route(self, x_GSD: jax.Array, mask_GS: jax.Array, ids_GS: jax.Array | None) -> Routing:
         moe, name, tokens = self.moe, router_name(self.moe, self.causal), x_GSD.shape[1]

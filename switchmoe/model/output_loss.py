@@ -1,6 +1,6 @@
 """The vocabulary's loss: cross-entropy of the logits, with label smoothing and what the output z-loss needs.
 
-Letters: B batch, L length, D model, V vocabulary. All results are float32.
+Letters: B batch, L length, D model, V vocabulary, N chunks of it of C. All results are float32.
 """
 
 import functools
@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from switchmoe.products import few_rows
+
+CHUNK = 64
 
 
 def cross_entropy(
@@ -51,6 +53,19 @@ def logits(x_BLD: jax.Array, table_VD: jax.Array) -> jax.Array:
     if x_BLD.ndim == 2 and jax.default_backend() == "cpu":  # of a step of decoding
         return few_rows(x_BLD, table_VD, jnp.float32)
     return jnp.einsum("...D,VD->...V", x_BLD, table_VD, preferred_element_type=jnp.float32)
+
+
+def likeliest(logits_BLV: jax.Array) -> jax.Array:
+    """Their argmax, int32: of the largest of each `CHUNK`, then in that chunk.
+
+    On a CPU, XLA takes a maximum ten times as fast as the place of one.
+    """
+    more = -logits_BLV.shape[-1] % CHUNK
+    padded_BLV = jnp.pad(logits_BLV, ((0, 0), (0, 0), (0, more)), constant_values=-jnp.inf)
+    chunks_BLNC = padded_BLV.reshape(*logits_BLV.shape[:2], -1, CHUNK)
+    place_BL = chunks_BLNC.max(axis=-1).argmax(axis=-1)
+    best_BLC = jnp.take_along_axis(chunks_BLNC, place_BL[..., None, None], axis=2)[:, :, 0]
+    return (place_BL * CHUNK + best_BLC.argmax(axis=-1)).astype(jnp.int32)
 
 
 def _output_forward(x_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, label_smoothing: float):

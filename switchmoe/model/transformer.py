@@ -32,6 +32,7 @@ class Block(nn.Module):
     stack: str
     sparse: bool
     train: bool
+    trace: bool = False
 
     @nn.compact
     def __call__(
@@ -82,9 +83,13 @@ class Block(nn.Module):
         if moe.route_padding and self.stack == "encoder":
             mask_BL = jnp.ones_like(mask_BL)
         groups = group_shape(*mask_BL.shape, moe.group_size if self.train else moe.eval_group_size)
-        layer = MoELayer(self.settings.model, moe, self.train, self.stack == "decoder", experts, name=name)
+        causal = self.stack == "decoder"
+        layer = MoELayer(self.settings.model, moe, self.train, causal, experts, self.trace, name=name)
         parts = (x_BLD.reshape(*groups, -1), mask_BL.reshape(groups), context["ids"].reshape(groups))
         y_GSD, layer_aux = layer(*parts)
+        if self.trace:
+            told = layer_aux["trace"]
+            layer_aux["trace"] = jax.tree.map(lambda v: v.reshape(*mask_BL.shape, *v.shape[2:]), told)
         aux.append(layer_aux)
         return y_GSD.reshape(*mask_BL.shape, -1)
 
@@ -104,6 +109,7 @@ class SuperBlock(nn.Module):
     settings: Settings
     stack: str
     train: bool
+    trace: bool = False
 
     @nn.compact
     def __call__(
@@ -112,7 +118,7 @@ class SuperBlock(nn.Module):
         settings, aux, kept = self.settings, {}, []
         for i in range(settings.period(self.stack)):
             sparse = i + settings.first(self.stack) in settings.sparse_blocks(self.stack)
-            block = Block(settings, self.stack, sparse, self.train, name=f"block_{i}")
+            block = Block(settings, self.stack, sparse, self.train, self.trace, name=f"block_{i}")
             x_BLD, own_aux, own = block(x_BLD, context, memories[i] if memories else None)
             aux |= own_aux
             kept.append(own)
@@ -136,6 +142,7 @@ class Stack(nn.Module):
     settings: Settings
     stack: str  # encoder | decoder
     train: bool
+    trace: bool = False
 
     @nn.compact
     def __call__(
@@ -228,12 +235,14 @@ class Stack(nn.Module):
                 unroll=model.scan_unroll,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            return scanned(self.settings, self.stack, self.train, name="blocks")(x_BLD, context)
+            return scanned(self.settings, self.stack, self.train, self.trace, name="blocks")(x_BLD, context)
         found = []
         for i in range(repeats):
             own = (memories[first + i * period : first + (i + 1) * period],) if memory is not None else ()
             name = f"blocks_{i}"
-            x_BLD, part = block(self.settings, self.stack, self.train, name=name)(x_BLD, context, *own)
+            x_BLD, part = block(self.settings, self.stack, self.train, self.trace, name=name)(
+                x_BLD, context, *own
+            )
             found.append(part)
         if memory is not None:
             return x_BLD, (*firsts, *(kept for _, part in found for kept in part))
@@ -252,6 +261,7 @@ class Transformer(nn.Module):
 
     settings: Settings
     train: bool = False
+    trace: bool = False  # aux tells what each token chose
 
     def setup(self) -> None:
         model = self.settings.model
@@ -262,8 +272,8 @@ class Transformer(nn.Module):
             init = nn.initializers.normal(model.d_model**-0.5)
             self.output_VD = param(self, "output", init, ("vocab", "embed"), rows, jnp.float32)
         if "encoder" in self.settings.stacks:
-            self.encoder = Stack(self.settings, "encoder", self.train)
-        self.decoder = Stack(self.settings, "decoder", self.train)
+            self.encoder = Stack(self.settings, "encoder", self.train, self.trace)
+        self.decoder = Stack(self.settings, "decoder", self.train, self.trace)
 
     def __call__(
         self,
@@ -298,6 +308,11 @@ class Transformer(nn.Module):
         """(logits_BLV, aux) of a batch's teacher-forced targets, as of a call."""
         x_BLD, aux = self._read_batch(batch)
         return self.logits(x_BLD), aux
+
+    def predictions(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
+        """(the likeliest token at each of a batch's teacher-forced targets, int32 [B, L]; ``aux`` as of a call)."""
+        logits_BLV, aux = self.batch_logits(batch)
+        return output_loss.likeliest(logits_BLV), aux
 
     def _read_batch(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
         packed = batch.get("segments"), batch.get("positions")

@@ -37,6 +37,8 @@ class Routing:
     num_experts: int = struct.field(pytree_node=False)
     capacity: int = struct.field(pytree_node=False)
     mix_SK: jax.Array | None = None  # float32, what the token is multiplied by on its way into the slot
+    prob_SE: jax.Array | None = None  # the router's distribution; for traces alone, as the next
+    rank_SE: jax.Array | None = None  # what experts were ranked by; None where they choose the tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,8 @@ def token_choice(
         losses=named_losses,
         num_experts=num_experts,
         capacity=settings.capacity,
+        prob_SE=prob_SE,
+        rank_SE=rank_SE,
     )
 
 

@@ -39,6 +39,7 @@ def expert_choice(
         losses={"z": losses.router_z(logits_SE, mask_S)},
         num_experts=num_experts,
         capacity=settings.capacity,
+        prob_SE=prob_SE,
     )
 
 

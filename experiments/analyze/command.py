@@ -10,6 +10,8 @@ are not done are left out and listed. Writes to --out:
   speedups.csv   a line for each expert count
   fit.json       coefficients and their confidence intervals
 
+``python -m experiments.analyze routing --source=RUN`` is of one model, token by token; routing --help says more.
+
 Exit codes: 0 done; 2 bad input; 4 a file that can't be written.
 """
 
@@ -19,13 +21,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import exits
+from experiments.analyze import routing
 
 
 def main(argv: Sequence[str]) -> int:
+    if _of_routing(argv[1:]):
+        return routing.main(argv[1:])
     if {"--help", "-h"} & set(argv[1:]):
         print(__doc__.strip())
         return 0
     return exits.guarded("experiments.analyze", lambda: _write(argv[1:]))
+
+
+def _of_routing(arguments: Sequence[str]) -> bool:
+    """Whether it is the sub-command, not a sweep in a directory of that name."""
+    named = any(argument.startswith(("--source", "--trace", "--help", "-h")) for argument in arguments)
+    return list(arguments[:1]) == ["routing"] and (named or not Path("routing").is_dir())
 
 
 def _write(arguments: Sequence[str]) -> int:
@@ -67,7 +78,3 @@ def _arguments(arguments: Sequence[str]) -> tuple[Path, Path]:
             f"--out={found}: accepted is a directory that is neither a run's nor the sweep's own"
         )
     return directory, found
-
-
-if __name__ == "__main__":
-    exits.leave("experiments.analyze", main)
