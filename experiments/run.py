@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from experiments import command_line, exits, process, supervisor
 from experiments.exits import (
@@ -41,13 +40,6 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         return exits.fail(COMMAND, error, EXIT_BAD_INPUT)
     return carry_out(COMMAND, argv, settings, workdir)
-
-
-def _kind(settings: Settings) -> Any:
-    """The `runs.parts.Kind` that the settings ask for."""
-    from switchmoe.runs import finetuning, text
-
-    return finetuning.FINETUNING if settings.task.names else text.PRETRAINING
 
 
 def carry_out(command: str, argv: Sequence[str], settings: Settings, workdir: str) -> int:
@@ -78,7 +70,7 @@ def _train(command: str, settings: Settings, workdir: str) -> int:
 
     from switchmoe.analysis import report
     from switchmoe.parallel import distributed
-    from switchmoe.runs import checkpoints, loop, signals
+    from switchmoe.runs import checkpoints, kinds, loop, signals
     from switchmoe.runs.reporting import Progress
 
     fail = functools.partial(exits.fail, command)
@@ -87,7 +79,7 @@ def _train(command: str, settings: Settings, workdir: str) -> int:
         with contextlib.closing(progress):
             distributed.initialize(settings.mesh)
             process.check_devices()
-            path = loop.run(settings, workdir, progress, report.write_report, _kind(settings))
+            path = loop.run(settings, workdir, progress, report.write_report, kinds.of(settings))
     except ValueError as error:
         return fail(error, EXIT_BAD_INPUT)
     except (loop.NonFiniteLoss, FloatingPointError) as error:  # the latter with JAX_DEBUG_NANS

@@ -16,6 +16,7 @@ from switchmoe.analysis.power import Spread
 from switchmoe.analysis.verdicts import Check
 from switchmoe.data import batches
 from switchmoe.planning import flops
+from switchmoe.runs import kinds
 from switchmoe.runs.reporting import duration
 from switchmoe.settings import Settings, from_config
 
@@ -88,7 +89,7 @@ def _seconds(run: sweeps.Run) -> float:
 
 def _flops(settings: Settings) -> float:
     """Of a run."""
-    return flops.train_flops(settings, batches.lengths(settings.data)) * settings.train.num_steps
+    return flops.train_flops(settings, kinds.of(settings).lengths(settings)) * settings.train.num_steps
 
 
 def _seconds_a_flop(arms: dict[str, dict[int, sweeps.Run]]) -> float:
@@ -100,9 +101,11 @@ def _seconds_a_flop(arms: dict[str, dict[int, sweeps.Run]]) -> float:
 
 
 def millions(run: sweeps.Run) -> float:
-    """Of tokens in a run."""
-    data = run.settings.data
-    return run.settings.train.num_steps * data.batch_size * batches.real_tokens(data) / 1e6
+    """Of tokens in a run; of a fine-tuned one with padding."""
+    settings, data = run.settings, run.settings.data
+    places = sum(kinds.of(settings).lengths(settings).values())
+    row = places if settings.task.names else batches.real_tokens(data)
+    return settings.train.num_steps * data.batch_size * row / 1e6
 
 
 def _origin(arms: dict[str, dict[int, sweeps.Run]]) -> list[str]:

@@ -73,15 +73,17 @@ def read(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None = 
     overridden = [a for a in arguments if re.match(r"--?(no)?config\.", a)]
     products = _products(config.partition(":")[0])
     varied = {field for product in products for field in product}
-    for argument in overridden:
-        field = re.sub(r"^--?(no)?config\.|=.*$", "", argument)
-        if field in varied:
-            raise ValueError(f"{argument}: accepted are fields that the sweep does not vary")
     each = [
         dict(zip(product, values, strict=True))
         for product in products
         for values in itertools.product(*product.values())
     ]
+    # What fine-tuned runs alone say of themselves may be said of the others.
+    fixed = {field for one in [o for o in each if not o.get("task.names")] or each for field in one}
+    for argument in overridden:
+        field = re.sub(r"^--?(no)?config\.|=.*$", "", argument)
+        if field in fixed:
+            raise ValueError(f"{argument}: accepted are fields that the sweep does not vary")
     names = {reference(overrides): _name(overrides, varied) for overrides in each}
     runs = [_run(base, overrides, varied, Path(workdir), names) for overrides in each]
     for name, same in itertools.groupby(sorted(run.name for run in runs)):
@@ -224,6 +226,7 @@ def survey(runs: Sequence[Run], measure: bool, here: bool = True) -> tuple[list[
     from switchmoe.data import batches
     from switchmoe.parallel import sharding
     from switchmoe.planning import flops
+    from switchmoe.runs import kinds
     from switchmoe.training import train_state
 
     if not here:
@@ -233,7 +236,7 @@ def survey(runs: Sequence[Run], measure: bool, here: bool = True) -> tuple[list[
     for run in runs:
         data = run.settings.data
         try:
-            lengths = batches.lengths(data)
+            lengths = kinds.of(run.settings).lengths(run.settings)
             if here:
                 mesh = sharding.make_mesh(run.settings.mesh)
                 sharding.check(run.settings, lengths, mesh.shape)
@@ -241,14 +244,10 @@ def survey(runs: Sequence[Run], measure: bool, here: bool = True) -> tuple[list[
             raise ValueError(f"run {run.name}: {error}") from None
         counts = train_state.parameter_counts(run.settings)
         work = flops.train_flops(run.settings, lengths)
-        costs.append(
-            Cost(
-                *counts,
-                work,
-                data.batch_size * batches.real_tokens(data),
-                data.batch_size * sum(lengths.values()),
-            )
-        )
+        places = data.batch_size * sum(lengths.values())
+        # How much of a task's rows is padding is not known before they are read.
+        real = places if run.settings.task.names else data.batch_size * batches.real_tokens(data)
+        costs.append(Cost(*counts, work, real, places))
     peak = flops.matmul_peak(runs[0].settings.model.dtype) * jax.device_count() if measure else 0.0
     return costs, peak
 

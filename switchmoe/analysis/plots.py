@@ -137,11 +137,11 @@ def expert_load(records: Sequence[Record]) -> Figure:
 def drop_and_entropy(records: Sequence[Record]) -> Figure:
     """Share of tokens dropped (%) and router entropy (nats, with ln E) over steps, a line per layer.
 
-    A column per stack; colours go with depth. At least one layer is needed.
+    A column per stack; colours go with depth, and a block's experts in its attention are dotted. At least one layer is needed.
     """
-    stacks_depths = [_stack_depth(layer) for layer in layer_names(records)]
-    stacks = list(dict.fromkeys(stack for stack, _ in stacks_depths))
-    depths = sorted({depth for _, depth in stacks_depths})
+    layers = [_parted(layer) for layer in layer_names(records)]
+    stacks = list(dict.fromkeys(stack for stack, *_ in layers))
+    depths = sorted({depth for _, depth, _ in layers})
     steps, dropped_TL = layer_series(records, "train", "layer_fraction_dropped")
     _, entropy_TL = layer_series(records, "train", "layer_router_entropy")
     num_experts = layer_series(records, "train", "layer_expert_load")[1].shape[-1]
@@ -149,11 +149,14 @@ def drop_and_entropy(records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(8, 5.8), layout="constrained")
     panels = figure.subplots(2, len(stacks), sharex=True, sharey="row", squeeze=False)
     lines = {}
-    for index, (stack, depth) in enumerate(stacks_depths):
+    for index, (stack, depth, part) in enumerate(layers):
         upper, lower = panels[:, stacks.index(stack)]
-        style = dict(color=shade.to_rgba(depth), linewidth=1.4, **_marker(steps))
+        look = dict(linewidth=1.4, linestyle=":" if part else "-")
+        style = dict(color=shade.to_rgba(depth), **look, **_marker(steps))
         upper.plot(steps, 100 * smoothed(dropped_TL[:, index]), **style)
-        (lines[f"block {depth}"],) = lower.plot(steps, smoothed(entropy_TL[:, index]), **style)
+        (lines[f"block {depth}{f', {part}' if part else ''}"],) = lower.plot(
+            steps, smoothed(entropy_TL[:, index]), **style
+        )
     for column, stack in enumerate(stacks):
         panels[0, column].set_title(stack, fontsize=10)
         panels[1, column].set_xlabel("step")
@@ -272,6 +275,7 @@ def _legend(axes: Axes) -> None:
         axes.legend(frameon=False, fontsize=9)
 
 
-def _stack_depth(layer: str) -> tuple[str, int]:
-    stack, depth = layer.split("/")
-    return stack, int(depth)
+def _parted(layer: str) -> tuple[str, int, str]:
+    """(stack, block, part): ``decoder/3`` or ``decoder/3/attention``."""
+    stack, depth, *part = layer.split("/")
+    return stack, int(depth), "".join(part)

@@ -230,6 +230,12 @@ def test_pictures_do_not_follow_a_users_matplotlibrc(tmp_path, monkeypatch):
     assert len(pictures_in(html_of(directory_of(tmp_path, records_of([], 1, 3))))) == 2
 
 
+def test_experts_in_the_attention_make_a_report(tmp_path):
+    layers = ["decoder/0/attention", "decoder/0", "decoder/1/attention", "decoder/1"]
+    html = html_of(directory_of(tmp_path, records_of(layers, 4, 3)))
+    assert all(f"<td>{layer}</td>" in html for layer in layers)
+
+
 def test_many_experts_and_layers_make_a_report(tmp_path):
     layers = [f"{stack}/{block}" for stack in ("encoder", "decoder") for block in range(1, 24, 2)]
     html = html_of(directory_of(tmp_path, records_of(layers, 512, 3)))

@@ -14,17 +14,15 @@ from experiments.paper import __main__ as paper
 from experiments.paper import finished, scorecard, times
 from experiments.sweep import command, study
 from switchmoe.analysis.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
-from switchmoe.data import batches
 from switchmoe.parallel import sharding
-from switchmoe.runs import rundir
+from switchmoe.runs import kinds, rundir
 from switchmoe.settings import to_dict
 
 LISTED = {
     "table1", "table2", "table3", "table4", "table6", "table7", "table8", "table10", "table11", "figure1", "figure4",
     "figure5", "figure6", "figure7", "figure9", "figure12", "dropped_tokens", "alpha", "no_token_left_behind", "z_loss",
-    "stability", "eval_capacity", "frozen_subsets", "dropped_fine_tuning", "twins", "upcycling",
+    "stability", "eval_capacity", "frozen_subsets", "dropped_fine_tuning", "twins", "upcycling", "effective_speed_up",
 }  # fmt: skip
-LATER = {"table4", "table6", "table7", "table8", "frozen_subsets", "dropped_fine_tuning"}
 MICRO = [
     "--config.data.batch_size=8",
     "--config.data.input_length=32",
@@ -48,12 +46,12 @@ def whole(scale, workdir="runs/none", *more):
 
 
 def test_all_claims_of_the_papers_are_listed_and_those_that_wait_say_for_what(capsys):
-    assert set(CLAIMS) == LISTED and {name for name, claim in CLAIMS.items() if claim.missing} == LATER
+    assert set(CLAIMS) == LISTED
     assert paper.main(["paper", "--list"]) == 0
     out = capsys.readouterr().out
     for name, claim in CLAIMS.items():
         assert f"{name} " in out and claim.says in out and claim.not_run in out
-    assert out.count("not yet runnable, missing: ") == len(LATER)
+    assert out.count("no matter of training runs: ") == 1
 
 
 def test_a_claim_has_runs_and_a_criterion_or_a_reason():
@@ -73,7 +71,7 @@ def test_runs_are_valid_and_named_apart(scale):
     found = whole(scale)
     assert len({run.name for run in found.runs}) == len(found.runs) > (12 if SCALES[scale].mixture else 60)
     for settings in {run.settings for run in found.runs if run.settings.train.seed == 0}:
-        sharding.check(settings, batches.lengths(settings.data), dict.fromkeys(sharding.AXES, 1))
+        sharding.check(settings, kinds.of(settings).lengths(settings), dict.fromkeys(sharding.AXES, 1))
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -105,7 +103,6 @@ def test_a_dense_run_does_not_depend_on_what_routers_do():
         (["times", "--repeats=2"], "--repeats=2: accepted is an integer >= 3, with times"),
         (["figure7"], "figure7: tried at another scale: languages; accepted are all"),
         (["z_loss", "--scale=languages"], "z_loss: tried at another scale: tiny, laptop, small, base; accepted are all"),
-        (["table4"], "table4: not yet runnable, missing: fine-tuning"),
         (["figure9"], "figure9: no matter of training runs: `pytest"),
         (["table3", "--scale=huge"], "--scale=huge: accepted is one of tiny, laptop, languages, small, base"),
         (["table3", "--config=configs/quickstart.py"], "the scale has its config; accepted is --scale="),
@@ -202,7 +199,7 @@ def test_the_scorecard_says_what_the_runs_say(tmp_path, capsys):
     for shown in (
         "2 x a processor (1 x cpu)", "0123abc", "jax 0.10", "train 77 documents, fingerprint ffffffffffff",
         f"python -m experiments.paper figure12 --scale=tiny --workdir={out} --config.data.batch_size=8",
-        "3 diverged", "no matter of training runs", "not yet runnable, missing: distillation",
+        "3 diverged", "no matter of training runs",
     ):  # fmt: skip
         assert shown in text and shown in page, shown
     assert page.count("data:image/png;base64,") == 2 * sum(
