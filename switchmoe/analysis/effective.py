@@ -27,7 +27,10 @@ def speed_up(fast: str, slow: str, paper: str = "") -> Check:
     def ratio(fast: Run | None, slow: Run | None) -> float:
         if fast is None or slow is None:
             return math.nan
-        compute = dense_compute(*curve(slow), fast.loss)
+        try:
+            compute = dense_compute(*curve(slow), fast.loss)
+        except ValueError:  # too few evaluations to tell
+            return math.nan
         return compute if math.isinf(compute) else math.log(compute / float(curve(fast)[0][-1]))
 
     says = f"compute of {slow} for the loss of {fast}, over that of {fast}"

@@ -58,3 +58,11 @@ def test_the_check_compares_compute_not_steps():
     assert (
         effective.speed_up("E=4", "dense").interval({"E=4": {0: below}, "dense": {0: dense}}).mean == math.inf
     )
+
+
+def test_a_run_of_few_evaluations_tells_nothing():
+    short = dataclasses.replace(
+        run(1, lambda s: curve(s, start=300.0)), step_V=np.array([500.0, 1000.0]), loss_V=np.array([3.0, 2.9])
+    )
+    found = effective.speed_up("E=4", "dense").interval({"E=4": {0: short}, "dense": {0: short}})
+    assert math.isnan(found.mean)

@@ -205,7 +205,8 @@ def test_the_scorecard_says_what_the_runs_say(tmp_path, capsys):
     assert page.count("data:image/png;base64,") == 2 * sum(
         any(runs for runs in table.values()) for table in scorecard.read(out, "tiny").tables.values()
     )
-    assert "http" not in page and "<script" not in page
+    without_pictures = re.sub(r'base64,[^"]+', "", page)
+    assert "http" not in without_pictures and "<script" not in page
     assert paper.main(["paper", "report", f"--workdir={out}", "--scale=small"]) == exits.EXIT_BAD_INPUT
     assert "not the runs of --scale=small" in capsys.readouterr().err
 
@@ -215,7 +216,8 @@ def test_each_seed_and_each_arm_is_a_run_of_its_own(tmp_path):
     alphas = {alpha: place for place, alpha in enumerate((1e-1, 1e-2, 1e-3, 1e-4, 1e-5))}
     out = tmp_path / "out"
     fabricate_all(
-        out, lambda settings: 4.0 + alphas[settings.moe.balance_loss_weight] + 0.1 * settings.train.seed
+        out,
+        lambda settings: 4.0 + alphas.get(settings.moe.balance_loss_weight, 0) + 0.1 * settings.train.seed,
     )
     table = scorecard.read(out, "tiny").tables["alpha"]
     for alpha, place in alphas.items():
