@@ -100,6 +100,7 @@ def test_what_is_kept_of_the_gain_is_told(teacher, tmp_path, capsys):
     assert "<h2>Distillation</h2>" in (tmp_path / "student" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_all_of_the_teachers_tokens_written_are_the_teacher_beside(teacher, tmp_path, capsys):
     beside, kept = tmp_path / "beside", tmp_path / "kept"
     assert distil(teacher, beside, *FEW) == 0
@@ -118,6 +119,7 @@ def test_all_of_the_teachers_tokens_written_are_the_teacher_beside(teacher, tmp_
     assert "it is of another seed (0 there)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dense_teacher_and_a_student_of_another_shape(teacher, tmp_path):
     more = ["--config.model.d_ff=8", "--config.distill.weight=1.0", "--config.distill.temperature=2.0"]
     assert distil(teacher, tmp_path / "first", *FEW) == 0
@@ -125,6 +127,7 @@ def test_a_dense_teacher_and_a_student_of_another_shape(teacher, tmp_path):
     assert saved(tmp_path / "second", 4)["decoder/blocks/block_0/ff/wi"].shape[-1] == 8
 
 
+@pytest.mark.slow
 def test_on_a_task(teacher, tmp_path):
     more = ["--config.task.eval_examples=8", "--config.data.input_length=32", "--config.data.batch_size=8"]
     assert distil(teacher, tmp_path / "run", "--task=topic", *more, *FEW) == 0
@@ -154,6 +157,7 @@ def test_bad_input_is_one_line_and_writes_nothing(teacher, tmp_path, capsys, mor
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_another_vocabulary_is_refused(teacher, tmp_path, capsys):
     more = ["--config.data.vocab_size=601", "--config.train.num_steps=1", "--config.train.eval_every=1"]
     assert pretraining.main(["run", f"--workdir={tmp_path / 'other'}", *TINY, *more]) == 0
