@@ -8,7 +8,7 @@ import io
 import shutil
 import textwrap
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,23 @@ def options(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, s
         else:
             others.append(argument)
     return found, others
+
+
+def values(arguments: Sequence[str], defaults: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(`overrides`, the values of ``--NAME=VALUE`` by name), of commands that take nothing else.
+
+    Raises:
+      ValueError: another argument, or an empty value.
+    """
+    found, others = overrides(arguments)
+    own = dict(defaults)
+    for argument in others:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not (argument.startswith("--") and name in own and equals and value):
+            accepted = ", ".join(f"--{option}=" for option in own)
+            raise ValueError(f"argument {argument}: accepted are {accepted} and --config.GROUP.FIELD=")
+        own[name] = value
+    return found, own
 
 
 def free_lengths(arguments: Sequence[str]) -> list[str]:

@@ -45,14 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> Arguments:
     """Raises ValueError, one line that names the argument, its value and what would be accepted."""
-    overrides, others = command_line.overrides(arguments)
-    found = dict.fromkeys(OPTIONS, "")
-    for argument in others:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not (argument.startswith("--") and name in found and equals and value):
-            accepted = ", ".join(f"--{option}=" for option in OPTIONS)
-            raise ValueError(f"argument {argument}: accepted are {accepted} and --config.GROUP.FIELD=")
-        found[name] = value
+    overrides, found = command_line.values(arguments, dict.fromkeys(OPTIONS, ""))
     if not found["source"]:
         raise ValueError("no model; accepted is --source=RUN")
     if found["split"] not in ("", "all", "validation"):

@@ -65,14 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> Arguments:
     """Raises ValueError, one line that names the argument, its value and what would be accepted."""
-    overrides, others = command_line.overrides(arguments)
-    found = dict(DEFAULTS)
-    for argument in others:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not (argument.startswith("--") and name in found and equals and value):
-            accepted = ", ".join(f"--{option}=" for option in DEFAULTS)
-            raise ValueError(f"argument {argument}: accepted are {accepted} and --config.GROUP.FIELD=")
-        found[name] = value
+    overrides, found = command_line.values(arguments, DEFAULTS)
     if bool(found["source"]) == bool(found["trace"]):
         raise ValueError(f"--source={found['source']}: accepted is one of --source=RUN and --trace=PLACE")
     if found["text"] and "data.source" in overrides:
