@@ -113,7 +113,7 @@ CLAIMS = [
         "figure9",
         "Switch, Figure 9",
         "Data, model and expert parallelism and their combinations lay tokens and weights over the cores, and compute the same.",
-        elsewhere="`pytest tests/test_layouts.py` has all five layouts give one device's gradients on 8 virtual devices",
+        elsewhere="`pytest tests/parallel/test_layouts.py` has all five layouts give one device's gradients on 8 virtual devices",
     ),
     Claim(
         "figure12",

@@ -132,8 +132,8 @@ def gain_kept(
 ) -> Check:
     """The share of the teacher's gain over ``baseline`` that the student keeps, of the loss or of a tasks' metric.
 
-    (baseline - student) / (baseline - teacher), each a mean over seeds in the denominator, so that one seed's small gain
-    does not blow up its share.
+    Of each seed (baseline - student) / G, where G is the mean over seeds of (baseline - teacher): so one seed's small gain does
+    not blow up its share.
     """
 
     def value(run: Run | None) -> float:

@@ -61,10 +61,10 @@ class Teacher:
 
     def check_vocabulary(self, sha256: str) -> None:
         """Raises ValueError: its vocabulary is another."""
-        found, name = self._source.vocabulary, self._source.step
+        found = self._source.vocabulary
         if found and found.sha256 != sha256:
             raise ValueError(
-                f"distill.teacher={name}: its vocabulary is another than the run's; accepted is the same (leave data.vocab and"
+                f"distill.teacher={self.name}: its vocabulary is another than the run's; accepted is the same (leave data.vocab and"
                 " init.checkpoint out to have the teacher's)"
             )
 
