@@ -398,6 +398,7 @@ def test_a_claim_from_runs_to_verdict(tmp_path, monkeypatch, environment):
         "from experiments import claims\n"
         "from experiments.paper import __main__ as paper\n"
         "claims.CLAIMS['z_loss'] = dataclasses.replace(claims.CLAIMS['z_loss'], seeds=1)\n"
+        "claims.SCALES['tiny'] = dataclasses.replace(claims.SCALES['tiny'], seeds=1)\n"
         "sys.exit(paper.main(sys.argv))"
     )
     command = [sys.executable, "-c", program, "z_loss", f"--workdir={out}", *MICRO]
