@@ -99,8 +99,8 @@ def test_t5_small_has_6_heads_of_64_in_a_width_of_512():
 
 def test_every_config_is_valid_and_says_how_to_run_it():
     for path in sorted(Path(configs.__file__).parent.glob("[a-z]*.py")):
-        if path.stem in ("from_run", "finetune"):  # a run is to be named
-            with pytest.raises(ValueError, match="accepted is configs/from_run.py:DIR"):
+        if path.stem in ("from_run", "finetune", "distill"):  # a run is to be named
+            with pytest.raises(ValueError, match=r"accepted is configs/(from_run|distill)\.py:DIR"):
                 settings(path.stem)
         else:
             settings(path.stem)

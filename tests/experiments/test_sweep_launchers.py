@@ -155,7 +155,7 @@ FURTHER = """[
 def test_a_run_that_begins_with_another_is_started_after_it_if_that_is_done(config, capsys):
     found = read(*config(FURTHER))
     children = [run.name for run in found.runs[:2]]
-    assert [run.parent for run in found.runs] == ["seed=0", "seed=1", "", "", ""]
+    assert [list(run.parents.values()) for run in found.runs] == [["seed=0"], ["seed=1"], [], [], []]
     assert found.runs[1].settings.init.checkpoint == str(found.workdir / "seed=1")
     order = []
     launcher = Script(found, {"seed=0": [0], "seed=1": [2], "seed=2": [0], children[0]: [0]})
