@@ -1,5 +1,6 @@
-"""What the site takes from the code: the table of all settings, and a page for each room of the library."""
+"""What the site takes from elsewhere: the table of all settings, a page for each room of the library, the files at the root."""
 
+import os
 import pkgutil
 import re
 from pathlib import Path
@@ -8,7 +9,15 @@ from typing import Any
 import switchmoe
 from experiments.command_line import GROUPS, meanings
 
-API = Path(__file__).parent / "api"  # written at each build, not committed
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+# Written at each build, not committed.
+API, ELSEWHERE = DOCS / "api", DOCS / "elsewhere"
+FILES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(ROOT.glob("experiments/results/**/*.md")))
+NOTEBOOKS = Path(
+    os.environ.get("SWITCHMOE_NOTEBOOKS") or ROOT / "colab"
+)  # where they lie as they were executed
+PAGES = {ROOT / file: ELSEWHERE / (ROOT / file).relative_to(ROOT) for file in FILES}
 
 
 def settings_tables() -> str:
@@ -44,16 +53,39 @@ def room_page(room: str) -> str:
     return "\n".join(lines)
 
 
-def write_api(app: Any) -> None:
-    API.mkdir(exist_ok=True)
-    for room in switchmoe.ROOMS:
-        path, text = API / f"{room}.md", room_page(room)
-        if not path.exists() or path.read_text(encoding="utf-8") != text:  # else all would be built again
-            path.write_text(text, encoding="utf-8")
+def moved(text: str, source: Path, page: Path) -> str:
+    """A file's text, as it reads on the site: links to files that are pages there lead to these."""
+
+    def link(found: re.Match) -> str:
+        path, _, anchor = found[1].partition("#")
+        there = (source.parent / path).resolve()
+        if not path or ":" in path or not there.exists():
+            return found[0]
+        target = os.path.relpath(PAGES.get(there, there), page.parent)
+        return f"]({target}#{anchor})" if anchor else f"]({target})"
+
+    return re.sub(r"\]\(([^)\s]+)\)", link, text)
+
+
+def write_pages(app: Any) -> None:
+    """Writes those that are not committed, each if it differs from what is there: else all would be built again."""
+    pages = {API / f"{room}.md": room_page(room) for room in switchmoe.ROOMS}
+    pages |= {page: moved(file.read_text(encoding="utf-8"), file, page) for file, page in PAGES.items()}
+    pages = {
+        page: text if text.startswith("# ") else f"# {page.stem.capitalize()}\n\n{text}"
+        for page, text in pages.items()
+    }
+    pages |= {ELSEWHERE / file.name: file.read_text(encoding="utf-8") for file in NOTEBOOKS.glob("*.ipynb")}
+    for page, text in pages.items():
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            page.parent.mkdir(parents=True, exist_ok=True)
+            page.write_text(text, encoding="utf-8")
 
 
 def fill(app: Any, page: str, source: list[str]) -> None:
-    """The page `configuration` ends with the tables."""
+    """Links of a page lead to pages; the page `configuration` ends with the tables."""
+    if not page.startswith(("api/", "elsewhere/")):
+        source[0] = moved(source[0], DOCS / f"{page}.md", DOCS / f"{page}.md")
     if page == "configuration":
         source[0] += settings_tables()
 
@@ -88,7 +120,7 @@ def not_a_field(app: Any, what: str, name: str, thing: Any, skip: bool, options:
 
 
 def setup(app: Any) -> None:
-    app.connect("builder-inited", write_api)
+    app.connect("builder-inited", write_pages)
     app.connect("source-read", fill)
     app.connect("autodoc-process-docstring", as_rst, priority=100)  # before napoleon
     app.connect("autodoc-skip-member", not_a_field)
