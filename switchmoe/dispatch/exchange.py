@@ -20,10 +20,9 @@ from jax.sharding import PartitionSpec
 from switchmoe.dispatch.dispatchers import (
     DECODING,
     DISPATCHERS,
-    EinsumDispatcher,
     IndexDispatcher,
     apart_dispatcher,
-    einsum_dispatcher,
+    gather_dispatcher,
     kept_choices,
     row_maps,
     spread,
@@ -68,16 +67,15 @@ class BufferExchange:
     Between the two, the sharding of the buffers (groups' axis to experts' axis) is the all-to-all.
     """
 
-    local: EinsumDispatcher | IndexDispatcher
-    specs: EinsumDispatcher | IndexDispatcher = struct.field(pytree_node=False)
+    local: Any  # EinsumDispatcher, IndexDispatcher, or another back end's
+    specs: Any = struct.field(pytree_node=False)
     axes: tuple[str, ...] = struct.field(pytree_node=False)
 
     @classmethod
     def create(cls, routing: Routing, axes: tuple[str, ...], make: Any) -> "BufferExchange":
         groups, buffers = PartitionSpec(axes), PartitionSpec(None, axes)
-        specs = IndexDispatcher(groups, buffers, groups)
-        if make is einsum_dispatcher:
-            specs = EinsumDispatcher(groups, groups)
+        # A back end has its leaves along the groups, but for the buffers' own indices.
+        specs = IndexDispatcher(groups, buffers, groups) if make is gather_dispatcher else groups
         return cls(_on_devices(make, axes, groups, specs)(_indices(routing)), specs, axes)
 
     def dispatch(self, x_GSD: jax.Array) -> jax.Array:

@@ -1,0 +1,147 @@
+"""Every command that README and docs show is accepted by its parser, and every local link leads somewhere. Nothing is trained."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from experiments import command_line
+from experiments.__main__ import commands
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [path for path in (ROOT / "CHANGELOG.md",) if path.exists()]
+DEFAULT = "configs/quickstart.py"
+WITH_A_RUN = (
+    "configs/from_run.py",
+    "configs/finetune.py",
+    "configs/distill.py",
+)  # they read a run's directory
+
+
+def shown(page):
+    """The arguments of every `python -m experiments.NAME` in indented and fenced lines and between backticks."""
+    text = page.read_text(encoding="utf-8")
+    spans = [span.replace("\n", " ") for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+    blocks = re.sub(r"\\\n\s*", " ", text).splitlines()
+    lines = [line for line in blocks if line.startswith("    ") or re.match(r"[^|`]*\bpython -m", line)]
+    for line in (*spans, *lines):
+        for found in re.finditer(r"python -m experiments\.(\w+)([^`]*)", line):
+            if not re.search(r"\[|=\.\.\.| \.\.\.|NAME", found[2]):
+                yield found[1], shlex.split(found[2].rstrip(" .,:)"), comments=True)
+
+
+def parse_config(rest, default, buckets=False):
+    """As the commands do; a config that reads a run's directory is left out, as none is there."""
+    own = [
+        argument for argument in rest if argument.startswith(tuple(f"--config={name}" for name in WITH_A_RUN))
+    ]
+    command_line.overrides(rest)
+    if not own:
+        kept = [argument for argument in rest if not argument.startswith("--config=FILE")]
+        command_line.parse(["command", *kept], default, "", buckets=buckets)
+
+
+def accept(name, arguments):
+    """Raises what the command would answer a mistake with."""
+    if "--help" in arguments:
+        assert name in commands()
+    elif name == "run":
+        parse_config(arguments, DEFAULT, buckets=True)
+    elif name in ("finetune", "distill"):
+        names = {"finetune": ("init", "task", "steps"), "distill": ("teacher", "task")}[name]
+        own, rest = command_line.options(arguments, names)
+        assert own[names[0]], arguments
+        _, others = command_line.overrides(rest)
+        assert all(argument.startswith("--workdir=") for argument in others), others
+    elif name in ("evaluate", "generate", "convert"):
+        if arguments:
+            importlib.import_module(f"experiments.{name}").parse(arguments)
+    elif name == "analyze":
+        command = importlib.import_module("experiments.analyze.command")
+        if command._of_routing(arguments):
+            importlib.import_module("experiments.analyze.routing").parse(arguments[1:])
+        else:
+            command._arguments(arguments)
+    elif name == "sweep":
+        sweep(arguments, "configs/sweeps/experts_tiny.py")
+    elif name == "paper":
+        paper = importlib.import_module("experiments.paper.__main__")
+        if arguments and arguments != ["--list"]:
+            found = paper.parse(arguments)
+            sweep(found.rest, paper.SCALES[found.scale].config)
+    elif name == "plan":
+        what, _, _, rest = importlib.import_module("experiments.plan.__main__")._own(arguments)
+        if what != "layouts":
+            parse_config(rest, "configs/switch_base.py")
+    elif name == "bench":
+        if arguments[:1] == ["accelerator"]:
+            importlib.import_module("experiments.bench.accelerator")._parse(arguments[1:])
+        else:
+            importlib.import_module("experiments.bench.__main__")._parse(arguments)
+    else:
+        raise ValueError(f"{name}: no parser is known to this test")
+
+
+def sweep(arguments, default):
+    from experiments.launchers import choice
+
+    _, rest = choice.read(arguments)
+    parse_config([argument for argument in rest if argument != "--dry_run"], default)
+
+
+COMMANDS = {f"{page.stem}-{n}": found for page in PAGES for n, found in enumerate(shown(page))}
+
+
+@pytest.mark.parametrize("name, arguments", COMMANDS.values(), ids=COMMANDS)
+def test_a_command_is_accepted(name, arguments):
+    accept(name, arguments)
+
+
+def test_the_commands_are_found():
+    assert {name for name, _ in COMMANDS.values()} == set(commands()) and len(COMMANDS) > 50
+
+
+@pytest.mark.parametrize(
+    "name, argument",
+    [
+        ("run", "--config.moe.experts=8"),
+        ("run", "--config.moe.num_experts=many"),
+        ("sweep", "--config.moe.num_expert=1"),
+        ("generate", "--source=RUN --heat=1"),
+        ("plan", "smallest --devices=4"),
+        ("bench", "layer --dispatch=magic"),
+        ("paper", "table99"),
+    ],
+)
+def test_a_wrong_one_is_not(name, argument):
+    with pytest.raises((ValueError, SystemExit)):
+        accept(name, argument.split())
+
+
+def anchor(heading):
+    """As GitHub and the site make it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_local_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, part = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        assert not part or part in anchors(there), target
+    for path in re.findall(
+        r"`((?:docs|configs|scripts|tests|switchmoe|experiments|colab)/[\w./]+\.\w+)`", text
+    ):
+        assert list(ROOT.glob(path)), path
