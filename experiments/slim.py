@@ -8,6 +8,8 @@ compares it with RUN: parameters, bytes on disk and in memory, held-out loss, th
   --by=use|merge|task          the K most used | all, of which the others are averaged into these | those that the task's
                                sentences go to as wholes: a sub-network for the task (use)
   --align=hungarian|greedy|none   how an expert's units are matched to another's before they are averaged (hungarian)
+  --bits=8|4                   the experts' weights are integers, two a byte if of 4 bits, on disk and in memory
+  --group=N                    rows of a kernel that share scales, 0: all (all of 8 bits; of 4 bits 32, or what divides the widths)
   --sweep                      DIR becomes a directory of them all: pruned, merged, for the task, and so on, and their table
   --text=TEXT                  on which use is counted (its training part) and loss is measured: as data.source (the run's own)
   --task=NAME[,NAME...]        tasks, as experiments.finetune has them: use is counted on them, loss measured if there is no
@@ -28,7 +30,7 @@ from experiments import command_line, exits, process
 
 COMMAND = "experiments.slim"
 OPTIONS = {  # with their defaults
-    "source": "", "target": "", "experts": 0, "by": "", "align": "hungarian", "text": "", "task": "", "batches": 16,
+    "source": "", "target": "", "experts": 0, "by": "use", "align": "hungarian", "bits": 0, "group": -1, "text": "", "task": "", "batches": 16,
 }  # fmt: skip
 
 
@@ -59,12 +61,14 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, what in (("source", "a run with experts"), ("target", "a directory's name that is free")):
         if not found[name]:
             raise ValueError(f"no {name}; accepted is --{name}=, {what}")
-    if found["by"] and (found["sweep"] or not found["experts"]):
+    if found["by"] != "use" and (found["sweep"] or not found["experts"]):
         raise ValueError(f"--by={found['by']}: accepted with --experts=, without --sweep")
     if found["by"] == "task" and not found["task"]:
         raise ValueError("--by=task: accepted with --task=NAME")
-    if not (found["experts"] or found["sweep"]):
-        raise ValueError("nothing to do; accepted is --experts=K or --sweep")
+    if found["bits"] and found["sweep"]:
+        raise ValueError(f"--bits={found['bits']}: accepted without --sweep, which has both")
+    if not (found["experts"] or found["bits"] or found["sweep"]):
+        raise ValueError("nothing to do; accepted is --experts=K, --bits=8, --bits=4 or --sweep")
     unknown = [n for n in overrides if n.startswith("task.") and (n == "task.names" or not found["task"])]
     if unknown:
         raise ValueError(
@@ -84,10 +88,12 @@ def _slim(options: dict[str, Any], overrides: dict[str, Any]) -> int:
     model, target = trained.find(options["source"]), Path(options["target"]).expanduser()
     counted = {name: options[name] for name in ("text", "task", "batches")} | {"config": overrides}
     whole = target / slim_table.TABLE_FILE
-    members = {target: slimming.Slimming(options["experts"], options["by"] or "use", options["align"])}
+    members = {
+        target: slimming.Slimming(*(options[name] for name in ("experts", "by", "align", "bits", "group")))
+    }
     if options["sweep"]:
         kept = options["experts"] or max(1, model.settings.moe.num_experts // 2)
-        found = slimming.sweep(kept, options["align"], bool(options["task"]))
+        found = slimming.sweep(kept, options["align"], options["group"], bool(options["task"]))
         members = {target / name: how for name, how in found.items()}
     wanted = {path: slim.asked(model, how, counted) for path, how in members.items()}
     for how in members.values():  # before anything is read or written

@@ -1,4 +1,4 @@
-"""A run's directory with fewer experts of a trained model (`runs.slimming`), written a layer at a time, and what it is compared by."""
+"""A run's directory of a trained model made smaller (`runs.slimming`), written a layer at a time, and what it is compared by."""
 
 import dataclasses
 import json
@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from switchmoe.interop import growing, run_files
 from switchmoe.model import moe as moe_layer
 from switchmoe.model.transformer import sparse_layer_names
+from switchmoe.quantised import SCALE
 from switchmoe.runs import buckets, integrity, measuring, slimming, start, trained
 from switchmoe.runs.checkpoints import write_json
 from switchmoe.runs.origin import commit
@@ -75,7 +77,8 @@ def make(
     kept = trained.dtype(model)
     found = places.names(settings)
     lead = {name: len(next(places.places(settings, name))[2]) for name in found}
-    writer = run_files.Writer(directory, {n: (shape, lead[n]) for n, shape in found.items()}, kept)
+    parameters = {name: (shape, lead[name]) for name, shape in found.items()}
+    writer = run_files.Writer(directory, parameters, kept, _integers(settings))
     groups = _layers(model, settings, how, use, writer)
     _rest(model, settings, writer)
     (directory / integrity.MANIFEST).write_text(json.dumps(writer.finish(), indent=1))
@@ -86,6 +89,13 @@ def make(
     write_json(work / SLIM_FILE, {"asked": wanted, "experts": groups, "use": told})
     (work / USE_FILE).unlink(missing_ok=True)
     growing.ended(work, target)
+
+
+def _integers(settings: Settings) -> dict[str, str]:
+    """The types of what is not of the others' type, by name."""
+    params = flatten_dict(train_state.parameter_shapes(settings), sep="/")
+    found = {name: "int8" for name, leaf in params.items() if leaf.dtype == np.int8}
+    return found | dict.fromkeys((name + SCALE for name in found), "float32")
 
 
 def _used(settings: Settings, how: Slimming, file: Path, count: Callable[[], Use]) -> Use:
@@ -102,6 +112,7 @@ def _layers(
 ) -> dict[str, list[list[int]]]:
     """Writes routers and experts; returns of which experts each kept one is made, by layer."""
     there, moe, told = slimming.layers(model.settings), model.settings.moe, {}
+    new_places = slimming.layers(settings)
     # One for each parameter, as a reader keeps what it read last.
     readers = {
         name: run_files.Reader(Path(model.step)) for parts in there.values() for name, _ in parts.values()
@@ -120,8 +131,11 @@ def _layers(
             if how.experts:
                 kernel = slimming.slim_router(kernel, old, new, groups, use[layer])
             writer.write(*parts[inner], kernel)
-        for inner, kernel in slimming.slim_experts(kernels, groups, use[layer], how.align).items():
-            writer.write(*parts[inner], kernel)
+        kernels = slimming.slim_experts(kernels, groups, use[layer], how.align)
+        kernels = slimming.integers(kernels, settings.moe) if how.bits else kernels
+        here = new_places[layer]
+        for inner, kernel in kernels.items():
+            writer.write(*here[inner], kernel)
         told[layer] = [members.tolist() for members in groups]
     return told
 

@@ -45,7 +45,7 @@ class Yardstick:
 
     def like(self, settings: Settings, model: Settings) -> Settings:
         """The settings with another model's experts."""
-        fields = ("num_experts", "route_one")
+        fields = ("num_experts", "route_one", "expert_bits", "expert_group")
         changed = {name: getattr(model.moe, name) for name in fields}
         return dataclasses.replace(settings, moe=dataclasses.replace(settings.moe, **changed))
 

@@ -1,15 +1,17 @@
-"""A trained model with fewer experts: pruned to some of them, or merged into some (parameters of numpy, a layer at a time).
+"""A trained model made smaller: its experts pruned or merged to fewer, or made integers (numpy, a layer at a time).
 
 Letters: E experts there, K experts kept, D model, F an expert's width, R columns of the router.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from switchmoe.model import moe as moe_layer
+from switchmoe.quantised import SCALE, quantise
 from switchmoe.settings import MoESettings, Settings, from_config, to_dict
 from switchmoe.training import places
 
@@ -27,11 +29,15 @@ class Slimming:
     experts: int = 0  # kept in each layer; 0: all
     by: str = "use"  # use: the most used | merge: the others are averaged into these | task: those a task's sentences go to
     align: str = "hungarian"  # how units are matched before experts are averaged: hungarian | greedy | none
+    bits: int = 0  # of the experts' weights, 8 or 4; 0: as they are
+    group: int = -1  # rows of a kernel that share scales, 0: all; -1: all of 8 bits, of 4 bits 32 or what divides the widths
 
     def __post_init__(self) -> None:
         for field, known in (("by", BY), ("align", ALIGNMENTS)):
             if getattr(self, field) not in known:
                 raise ValueError(f"--{field}={getattr(self, field)}: accepted is one of {', '.join(known)}")
+        if self.bits not in (0, 4, 8):
+            raise ValueError(f"--bits={self.bits}: accepted is 8 or 4")
 
 
 def settings_of(source: Settings, how: Slimming, step: int) -> Settings:
@@ -45,16 +51,24 @@ def settings_of(source: Settings, how: Slimming, step: int) -> Settings:
     """
     if not source.sparse:
         raise ValueError("--source: it is dense; accepted is a model with experts")
+    if source.moe.expert_bits:
+        raise ValueError(
+            f"--source: its experts are integers of {source.moe.expert_bits} bits; accepted is the model they were made of"
+        )
     groups = to_dict(source)
+    if how.bits:
+        width = source.expert_width // source.moe.granularity
+        smallest = math.gcd(32, source.model.d_model, width) if how.bits == 4 else 0
+        groups["moe"] |= {"expert_bits": how.bits, "expert_group": smallest if how.group < 0 else how.group}
     if how.experts:
         there = source.moe.num_experts
         if not 1 <= how.experts <= there:
             raise ValueError(f"--experts={how.experts}: accepted is an integer from 1 to the model's {there}")
         for stack in source.sparse_stacks:
             name = moe_layer.router_name(source.moe, stack == "decoder")
-            if name in UNROUTED and how.experts < there:
+            if name in UNROUTED:
                 raise ValueError(
-                    f"--experts={how.experts}: accepted with the router {name} is {there}: it has no column for each expert"
+                    f"--experts={how.experts}: accepted with the router {name} is 0: it has no column for each expert"
                 )
         groups["moe"] |= {"num_experts": how.experts, "route_one": source.moe.route_one or how.experts == 1}
     groups["init"] = to_dict(Settings())["init"]
@@ -64,7 +78,8 @@ def settings_of(source: Settings, how: Slimming, step: int) -> Settings:
         for stack in found.sparse_stacks:
             moe_layer.check(found.moe, stack == "decoder")
     except ValueError as error:
-        raise ValueError(f"--experts={how.experts}: as settings of a run: {error}") from error
+        field = "experts" if how.experts else "bits"
+        raise ValueError(f"--{field}={getattr(how, field)}: as settings of a run: {error}") from error
     return found
 
 
@@ -204,7 +219,22 @@ def _greedy(like_FF: np.ndarray) -> np.ndarray:
     return order_F
 
 
-def sweep(kept: int, align: str, task: bool) -> dict[str, Slimming]:
-    """What is compared, by the name of its directory."""
+def integers(kernels: Mapping[str, np.ndarray], moe: MoESettings) -> Kernels:
+    """Codes, by the kernels' names, and scales, of experts' kernels [K, D, ...]."""
+    found = {}
+    for name, kernel in kernels.items():
+        parts = quantise(kernel.reshape(*kernel.shape[:2], -1), moe.expert_bits, moe.expert_group)
+        found |= dict(zip((name, name + SCALE), parts, strict=True))
+    return found
+
+
+def sweep(kept: int, align: str, group: int, task: bool) -> dict[str, Slimming]:
+    """What is compared, by the name of its directory: each way, and each with integers."""
     named = {"pruned": "use", "merged": "merge"} | ({"task": "task"} if task else {})
-    return {f"{name}_{kept}": Slimming(kept, by, align) for name, by in named.items()}
+    found = {f"{name}_{kept}": Slimming(kept, by, align) for name, by in named.items()}
+    for bits in (8, 4):
+        found[f"int{bits}"] = Slimming(bits=bits, group=group)
+    for name, by in named.items():
+        for bits in (8, 4):
+            found[f"{name}_{kept}_int{bits}"] = Slimming(kept, by, align, bits, group)
+    return found
