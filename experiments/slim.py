@@ -17,8 +17,8 @@ compares it with RUN: parameters, bytes on disk and in memory, held-out loss, th
   --batches=N                  at most so many of each split; 0: all (16)
   --config.GROUP.FIELD=V       how the text is read, as in experiments.evaluate, and fields of task
 
-Beside a run's files DIR has slim.json (of which experts each is made, and their use), table.json, .csv and .md. The same
-command goes on after a kill. Exit codes: 0 done; 2 bad input; 4 a file that can't be written or read.
+Beside a run's files DIR has slim.json (of which experts each is made), use.json, table.json, .csv and .md. The same command
+goes on after a kill. Exit codes: 0 done; 2 bad input; 4 a file that can't be written or read.
 """
 
 import sys

@@ -24,8 +24,8 @@ from switchmoe.runs.telling import versions
 from switchmoe.settings import Settings, to_dict
 from switchmoe.training import places, train_state
 
-SLIM_FILE = "slim.json"  # what was asked, and of each layer which experts were kept
-USE_FILE = "use.json"  # while it grows: so that what was counted is counted once
+SLIM_FILE = "slim.json"  # what was asked, and of each layer of which experts each is made
+USE_FILE = "use.json"  # each layer's use of its experts, where it was counted: once, whatever stops the rest
 Use = dict[str, np.ndarray]  # of each layer: of its experts
 
 
@@ -85,9 +85,7 @@ def make(
     if model.vocabulary is not None:
         (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary.model_bytes)
     write_json(work / "config.json", to_dict(settings))
-    told = {layer: use_E.tolist() for layer, use_E in use.items()}
-    write_json(work / SLIM_FILE, {"asked": wanted, "experts": groups, "use": told})
-    (work / USE_FILE).unlink(missing_ok=True)
+    write_json(work / SLIM_FILE, {"asked": wanted, "experts": groups})
     growing.ended(work, target)
 
 

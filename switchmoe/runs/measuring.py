@@ -22,6 +22,7 @@ from switchmoe.parallel import sharding
 from switchmoe.runs import finetuning, start, trained
 from switchmoe.runs.judges import HeldOut
 from switchmoe.runs.parts import Context
+from switchmoe.runs.rundir import read_run
 from switchmoe.settings import Settings, from_config, to_dict
 from switchmoe.training import objective
 
@@ -71,7 +72,11 @@ def yardstick(
     asked = {name: value for name, value in overrides.items() if not name.startswith("task.")}
     settings = trained.changed(model.settings, asked | ({"data.source": text} if text else {}))
     vocabulary = model.vocabulary
-    if vocabulary is None or vocabulary.size > settings.embedding_rows:
+    known = read_run(Path(model.step.parent.parent)).get("vocabulary_sha256")
+    others = vocabulary and (
+        vocabulary.size > settings.embedding_rows or known not in (None, vocabulary.sha256)
+    )
+    if vocabulary is None or others:
         has = (
             "no vocabulary"
             if vocabulary is None
@@ -153,12 +158,14 @@ def figures(model: trained.Source, ruler: Yardstick) -> dict[str, Any]:
     with jax.set_mesh(ruler.mesh), sharding.rules(settings):
         params = trained.parameters(model, settings, ruler.mesh)
         found["memory"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        judge = None
         for split, parts, own in (
             ("train", ruler.counted, ruler.counted_settings),
             ("validation", ruler.held_out, ruler.settings),
         ):
+            like = judge if ruler.settings == ruler.counted_settings else None
             own = ruler.like(own, model.settings)
-            judge = HeldOut(split, parts, objective.CROSS_ENTROPY, own, ruler.mesh)
+            judge = HeldOut(split, parts, objective.CROSS_ENTROPY, own, ruler.mesh, like)
             judge.compile(params)
             found["records"][split] = judge.figures(params)
         if ruler.task:
