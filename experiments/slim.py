@@ -1,8 +1,8 @@
 """Makes a trained model smaller, and measures what that costs: ``python -m experiments.slim --source=RUN --target=DIR [--OPTION=VALUE ...]``
 
 RUN is a run's directory with experts (its newest step), DIR|STEP or DIR/checkpoints/STEP. DIR becomes a run's directory with
-fewer experts, integers for their weights, or both, which evaluate, generate, finetune and init.checkpoint take. A table
-compares it with RUN: parameters, bytes on disk and in memory, held-out loss, the task's score, generated tokens a second.
+fewer experts, integers for their weights, or both, which evaluate, generate, finetune and init.checkpoint take (integers
+are not trained, so finetune with --steps=0). A table compares it with RUN: parameters, bytes on disk and in memory, held-out loss, the task's score, generated tokens a second.
 
   --experts=K                  experts kept in each layer
   --by=use|merge|task          the K most used | all, of which the others are averaged into these | those that the task's

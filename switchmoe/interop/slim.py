@@ -142,8 +142,8 @@ def _rest(model: trained.Source, settings: Settings, writer: run_files.Writer) -
     """Copies what is no router's and no expert's."""
     reader, done = run_files.Reader(Path(model.step)), slimming.layers(settings).values()
     done = {name for parts in done for name, _ in parts.values()}
-    for name in places.names(settings).keys() - done:
-        for _, _, index in places.places(settings, name):
+    for name in places.names(settings):
+        for _, _, index in places.places(settings, name) if name not in done else ():
             writer.write(name, index, reader.read(f"params/{name}", index))
 
 

@@ -88,6 +88,12 @@ def run(main, *arguments, code=0):
 def test_with_all_experts_it_is_the_same_model_to_the_bit(files, tmp_path, by):
     there, found = params_of(files / "run"), params_of(made(files, tmp_path / "all", experts=EXPERTS, by=by))
     assert there.keys() == found.keys()
+    # The list of the files is in an order that does not depend on the process.
+    listed = json.loads((tmp_path / "all" / "checkpoints" / "3" / integrity.MANIFEST).read_text())
+    rest = list(
+        dict.fromkeys(file.split("/")[1] for file in listed if ".moe." not in file and "params" in file)
+    )
+    assert rest[-3:] == [f"params.{name.replace('/', '.')}" for name in there if "/moe/" not in name][-3:]
     for name in there:
         np.testing.assert_array_equal(found[name], there[name], err_msg=name)
 
