@@ -9,6 +9,8 @@ import pytest
 
 from switchmoe import quantised
 from switchmoe.model.moe import MoELayer
+from switchmoe.parallel import sharding
+from switchmoe.planning import memory
 from switchmoe.quantised import Quantised, dequantised, quantise
 from switchmoe.settings import ModelSettings, MoESettings, from_config
 from switchmoe.training import train_state
@@ -114,3 +116,6 @@ def test_integers_are_not_trained_and_counted_as_the_weights_they_are():
         train_state.optimizer(settings)
     whole = from_config(config | {"moe": dict(num_experts=4)})
     assert train_state.parameter_counts(settings) == train_state.parameter_counts(whole)
+    parameters, optimizer = memory.state_bytes(settings, dict.fromkeys(sharding.AXES, 1))
+    leaves = jax.tree.leaves(train_state.parameter_shapes(settings))
+    assert (parameters, optimizer) == (sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), 0)
