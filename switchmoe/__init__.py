@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 ROOMS = (
     "settings",
     "products",
+    "quantised",
     "routing",
     "dispatch",
     "model",

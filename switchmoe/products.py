@@ -101,13 +101,13 @@ def few_rows(x_SD: jax.Array, kernel_FD: jax.Array, dtype: jnp.dtype | None = No
 
 
 def buffers_matmul(x_EGCD: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
-    """Each expert's buffers times its kernel, as a product of two matrices for each expert.
+    """Each expert's buffers times its kernel (or `Quantised` one), as a product of two matrices for each expert.
 
     A row that is not finite comes out so, and adds nothing to the kernels' gradient: 0 * inf is NaN, so one
     bad row would spoil its expert's kernel even where the loss does not depend on that row.
     """
     experts, groups, slots, width = x_EGCD.shape
-    y = _rows_product(x_EGCD.reshape(experts, groups * slots, width), kernel_EDF)
+    y = _rows_product(x_EGCD.reshape(experts, groups * slots, width), jnp.asarray(kernel_EDF))
     return y.reshape(experts, groups, slots, -1)
 
 

@@ -192,6 +192,9 @@ class MoESettings:
     branches: int = 2  # hierarchical: branches of the first level
     slots: int = 1  # soft: slots per expert
     expert_dropout_rate: float = 0.0  # dropout inside the experts, instead of model.dropout_rate
+    # Experts' kernels are integers of 8 or 4 bits and scales, as `experiments.slim` writes them, and can't be trained; 0: float32
+    expert_bits: int = 0
+    expert_group: int = 0  # rows of such a kernel with a scale of their own for each column; 0: all rows
     router_init_stddev: float = 0.02  # of the router's first kernel
     router_dtype: str = (
         "float32"  # bfloat16: without selective precision (Switch, 2.4), to see what it is for
@@ -209,6 +212,7 @@ class MoESettings:
             "dense_first",
             "d_ff",
             "capacity",
+            "expert_group",
         ):
             _at_least("moe", self, field, 0)
         _at_least("moe", self, "decoder_every", -1)
@@ -222,6 +226,8 @@ class MoESettings:
             _not_negative("moe", self, field)
         for field in ("jitter", "input_dropout_rate", "expert_dropout_rate"):
             _rate("moe", self, field)
+        if self.expert_bits not in (0, 4, 8):
+            raise _bad("moe.expert_bits", self.expert_bits, "0, 8 or 4")
         _one_of("moe", self, "balance", ("group", "global"))
         _one_of("moe", self, "balance_choices", ("all", "first"))
         _one_of("moe", self, "explore", ("argmax", "sample", "input_dropout", "jitter"))
@@ -552,6 +558,15 @@ class Settings:
         if self.sparse and self.expert_width % self.moe.granularity:
             field = "moe.d_ff" if self.moe.d_ff else "model.d_ff"
             raise _bad("moe.granularity", self.moe.granularity, f"a divisor of {field}={self.expert_width}")
+        if self.moe.expert_bits and not self.sparse:
+            raise _bad("moe.expert_bits", self.moe.expert_bits, "0 with a dense model")
+        for rows in (self.model.d_model, self.expert_width // self.moe.granularity):
+            if self.moe.expert_bits == 4 and rows % 2:
+                raise _bad("moe.expert_bits", 4, f"8 or 0 with kernels of {rows} rows: two share a byte")
+            if self.moe.expert_bits and rows % (self.moe.expert_group or rows):
+                raise _bad(
+                    "moe.expert_group", self.moe.expert_group, f"0, or a divisor of a kernel's {rows} rows"
+                )
         if self.model.vocab_rows and self.model.vocab_rows < self.data.vocab_size:
             raise _bad(
                 "model.vocab_rows",

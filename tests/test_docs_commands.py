@@ -56,7 +56,7 @@ def accept(name, arguments):
         assert own[names[0]], arguments
         _, others = command_line.overrides(rest)
         assert all(argument.startswith("--workdir=") for argument in others), others
-    elif name in ("evaluate", "generate", "convert"):
+    elif name in ("evaluate", "generate", "convert", "slim"):
         if arguments:
             importlib.import_module(f"experiments.{name}").parse(arguments)
     elif name == "analyze":

@@ -19,11 +19,12 @@ def grouped_matmul(x_ND: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -
     Rows beyond ``sum(sizes_E)`` come out as anything and are given no gradient to pass on. Neither they nor a
     row that is not finite (which comes out so) add anything to the kernels' gradient. On a CPU by blocks of
     rows (`blocked_matmul`); elsewhere by tokamax's kernels, if it is installed, or else by
-    `jax.lax.ragged_dot`, which on a CPU pays for every expert.
+    `jax.lax.ragged_dot`, which on a CPU pays for every expert. Of a `Quantised` kernel a CPU makes an expert's part
+    at a time, of experts that have rows.
     """
     if jax.default_backend() == "cpu":
         return blocked_matmul(x_ND, kernel_EDF, sizes_E)
-    return _library_matmul(x_ND, kernel_EDF, sizes_E)
+    return _library_matmul(x_ND, jnp.asarray(kernel_EDF), sizes_E)
 
 
 @jax.custom_vjp

@@ -18,6 +18,7 @@ from switchmoe.dispatch.dispatchers import DECODING
 from switchmoe.model.attention import JOINED, Memory, empty_memory
 from switchmoe.model.transformer import PAD_ID, Transformer, unstacked, without_limits
 from switchmoe.parallel.sharding import path_keys
+from switchmoe.quantised import SCALE
 from switchmoe.routing import NOT_CAUSAL
 from switchmoe.settings import Settings
 
@@ -26,7 +27,8 @@ INPUT_AXES = {JOINED: 1, "query": 1, "key": 1, "value": 1, "out": 2, "wi": 1, "w
 MOST_APART = 16  # experts up to which each has its own code in a program of decoding
 # The jax from which on a CPU multiplies few rows of bfloat16 in less time than of float32.
 FAST_BF16 = (0, 11)
-FLOAT32 = ("router", "relative_bias", "query_norm", "key_norm")  # parameters that are used as such
+# Parameters that are used as such
+FLOAT32 = ("router", "relative_bias", "query_norm", "key_norm", *(name + SCALE for name in INPUT_AXES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +92,15 @@ def laid_out(settings: Settings, params: Any) -> tuple[Settings, Any]:
     cpu, moe, kept = jax.default_backend() == "cpu", settings.moe, settings.model.dtype
     if cpu and kept == "bfloat16" and jax.__version_info__ < FAST_BF16:
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype="float32"))
-    apart = cpu and moe.dropless and moe.total_experts <= MOST_APART
+    # Of integers the kernels of experts with rows are made, each where it is used: `grouped.blocked_matmul`.
+    apart = cpu and moe.dropless and moe.total_experts <= MOST_APART and not moe.expert_bits
     if apart:
         settings = dataclasses.replace(settings, moe=dataclasses.replace(moe, dispatch=DECODING))
 
     def lay(path: tuple, leaf: jax.Array) -> jax.Array | Laid:
         keys = path_keys(path)
         leaf = jnp.asarray(leaf)  # once: a program is given arrays of numpy anew at every call
-        if leaf.ndim < 2 or any(key in FLOAT32 for key in keys):
+        if leaf.ndim < 2 or leaf.dtype == jnp.int8 or any(key in FLOAT32 for key in keys):
             return leaf
         leaf, experts = leaf.astype(kept).astype(settings.model.dtype), "experts" in keys
         if not cpu or keys[-1] not in INPUT_AXES or (experts and not apart):

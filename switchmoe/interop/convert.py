@@ -241,6 +241,8 @@ def to_fields(settings: Settings) -> tuple[Family, dict[str, Any]]:
     def refuse(field: str, value: Any, accepted: Any) -> None:
         raise ValueError(f"{field}={value}: accepted for a Hugging Face directory is {accepted}")
 
+    if settings.moe.expert_bits:
+        refuse("moe.expert_bits", settings.moe.expert_bits, 0)
     if settings.stacks == ("decoder",):
         return decoders.FAMILIES[decoders.kind_of(settings)], decoders.write_config(settings, refuse)
     return t5.family(settings.sparse, settings.model.gated), t5.write_config(settings, refuse)

@@ -17,7 +17,7 @@ from switchmoe.interop.tables import Move
 
 STATE = "state"
 BLOCK = 128  # elements a side: two blocks of float32 fit a core's cache
-_TYPES = {"float32": "<f4", "bfloat16": "bfloat16", "float16": "<f2", "int32": "<i4"}
+_TYPES = {"float32": "<f4", "bfloat16": "bfloat16", "float16": "<f2", "int32": "<i4", "int8": "|i1"}
 
 
 class Writer:
@@ -26,15 +26,23 @@ class Writer:
     Args:
       step: the step's directory.
       parameters: shapes by name, and how many first axes of each are written part by part.
+      dtype: of those that are not in ``dtypes``.
     """
 
-    def __init__(self, step: Path, parameters: Mapping[str, tuple[tuple[int, ...], int]], dtype: str):
-        self._state, self._dtype, self._parameters = step / STATE, dtype, parameters
+    def __init__(
+        self,
+        step: Path,
+        parameters: Mapping[str, tuple[tuple[int, ...], int]],
+        dtype: str,
+        dtypes: Mapping[str, str] | None = None,
+    ):
+        self._state, self._parameters = step / STATE, parameters
+        self._dtypes = dict.fromkeys(parameters, dtype) | dict(dtypes or {})
         self._checksums: dict[str, tuple[int, int]] = {}
         for name, (shape, lead) in parameters.items():
             leaf = self._leaf(name)
             leaf.mkdir(parents=True, exist_ok=True)
-            self._small(leaf / ".zarray", _zarray(shape, (*(1,) * lead, *shape[lead:]), dtype))
+            self._small(leaf / ".zarray", _zarray(shape, (*(1,) * lead, *shape[lead:]), self._dtypes[name]))
 
     def _leaf(self, name: str) -> Path:
         return self._state / ".".join(("params", *name.split("/")))
@@ -62,7 +70,7 @@ class Writer:
         shape, lead = self._parameters[name]
         if (
             not path.exists()
-            or path.stat().st_size != math.prod(shape[lead:]) * np.dtype(self._dtype).itemsize
+            or path.stat().st_size != math.prod(shape[lead:]) * np.dtype(self._dtypes[name]).itemsize
         ):
             return False
         raw = path.read_bytes()

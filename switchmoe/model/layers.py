@@ -39,9 +39,10 @@ def param(
     names: tuple[str | None, ...],
     shape: tuple[int, ...],
     dtype: jnp.dtype,
+    kept: jnp.dtype = jnp.float32,
 ) -> jax.Array:
-    """A float32 parameter with logical axis names, as ``dtype``; whole along ``embed`` where it is used."""
-    value = module.param(name, nn.with_logical_partitioning(init, names), shape, jnp.float32).astype(dtype)
+    """A parameter of the type ``kept`` with logical axis names, as ``dtype``; whole along ``embed`` where it is used."""
+    value = module.param(name, nn.with_logical_partitioning(init, names), shape, kept).astype(dtype)
     return nn.with_logical_constraint(value, tuple(None if name == "embed" else name for name in names))
 
 

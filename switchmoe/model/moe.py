@@ -6,6 +6,7 @@ C capacity (slots per expert and group), H heads, K width of a head.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -16,11 +17,14 @@ from switchmoe.dispatch import exchange
 from switchmoe.dispatch.dispatchers import DECODING, DISPATCHERS
 from switchmoe.model import choices
 from switchmoe.model.attention import attention_inits, projections
-from switchmoe.model.layers import FeedForward, activate, kernel_init, param
+from switchmoe.model.layers import FeedForward, Initializer, activate, kernel_init, param
+from switchmoe.quantised import SCALE, Quantised, shapes
 from switchmoe.routing import GROUPS, NOT_CAUSAL, ROUTERS, RouterSettings, Routing, expert_capacity
 from switchmoe.settings import LOSS_WEIGHTS, ModelSettings, MoESettings
 
-Matmul = Callable[[jax.Array, jax.Array], jax.Array]  # a dispatcher's: rows times their experts' kernels
+Matmul = Callable[
+    [jax.Array, jax.Array | Quantised], jax.Array
+]  # a dispatcher's: rows times their experts' kernels
 
 
 def group_shape(batch: int, length: int, group_size: int) -> tuple[int, int]:
@@ -140,6 +144,7 @@ def without_effect(moe: MoESettings) -> list[str]:
         "router_init_stddev": routers - {"hash", "noisy_top_k"},
         "priority": moe.router not in ("hash", *NOT_CAUSAL) and not moe.dropless,
         "reroute": not moe.dropless,
+        "expert_group": moe.expert_bits > 0,
         "shared_gate": moe.num_shared > 0,
         "decoder_offset": moe.decoder_every > 0,
         "capacity": not moe.dropless and routers != {"soft"},
@@ -159,6 +164,29 @@ def slots(moe: MoESettings, tokens: int, factor: float) -> int:
     return min(moe.capacity, tokens) or expert_capacity(tokens, moe.total_experts, factor, moe.total_choices)
 
 
+def expert_kernel(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    names: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+) -> jax.Array | Quantised:
+    """A parameter [E, D, ...] as kernels [E, D, F]; with `moe.expert_bits` two, integers and their scales."""
+    moe = module.moe
+    if not moe.expert_bits:
+        return param(module, name, init, names, shape, dtype).reshape(*shape[:2], -1)
+    kernel = *shape[:2], math.prod(shape[2:])
+    codes, scales = shapes(kernel, moe.expert_bits, moe.expert_group)
+    zeros, ones = nn.initializers.zeros, nn.initializers.ones
+    return Quantised(
+        param(module, name, zeros, names[:3], codes, jnp.int8, jnp.int8),
+        param(module, name + SCALE, ones, (names[0], None, names[2]), scales, jnp.float32),
+        moe.expert_bits,
+        dtype,
+    )
+
+
 class Experts(nn.Module):
     """E feed-forwards side by side: ``wo(activation(wi(x)))``, each row by its own expert."""
 
@@ -174,11 +202,12 @@ class Experts(nn.Module):
         names = ("expert", "embed", "mlp")
 
         def up(name: str) -> jax.Array:
-            return matmul(x, param(self, name, init, names, (experts, d, f), x.dtype))
+            return matmul(x, expert_kernel(self, name, init, names, (experts, d, f), x.dtype))
 
         h = activate(self.model.activation, up)
         h = nn.Dropout(self.moe.expert_dropout_rate, deterministic=not self.train)(h)
-        return matmul(h, param(self, "wo", init, ("expert", "mlp", "embed"), (experts, f, d), x.dtype))
+        names = ("expert", "mlp", "embed")
+        return matmul(h, expert_kernel(self, "wo", init, names, (experts, f, d), x.dtype))
 
 
 class AttentionExperts(nn.Module):
@@ -193,12 +222,10 @@ class AttentionExperts(nn.Module):
         experts, inits = self.moe.total_experts, attention_inits(self.model, batch_axis=0)
         names = ("expert", "embed", "heads", "kv")
         kernels = [
-            param(self, name, inits[name], names, (experts, *shape), x.dtype)
+            expert_kernel(self, name, inits[name], names, (experts, *shape), x.dtype)
             for name, shape in projections(self.model).items()
         ]
-        return jnp.concatenate(
-            [matmul(x, kernel.reshape(*kernel.shape[:2], -1)) for kernel in kernels], axis=-1
-        )
+        return jnp.concatenate([matmul(x, kernel) for kernel in kernels], axis=-1)
 
 
 class MoELayer(nn.Module):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from switchmoe.data.batches import array_lengths
@@ -61,7 +62,8 @@ def abstract_mesh(sizes: tuple[int, ...]) -> AbstractMesh:
 @functools.cache
 def abstract_state(settings: Settings) -> tuple[train_state.TrainState, dict]:
     """The first train state as shapes, and the boxed parameters; the same for all layouts."""
-    tx = train_state.optimizer(settings)
+    # Integers are not trained, and have no optimizer.
+    tx = optax.identity() if settings.moe.expert_bits else train_state.optimizer(settings)
     state = jax.eval_shape(functools.partial(train_state.init_state, settings, tx))
     return state, train_state.abstract_variables(settings)["params"]
 

@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = (
         (
             f"moe.{name}"
             for name in ("num_experts", "every", "offset", "decoder_every", "decoder_offset", "granularity")
-            + ("num_shared", "shared_gate", "attention", "slots", "dense_first", "d_ff", "route_one")
+            + ("num_shared", "shared_gate", "attention", "slots", "dense_first", "d_ff", "route_one", "expert_bits", "expert_group")
         )
         , _MODEL
     )

@@ -152,7 +152,13 @@ def _saved_shapes(init: InitSettings, step: epath.Path) -> dict[str, tuple[int, 
         raise ValueError(
             f"init.checkpoint={init.checkpoint}: {step} can't be read ({line}); accepted is {ACCEPTED}"
         ) from error
-    return {name: tuple(leaf.shape) for name, leaf in flatten_dict(found, sep="/").items()}
+    found = flatten_dict(found, sep="/")
+    integers = [name for name, leaf in found.items() if leaf.dtype == np.int8]
+    if integers:
+        raise ValueError(
+            f"init.checkpoint={init.checkpoint}: {integers[0]} is integers (moe.expert_bits) there; accepted is a float model's run"
+        )
+    return {name: tuple(leaf.shape) for name, leaf in found.items()}
 
 
 def _shapes(settings: Settings) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """A run's state: parameters, the optimizer's state and the step; as shapes, as arrays, and where they lie on a mesh."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -42,7 +43,8 @@ def parameter_shapes(settings: Settings) -> dict:
 
 
 def parameter_counts(settings: Settings) -> tuple[int, int]:
-    """(all parameters, those that one token uses: its choices of each sparse layer)."""
+    """(all parameters, those that one token uses: its choices of each sparse layer); of integers the weights they stand for."""
+    settings = dataclasses.replace(settings, moe=dataclasses.replace(settings.moe, expert_bits=0))
     params = abstract_variables(settings)["params"]
     total = _boxes(lambda box: box.value.size, params)
     experts, choices = settings.moe.total_experts, settings.moe.total_choices
@@ -119,8 +121,12 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
     """The run's optimizer, see `optimizers.create`; of what is trained.
 
     Raises:
-      ValueError: ``train.trainable`` has no parameter.
+      ValueError: ``train.trainable`` has no parameter; the experts are integers.
     """
+    if settings.moe.expert_bits:
+        raise ValueError(
+            f"moe.expert_bits={settings.moe.expert_bits}: accepted in training is 0: integers can't be trained"
+        )
     names, _ = split(axis_names(settings), settings)
     if not jax.tree.leaves(names):
         known = ", ".join(parameter_names(settings)[:8])
