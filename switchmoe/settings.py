@@ -461,6 +461,7 @@ class TaskSettings:
         ""  # of tasks, with commas between them; one may be a glob of .jsonl, .json, .csv or .tsv files
     )
     held_out: str = ""  # of tasks that are measured and not trained on
+    shots: int = 0  # solved examples before each question that is measured, but of tasks named NAME@COUNT
     inputs: str = (
         "{inputs}"  # of files: a template of a record's fields, which the model reads (SQuAD's has its own)
     )
@@ -477,7 +478,7 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         _one_of("task", self, "mixture", ("proportional", "equal", "rates"))
-        for field in ("ceiling", "eval_examples"):
+        for field in ("ceiling", "eval_examples", "shots"):
             _at_least("task", self, field, 0)
         _positive("task", self, "temperature")
         if (self.mixture == "rates") != bool(self.rates):

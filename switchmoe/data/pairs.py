@@ -16,7 +16,7 @@ import grain.experimental
 import numpy as np
 
 from switchmoe.data.batches import Batch, stream_rows
-from switchmoe.data.tasks import Example, Task
+from switchmoe.data.tasks import Example, Task, expanded
 from switchmoe.data.vocabulary import Vocabulary
 from switchmoe.settings import DataSettings, TaskSettings
 
@@ -39,7 +39,10 @@ def array_lengths(data: DataSettings, stacks: Sequence[str]) -> dict[str, int]:
 def shares(tasks: Sequence[Task], settings: TaskSettings) -> np.ndarray:
     """[T] A task's share of the rows: ``min(examples, ceiling) ** (1 / temperature)``, normalised (T5, 3.5.2), or as asked."""
     if settings.mixture == "rates":
-        rate_T = np.array([float(rate) for rate in settings.rates.split(",")])
+        rates = zip(
+            settings.rates.split(","), expanded(settings), strict=True
+        )  # a mixture's is of all its tasks
+        rate_T = np.array([float(rate) / len(names) for rate, names in rates for _ in names])
     elif settings.mixture == "equal":
         rate_T = np.ones(len(tasks))
     else:
@@ -56,19 +59,28 @@ class Encoder(NamedTuple):
     vocabulary: Vocabulary
 
     def tokens(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
-        return self.vocabulary.encode(example.inputs), self.vocabulary.encode(example.targets)
+        """Inputs and targets, without EOS, of which there is room for all: solved examples go one by one, the first first, then ends."""
+        inputs = self.vocabulary.encode(example.inputs)
+        for shot in reversed(example.shots):
+            longer = np.concatenate([self.vocabulary.encode(shot), inputs])
+            if len(longer) > self.data.input_length - 1:
+                break
+            inputs = longer
+        targets = self.vocabulary.encode(example.targets)
+        return inputs[: self.data.input_length - 1], targets[: self.data.target_length - 1]
 
     def prompt(self, example: Example) -> np.ndarray:
         """What is read before the answer: an encoder's inputs with EOS, or what a decoder alone begins with and the inputs."""
-        inputs, room = self.vocabulary.encode(example.inputs), self.data.input_length - 1
+        inputs, _ = self.tokens(example)
         if "encoder" in self.stacks:
-            return np.append(inputs[:room], self.vocabulary.eos_id).astype(np.int32)
-        return np.append([self.data.bos_id], inputs[:room]).astype(np.int32)
+            return np.append(inputs, self.vocabulary.eos_id).astype(np.int32)
+        return np.append([self.data.bos_id], inputs).astype(np.int32)
 
     def is_cut(self, example: Example) -> tuple[bool, bool]:
         """Whether inputs and targets are too long."""
         inputs, targets = self.tokens(example)
-        return len(inputs) > self.data.input_length - 1, len(targets) > self.data.target_length - 1
+        whole = sum(len(self.vocabulary.encode(text)) for text in (*example.shots, example.inputs))
+        return whole > len(inputs), len(self.vocabulary.encode(example.targets)) > len(targets)
 
     def batch(self, examples: Sequence[Example | None]) -> Batch:
         """A row for each example; None: padding."""
@@ -80,7 +92,6 @@ class Encoder(NamedTuple):
         return found
 
     def _fill(self, found: Batch, row: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        inputs, targets = inputs[: self.data.input_length - 1], targets[: self.data.target_length - 1]
         end = self.vocabulary.eos_id
         if "encoder" in self.stacks:
             for name, tokens in (("inputs", inputs), ("targets", targets)):
@@ -182,7 +193,8 @@ def eval_batches(examples: Sequence[Example], encoder: Encoder) -> Iterator[tupl
 
 
 def fingerprint(task: Task, split: str) -> str:
-    """A hash of a task's examples, the first of them."""
+    """A hash of a task's examples, the first of them; solved ones before them are examples of the same task."""
+    task = task.bare or task
     examples, found = task.examples(split), hashlib.sha256()
     found.update(f"{task.name} {len(examples)}".encode())
     for number in range(min(HASHED, len(examples))):
@@ -195,7 +207,7 @@ def fitting(
 ) -> tuple[int, int]:
     """Lengths of inputs and targets that hold this share of the examples, of so many of each task: multiples of 8."""
     counts = [
-        [len(vocabulary.encode(text)) + 1 for text in example[:2]]
+        [len(vocabulary.encode(text)) + 1 for text in (example.prompt, example.targets)]
         for task in tasks
         for example in spread(task.examples("train"), sample)
     ]

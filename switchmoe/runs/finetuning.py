@@ -80,9 +80,10 @@ class Pairs:
         self.vocabulary = _vocabulary(context, vocabulary_file)
         self.encoder = pairs.Encoder(settings.data, settings.stacks, self.vocabulary)
         self.lengths = pairs.array_lengths(settings.data, settings.stacks)
+        bare = {one.name: one for one in (task.bare or task for task in (*self.trained, *self.measured))}
         self._fingerprints = {
-            f"{task.name}/{split}": pairs.fingerprint(task, split)
-            for task in self.measured
+            f"{name}/{split}": pairs.fingerprint(task, split)
+            for name, task in bare.items()
             for split in tasks.SPLITS
         }
         check_documents(context.workdir, settings.task.names, self._fingerprints)
@@ -92,7 +93,8 @@ class Pairs:
     @property
     def held_out_examples(self) -> list[Example]:
         """Of the tasks that are trained on."""
-        return [example for task in self.trained for example in self.held_out[task.name]]
+        settings = self._settings.task
+        return [example for task in self.trained for example in pairs.held_out(task, settings)]
 
     def prepare(self) -> None:
         """Scores the baselines, once a run."""
@@ -148,9 +150,10 @@ def fitted(settings: Settings, free: Sequence[str]) -> Settings:
     Raises:
       ValueError: a task or a vocabulary that can't be used.
     """
-    chosen, _ = find_tasks(settings)
+    chosen, asked = find_tasks(settings)
     if not free:
         return settings
+    chosen = chosen + [task for task in asked if task.bare and task not in chosen]  # with solved examples
     file = start.vocabulary_of(start.locate(settings.init.checkpoint)) or settings.data.vocab
     found = pairs.fitting(chosen, load_vocabulary(settings, file))
     longest = dict(zip(("input_length", "target_length"), found, strict=True))
@@ -181,11 +184,16 @@ def measured(settings: Settings, workdir: Path, note: Callable[[str], None]) -> 
 
 
 def find_tasks(settings: Settings) -> tuple[list[Task], list[Task]]:
-    """(the tasks that are trained on, these and the held-out ones)."""
+    """(the tasks that are trained on, these and the held-out ones with `task.shots` solved examples)."""
     found = tasks.find(settings.task, settings.data)
-    if not settings.task.held_out:
-        return found, found
-    return found, found + tasks.find(settings.task, settings.data, "held_out")
+    measured = found + (
+        tasks.find(settings.task, settings.data, "held_out") if settings.task.held_out else []
+    )
+    shots = settings.task.shots
+    return found, [
+        task if task.bare else tasks.few_shot.with_shots(task, shots, f"task.shots={shots}")
+        for task in measured
+    ]
 
 
 def _vocabulary(context: Context, file: str) -> vocabulary.Vocabulary:
@@ -247,7 +255,7 @@ class Answers:
             scores.append(values[task.metrics[0]])
             found |= {f"{task.name}/{name}": value for name, value in values.items()}
             self.answers[task.name] = [
-                {"task": task.name, "inputs": example.inputs, "targets": example.targets, "prediction": text}
+                {"task": task.name, "inputs": example.prompt, "targets": example.targets, "prediction": text}
                 | ({} if ranked is None else {"ranked": ranked[number]})
                 for number, (example, text) in enumerate(zip(examples, texts, strict=True))
             ]

@@ -118,7 +118,7 @@ RULES: dict[str, Rule] = (
         "train.seed": Rule(NOT, "all random numbers would differ"),
     }
     | dict.fromkeys(("init.checkpoint", "init.params", "init.optimizer", "init.upcycle"), Rule(NOT, "the run began with other parameters"))
-    | dict.fromkeys(("task.held_out", "task.eval_examples"), _HELD_OUT)
+    | dict.fromkeys(("task.held_out", "task.eval_examples", "task.shots"), _HELD_OUT)
     | dict.fromkeys(
         (f"task.{name}" for name in ("names", "inputs", "targets", "options", "metrics", "mixture", "ceiling", "temperature", "rates")),
         Rule(NOT, "other examples, or in another order"),
