@@ -475,11 +475,13 @@ class TaskSettings:
     temperature: float = 1.0  # above 1 small tasks get more
     rates: str = ""  # with mixture=rates: a number for each task, with commas between them
     eval_examples: int = 256  # of each task at most, for the metrics; 0: all
+    packed: int = 1  # in training a row is so many times data.input_length and data.target_length, filled with examples; 1: it is one
 
     def __post_init__(self) -> None:
         _one_of("task", self, "mixture", ("proportional", "equal", "rates"))
         for field in ("ceiling", "eval_examples", "shots"):
             _at_least("task", self, field, 0)
+        _at_least("task", self, "packed", 1)
         _positive("task", self, "temperature")
         if (self.mixture == "rates") != bool(self.rates):
             raise _bad("task.rates", self.rates or "''", "numbers with task.mixture=rates, else ''")

@@ -34,7 +34,7 @@ CUT_WARNED = 0.05  # share of the examples that are too long
 
 
 def lengths(settings: Settings) -> dict[str, int]:
-    return pairs.lengths(settings.data, settings.stacks)
+    return pairs.lengths(settings.data, settings.stacks, settings.task.packed)
 
 
 def finetuning(context: Context) -> Parts:
@@ -44,6 +44,7 @@ def finetuning(context: Context) -> Parts:
       ValueError: a task, vocabulary or `init.checkpoint` that can't be used, or that a run here did not begin with.
     """
     settings, beginning = context.settings, start.beginning(context)
+    sharding.check(settings, pairs.lengths(settings.data, settings.stacks), context.mesh.shape)  # held out
     data = Pairs(context, beginning.vocabulary)
     answers = Answers(data, settings, context.mesh)
     batches = [batch for batch, _ in pairs.eval_batches(data.held_out_examples, data.encoder)]
@@ -79,7 +80,7 @@ class Pairs:
         self.trained, self.measured = find_tasks(settings)
         self.vocabulary = _vocabulary(context, vocabulary_file)
         self.encoder = pairs.Encoder(settings.data, settings.stacks, self.vocabulary)
-        self.lengths = pairs.array_lengths(settings.data, settings.stacks)
+        self.lengths = pairs.array_lengths(settings.data, settings.stacks, settings.task.packed)
         bare = {one.name: one for one in (task.bare or task for task in (*self.trained, *self.measured))}
         self._fingerprints = {
             f"{name}/{split}": pairs.fingerprint(task, split)
@@ -115,7 +116,8 @@ class Pairs:
 
     def tell(self) -> tuple[dict[str, Any], list[str]]:
         settings, lines, figures = self._settings, [], {}
-        rows = settings.train.num_steps * settings.data.batch_size
+        a_row, padding = pairs.filling(self.trained, settings.task, self.encoder, settings.train.seed)
+        rows = a_row * settings.train.num_steps * settings.data.batch_size
         for task, share in zip(self.trained, pairs.shares(self.trained, settings.task), strict=True):
             sample = pairs.spread(task.examples("train"), 1000)
             cut = [float(np.mean(column)) for column in zip(*map(self.encoder.is_cut, sample), strict=True)]
@@ -134,8 +136,11 @@ class Pairs:
         for name, found in self._baselines.items():
             told = ", ".join(f"{which} {score:.1f}" for which, score in found.items())
             lines.append(f"{name}: baselines: {told}")
+        lines.append(f"a row of training holds {a_row:.3g} examples; {padding:.1%} of the places are padding")
         record = {
             "tasks": figures,
+            "examples_a_row": a_row,
+            "padding_share": padding,
             "baselines": self._baselines,
             "vocabulary_sha256": self.vocabulary.sha256,
             "documents": {name: len(examples) for name, examples in self.held_out.items()},
@@ -168,7 +173,7 @@ def measured(settings: Settings, workdir: Path, note: Callable[[str], None]) -> 
       ValueError: as `finetuning`.
     """
     mesh = sharding.make_mesh(settings.mesh)
-    sharding.check(settings, lengths(settings), mesh.shape)
+    sharding.check(settings, pairs.lengths(settings.data, settings.stacks), mesh.shape)
     data = Pairs(
         Context(settings, workdir, mesh, False, note),
         start.vocabulary_of(start.locate(settings.init.checkpoint)),

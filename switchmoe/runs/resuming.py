@@ -120,7 +120,7 @@ RULES: dict[str, Rule] = (
     | dict.fromkeys(("init.checkpoint", "init.params", "init.optimizer", "init.upcycle"), Rule(NOT, "the run began with other parameters"))
     | dict.fromkeys(("task.held_out", "task.eval_examples", "task.shots"), _HELD_OUT)
     | dict.fromkeys(
-        (f"task.{name}" for name in ("names", "inputs", "targets", "options", "metrics", "mixture", "ceiling", "temperature", "rates")),
+        (f"task.{name}" for name in ("names", "inputs", "targets", "options", "metrics", "mixture", "ceiling", "temperature", "rates", "packed")),
         Rule(NOT, "other examples, or in another order"),
     )
     | {f"mesh.{field.name}": _ROUNDING for field in dataclasses.fields(Settings().mesh)}
