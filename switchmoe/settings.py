@@ -354,6 +354,9 @@ class TrainSettings:
     log_every: int = 100  # steps between lines of metrics.jsonl
     eval_every: int = 1000  # steps between evaluations on held-out text
     eval_batches: int = 16  # the same ones each time
+    patience: int = (
+        0  # evaluations in a row that are no better than the best, after which the run is done; 0: none
+    )
     accumulate: int = 1  # microbatches a step; gradients are those of the whole batch
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary
     output_z_loss_weight: float = 1e-4  # on the vocabulary logits; 0 leaves it out
@@ -364,7 +367,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for field in ("num_steps", "log_every", "eval_every", "eval_batches", "accumulate"):
             _at_least("train", self, field, 1)
-        for field in ("seed", "skip_nonfinite"):
+        for field in ("seed", "skip_nonfinite", "patience"):
             _at_least("train", self, field, 0)
         if self.seed >= 2**32:  # what a JAX key has room for: larger seeds would repeat smaller ones
             raise _bad("train.seed", self.seed, "an integer < 2**32")

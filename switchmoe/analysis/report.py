@@ -138,6 +138,11 @@ def document(title: str, sections: Iterable[str]) -> str:
     )
 
 
+def _early(run: dict[str, Any]) -> str:
+    ended = run.get("stopped_early")
+    return f", no better than at {ended['best_step']:,}" if ended else ""
+
+
 def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, str]]:
     """Names and values (with units) of the figures that sum a run up; medians are over training records."""
     validation = next((record for record in reversed(records) if record["split"] == "validation"), {})
@@ -158,7 +163,7 @@ def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, A
         ("Parameters", _show(run.get("parameters"), count)),
         ("Parameters a token uses", _show(run.get("parameters_active"), count)),
         *_beginning(run),
-        ("Steps", f"{steps:,}" + (f" of {asked:,}" if asked else "")),
+        ("Steps", f"{steps:,}" + (f" of {asked:,}" if asked else "") + _early(run)),
         ("Median speed", _speed(records)),
         ("Median step time", _show(_median(records, "step_seconds"), _seconds)),
         (

@@ -110,6 +110,7 @@ RULES: dict[str, Rule] = (
         "train.log_every": _TOLD,
         "train.eval_every": Rule(BITS, "it changes what is reported, not what is computed; another checkpoint may be the best"),
         "train.eval_batches": _HELD_OUT,
+        "train.patience": Rule(BITS, "it changes when the run is done, not what a step computes"),
         "train.accumulate": Rule(NOT, "tokens would share capacity in other groups"),
         "train.label_smoothing": _LOSS,
         "train.output_z_loss_weight": _LOSS,
