@@ -31,6 +31,7 @@ CAPTIONS = {
     "the experts: ln E where it has no preference, 0 where it is certain.",
     "parts": "Load per expert and part of the mixture at the last evaluation, in the last sparse layer of each stack.",
     "scores": "The tasks' metrics on held-out examples over the training steps.",
+    "load_change": "Load per expert on the tasks' held-out inputs, before the first step and after the last one.",
     "confusion": "How often a class is taken for another: held-out examples, the option of the highest likelihood.",
     "speed": "Tokens per second and the share of the time in which the device waited for input.",
 }

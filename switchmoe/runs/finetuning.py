@@ -19,15 +19,16 @@ from switchmoe.data import pairs, progress, tasks, vocabulary
 from switchmoe.data.tasks import Example, Task, baselines
 from switchmoe.data.tasks.metrics import METRICS
 from switchmoe.inference import generation
-from switchmoe.model.transformer import Transformer
+from switchmoe.model.transformer import Transformer, sparse_layer_names
 from switchmoe.parallel import distributed, sharding
 from switchmoe.planning import flops
 from switchmoe.runs import placing, start, trained
 from switchmoe.runs.judges import HeldOut
-from switchmoe.runs.parts import Context, Kind, Parts
-from switchmoe.runs.rundir import PREDICTIONS_FILE, check_documents, read_run
+from switchmoe.runs.parts import Context, Kind, Parts, Start
+from switchmoe.runs.rundir import PREDICTIONS_FILE, check_documents, read_run, update_run
 from switchmoe.settings import Settings
 from switchmoe.training import objective
+from switchmoe.training.train_state import TrainState
 
 SHOWN = 5  # examples in the report
 CUT_WARNED = 0.05  # share of the examples that are too long
@@ -48,15 +49,32 @@ def finetuning(context: Context) -> Parts:
     data = Pairs(context, beginning.vocabulary)
     answers = Answers(data, settings, context.mesh)
     batches = [batch for batch, _ in pairs.eval_batches(data.held_out_examples, data.encoder)]
+    held_out = HeldOut("validation", batches, objective.CROSS_ENTROPY, settings, context.mesh)
+    load = functools.partial(_begin, beginning.start, held_out, context.workdir)
     return Parts(
         data=data,
         objective=objective.CROSS_ENTROPY,
-        judges=(HeldOut("validation", batches, objective.CROSS_ENTROPY, settings, context.mesh), answers),
+        judges=(held_out, answers),
         best=(answers.name, "shortfall"),
-        start=beginning.start,
+        start=beginning.start._replace(load=load),
         flops=flops.train_flops(settings, lengths(settings)),
-        finish=functools.partial(finish, answers, context.workdir),
+        finish=functools.partial(finish, answers, held_out, context.workdir),
     )
+
+
+def _begin(start: Start, held_out: HeldOut, workdir: Path, state: TrainState) -> TrainState:
+    """The first state; `run.json` gets the experts' load with it."""
+    state = start.load(state)
+    before = _expert_load(held_out, state.params)
+    if before and distributed.is_main():
+        update_run(workdir, expert_load={"before": before})
+    return state
+
+
+def _expert_load(held_out: HeldOut, params: Any) -> list[list[float]]:
+    """Of each sparse layer each expert's share of the held-out tokens; [] of a model without them."""
+    found = held_out.figures(params).get("layer_expert_load", np.zeros((0, 0)))
+    return np.round(np.asarray(found, float), 5).tolist()
 
 
 FINETUNING = Kind(lengths, finetuning)
@@ -235,6 +253,7 @@ class Answers:
 
     def __init__(self, data: Pairs, settings: Settings, mesh: Mesh):
         self._data, self._settings, self._mesh = data, settings, mesh
+        self.layers = sparse_layer_names(settings)
         self.answers: dict[str, list[dict[str, Any]]] = {}  # of the last measurement, by task
         self.found: dict[str, float] = {}
 
@@ -299,18 +318,23 @@ def row_nll(params: Any, batch: objective.Batch, settings: Settings) -> jax.Arra
     return jnp.where(batch.get("loss", batch["targets"]) != 0, nll_BL, 0.0).sum(axis=1)
 
 
-def finish(answers: Answers, workdir: Path, params: Any) -> dict[str, Any]:
-    """Writes the answers of the last measurement, measured now if there was none; returns what `run.json` says of them."""
+def finish(answers: Answers, held_out: HeldOut, workdir: Path, params: Any) -> dict[str, Any]:
+    """Writes the answers of the last measurement, measured now if there was none; returns what `run.json` says of them.
+
+    There the experts' load is as it was before the first step, if the run began with this version, and as it is.
+    """
     if not answers.answers:
         answers.compile(params)
         answers.figures(params)
+    load = {"after": _expert_load(held_out, params), "layers": answers.layers}
     if distributed.is_main():
         write_predictions(workdir / PREDICTIONS_FILE, answers)
+        load = read_run(workdir).get("expert_load", {}) | load
     first = [one for rows in answers.answers.values() for one in rows[:SHOWN]][: 2 * SHOWN]
     shown = [
         {"input": one["inputs"], "target": one["targets"], "prediction": one["prediction"]} for one in first
     ]
-    return {"examples": shown, "scores": answers.found}
+    return {"examples": shown, "scores": answers.found} | ({"expert_load": load} if load["after"] else {})
 
 
 def write_predictions(path: Path, answers: Answers) -> None:
