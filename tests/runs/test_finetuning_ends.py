@@ -20,6 +20,7 @@ STEPS = [
     "--config.train.eval_every=2",
     "--config.checkpoint.every=2",
     "--config.train.patience=2",
+    "--config.checkpoint.keep=3",
 ]
 STILL = [*STEPS, "--config.optimizer.learning_rate=1e-12"]  # so that no score changes
 
@@ -87,6 +88,7 @@ def test_it_is_done_when_the_score_is_no_better(still, pretrained, colours, caps
     assert losses(still) == before and (still / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_killed_before_the_end_was_saved_it_ends_at_the_same_step(
     still, pretrained, colours, tmp_path, user_environment
 ):
@@ -97,6 +99,7 @@ def test_killed_before_the_end_was_saved_it_ends_at_the_same_step(
     assert run_json(tmp_path / "run")["stopped_early"] == run_json(still)["stopped_early"]
 
 
+@pytest.mark.slow
 def test_without_patience_it_goes_on(still, pretrained, colours, tmp_path):
     shutil.copytree(still, tmp_path / "run")
     more = [*STILL, "--steps=8", "--config.train.patience=0"]
