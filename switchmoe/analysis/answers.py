@@ -17,6 +17,7 @@ from switchmoe.runs.rundir import PREDICTIONS_FILE, read_run
 SPLIT = "tasks"
 HEADS = ("metric", "first", "best", "last")
 MOST_CLASSES = 30
+MOST_LINES, LEGEND_COLUMNS = 12, 3
 
 
 def rows(records: Sequence[Record]) -> list[list[str]]:
@@ -51,18 +52,26 @@ def save_all(records: Sequence[Record], directory: Path, out_dir: Path) -> list[
 
 
 def scores(records: Sequence[Record]) -> Figure:
-    """The metrics over the training steps, 0 to 100."""
+    """The metrics over the training steps, 0 to 100; of many the first one of each task."""
     found = [record for record in records if record["split"] == SPLIT]
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    names = _metrics(found[-1])
+    many = len(names) > MOST_LINES
+    if many:
+        names = list({name.rpartition("/")[0]: name for name in reversed(names)}.values())[::-1]
+    rows = -(-len(names) // LEGEND_COLUMNS)
+    figure = Figure(figsize=(8, 4.2 + (0.18 * rows if many else 0)), layout="constrained")
     axes = figure.subplots()
-    for name in _metrics(found[-1]):
+    for name in names:
         style = dict(color="black", linewidth=2) if name == "score" else dict(linewidth=1.2)
         axes.plot(
             [r["step"] for r in found], [r[name] for r in found], "o-", markersize=3, label=name, **style
         )
     plots.finish(axes, "metric (0 to 100)")
     axes.set_xlabel("step")
-    axes.legend(fontsize=8, frameon=False)
+    if many:
+        figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7, frameon=False)
+    else:
+        axes.legend(fontsize=8, frameon=False)
     return figure
 
 
