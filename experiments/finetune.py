@@ -1,10 +1,13 @@
 """Fine-tunes a model on tasks: ``python -m experiments.finetune --init=DIR --task=NAME[,NAME...] [--workdir=DIR] [--config.GROUP.FIELD=VALUE ...]``
 
 DIR is a run's directory, DIR|STEP, or a converted checkpoint. The tasks are topic, description and title (of the packaged
-summaries), or a glob of .jsonl, .json (SQuAD's format, too), .csv or .tsv files with --config.task.inputs and
+summaries), instruct (a mixture of instructions of them), public benchmarks, or a glob of .jsonl, .json (SQuAD's format, too), .csv or .tsv files with --config.task.inputs and
 --config.task.targets, templates of their fields. Beside a run's files there are predictions.jsonl and the tasks' metrics.
 
   --steps=N   of training; 0: measures the model as it is, and writes no run
+  --config.task.shots=K   solved examples before each question that is measured; --task=NAME@K: in training, too
+  --config.task.packed=N   several examples in a row of training, which is N times as long
+  --config.train.patience=N   done after N evaluations whose score is no better than the best
   --config.train.trainable=all|non_moe|moe_only|attention|ffn|router   or a regular expression: what is trained
 
 The same command on the same directory goes on where it stopped. Exit codes: those of `experiments.run`.

@@ -360,6 +360,9 @@ class TrainSettings:
     log_every: int = 100  # steps between lines of metrics.jsonl
     eval_every: int = 1000  # steps between evaluations on held-out text
     eval_batches: int = 16  # the same ones each time
+    patience: int = (
+        0  # evaluations in a row that are no better than the best, after which the run is done; 0: none
+    )
     accumulate: int = 1  # microbatches a step; gradients are those of the whole batch
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary
     output_z_loss_weight: float = 1e-4  # on the vocabulary logits; 0 leaves it out
@@ -370,7 +373,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for field in ("num_steps", "log_every", "eval_every", "eval_batches", "accumulate"):
             _at_least("train", self, field, 1)
-        for field in ("seed", "skip_nonfinite"):
+        for field in ("seed", "skip_nonfinite", "patience"):
             _at_least("train", self, field, 0)
         if self.seed >= 2**32:  # what a JAX key has room for: larger seeds would repeat smaller ones
             raise _bad("train.seed", self.seed, "an integer < 2**32")
@@ -467,6 +470,7 @@ class TaskSettings:
         ""  # of tasks, with commas between them; one may be a glob of .jsonl, .json, .csv or .tsv files
     )
     held_out: str = ""  # of tasks that are measured and not trained on
+    shots: int = 0  # solved examples before each question that is measured, but of tasks named NAME@COUNT
     inputs: str = (
         "{inputs}"  # of files: a template of a record's fields, which the model reads (SQuAD's has its own)
     )
@@ -480,11 +484,13 @@ class TaskSettings:
     temperature: float = 1.0  # above 1 small tasks get more
     rates: str = ""  # with mixture=rates: a number for each task, with commas between them
     eval_examples: int = 256  # of each task at most, for the metrics; 0: all
+    packed: int = 1  # in training a row is so many times data.input_length and data.target_length, filled with examples; 1: it is one
 
     def __post_init__(self) -> None:
         _one_of("task", self, "mixture", ("proportional", "equal", "rates"))
-        for field in ("ceiling", "eval_examples"):
+        for field in ("ceiling", "eval_examples", "shots"):
             _at_least("task", self, field, 0)
+        _at_least("task", self, "packed", 1)
         _positive("task", self, "temperature")
         if (self.mixture == "rates") != bool(self.rates):
             raise _bad("task.rates", self.rates or "''", "numbers with task.mixture=rates, else ''")

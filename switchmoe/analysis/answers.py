@@ -1,6 +1,6 @@
-"""What a fine-tuned model's answers came to: learning curves of the tasks' metrics, tables, confusion matrices.
+"""What a fine-tuned model's answers came to: learning curves of the tasks' metrics, tables, confusion matrices, experts' load.
 
-Letters: C classes.
+Letters: C classes, E experts.
 """
 
 import json
@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 
 from switchmoe.analysis import plots
 from switchmoe.runs.reporting import Record
-from switchmoe.runs.rundir import PREDICTIONS_FILE
+from switchmoe.runs.rundir import PREDICTIONS_FILE, read_run
 
 SPLIT = "tasks"
 HEADS = ("metric", "first", "best", "last")
 MOST_CLASSES = 30
+MOST_LINES, LEGEND_COLUMNS = 12, 3
 
 
 def rows(records: Sequence[Record]) -> list[list[str]]:
@@ -38,6 +39,11 @@ def save_all(records: Sequence[Record], directory: Path, out_dir: Path) -> list[
     if not rows(records):
         return []
     figures = {"scores": scores(records)} | confusions(directory / PREDICTIONS_FILE)
+    load = read_run(directory).get("expert_load", {})
+    if "before" in load:
+        figures["load_change"] = load_change(
+            load["layers"], np.array(load["before"]), np.array(load["after"])
+        )
     paths = []
     for name, figure in figures.items():
         paths.append(out_dir / f"{name}.png")
@@ -46,18 +52,63 @@ def save_all(records: Sequence[Record], directory: Path, out_dir: Path) -> list[
 
 
 def scores(records: Sequence[Record]) -> Figure:
-    """The metrics over the training steps, 0 to 100."""
+    """The metrics over the training steps, 0 to 100; of many the first one of each task."""
     found = [record for record in records if record["split"] == SPLIT]
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    names = metrics(records)
+    many = len(names) > MOST_LINES
+    if many:
+        names = list({name.rpartition("/")[0]: name for name in reversed(names)}.values())[::-1]
+    rows = -(-len(names) // LEGEND_COLUMNS)
+    figure = Figure(figsize=(8, 4.2 + (0.18 * rows if many else 0)), layout="constrained")
     axes = figure.subplots()
-    for name in metrics(records):
+    for name in names:
         style = dict(color="black", linewidth=2) if name == "score" else dict(linewidth=1.2)
         axes.plot(
             [r["step"] for r in found], [r[name] for r in found], "o-", markersize=3, label=name, **style
         )
     plots.finish(axes, "metric (0 to 100)")
     axes.set_xlabel("step")
-    axes.legend(fontsize=8, frameon=False)
+    if many:
+        figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=7, frameon=False)
+    else:
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def load_change(layers: Sequence[str], before_LE: np.ndarray, after_LE: np.ndarray) -> Figure:
+    """A panel for each layer: each expert's load before and after, as a multiple of the fair share 1/E.
+
+    Above `plots.NAMED_EXPERTS` experts they are sorted by their load before.
+    """
+    experts = before_LE.shape[1]
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(8, 0.9 + 1.7 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for index, axes in enumerate(panels.flat):
+        if index >= len(layers):
+            axes.set_visible(False)
+            continue
+        order = np.argsort(before_LE[index]) if experts > plots.NAMED_EXPERTS else np.arange(experts)
+        for shift, load_LE, colour, label in (
+            (-0.2, before_LE, plots.GREY, "before"),
+            (0.2, after_LE, plots.ORANGE, "after"),
+        ):
+            height_E = load_LE[index, order] * experts
+            axes.bar(np.arange(experts) + shift, height_E, 0.4, color=colour, label=label)
+        axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+        plots.finish(axes, "load / fair share" if index % columns == 0 else "")
+        axes.set_title(layers[index], fontsize=9, loc="left")
+    figure.supxlabel(
+        "expert" if experts <= plots.NAMED_EXPERTS else "expert, sorted by load before", fontsize=9
+    )
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(),
+        loc="outside lower right",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+    )
     return figure
 
 

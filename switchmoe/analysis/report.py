@@ -31,6 +31,7 @@ CAPTIONS = {
     "the experts: ln E where it has no preference, 0 where it is certain.",
     "parts": "Load per expert and part of the mixture at the last evaluation, in the last sparse layer of each stack.",
     "scores": "The tasks' metrics on held-out examples over the training steps.",
+    "load_change": "Load per expert on the tasks' held-out inputs, before the first step and after the last one.",
     "confusion": "How often a class is taken for another: held-out examples, the option of the highest likelihood.",
     "speed": "Tokens per second and the share of the time in which the device waited for input.",
 }
@@ -139,6 +140,11 @@ def document(title: str, sections: Iterable[str]) -> str:
     )
 
 
+def _early(run: dict[str, Any]) -> str:
+    ended = run.get("stopped_early")
+    return f", no better than at {ended['best_step']:,}" if ended else ""
+
+
 def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, str]]:
     """Names and values (with units) of the figures that sum a run up; medians are over training records."""
     validation = next((record for record in reversed(records) if record["split"] == "validation"), {})
@@ -159,7 +165,7 @@ def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, A
         ("Parameters", _show(run.get("parameters"), count)),
         ("Parameters a token uses", _show(run.get("parameters_active"), count)),
         *_beginning(run),
-        ("Steps", f"{steps:,}" + (f" of {asked:,}" if asked else "")),
+        ("Steps", f"{steps:,}" + (f" of {asked:,}" if asked else "") + _early(run)),
         ("Median speed", _speed(records)),
         ("Median step time", _show(_median(records, "step_seconds"), _seconds)),
         (

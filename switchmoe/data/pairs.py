@@ -1,9 +1,10 @@
 """Batches of pairs, inputs and targets, of a mixture of tasks: an endless, resumable iterator for training, fixed batches to evaluate.
 
 An encoder-decoder's batch has `inputs` and `targets`, each row ended by EOS and padded with 0. A decoder alone has both in one row,
-`targets`, with `segments` and `positions`, and `loss`, 1 where a token counts: those of the targets.
+`targets`, with `segments` and `positions`, and `loss`, 1 where a token counts: those of the targets. With `task.packed` above 1 a row of
+training holds several examples, which do not see each other; an encoder-decoder's has `input_segments`, `segments` and `positions`, too.
 
-Letters: B rows a batch, T tasks.
+Letters: B rows a batch, R rows, S stacks, T tasks.
 """
 
 import functools
@@ -16,36 +17,46 @@ import grain.experimental
 import numpy as np
 
 from switchmoe.data.batches import Batch, stream_rows
-from switchmoe.data.tasks import Example, Task
+from switchmoe.data.tasks import Example, Task, expanded
 from switchmoe.data.vocabulary import Vocabulary
 from switchmoe.settings import DataSettings, TaskSettings
 
 HASHED = 10_000  # examples of a task, by which it is known again
 
 
-def lengths(data: DataSettings, stacks: Sequence[str]) -> dict[str, int]:
-    """Tokens of a row in each stack: `data.input_length`, `data.target_length`, or in a decoder alone both."""
+def lengths(data: DataSettings, stacks: Sequence[str], packed: int = 1) -> dict[str, int]:
+    """Tokens of a row in each stack: `data.input_length`, `data.target_length`, or in a decoder alone both; so many times these."""
     if "encoder" in stacks:
-        return {"encoder": data.input_length, "decoder": data.target_length}
-    return {"decoder": data.input_length + data.target_length}
+        return {"encoder": packed * data.input_length, "decoder": packed * data.target_length}
+    return {"decoder": packed * (data.input_length + data.target_length)}
 
 
-def array_lengths(data: DataSettings, stacks: Sequence[str]) -> dict[str, int]:
-    if "encoder" in stacks:
-        return {"inputs": data.input_length, "targets": data.target_length}
-    return dict.fromkeys(("targets", "segments", "positions", "loss"), data.input_length + data.target_length)
+def array_lengths(data: DataSettings, stacks: Sequence[str], packed: int = 1) -> dict[str, int]:
+    of = lengths(data, stacks, packed)
+    if "encoder" not in stacks:
+        return dict.fromkeys(("targets", "segments", "positions", "loss"), of["decoder"])
+    found = {"inputs": of["encoder"], "targets": of["decoder"]}
+    if packed > 1:
+        found |= {"input_segments": of["encoder"], "segments": of["decoder"], "positions": of["decoder"]}
+    return found
 
 
 def shares(tasks: Sequence[Task], settings: TaskSettings) -> np.ndarray:
     """[T] A task's share of the rows: ``min(examples, ceiling) ** (1 / temperature)``, normalised (T5, 3.5.2), or as asked."""
     if settings.mixture == "rates":
-        rate_T = np.array([float(rate) for rate in settings.rates.split(",")])
+        rates = zip(
+            settings.rates.split(","), expanded(settings), strict=True
+        )  # a mixture's is of all its tasks
+        rate_T = np.array([float(rate) / len(names) for rate, names in rates for _ in names])
     elif settings.mixture == "equal":
         rate_T = np.ones(len(tasks))
     else:
         size_T = np.array([len(task.examples("train")) for task in tasks], float)
         rate_T = np.minimum(size_T, settings.ceiling or np.inf) ** (1 / settings.temperature)
     return rate_T / rate_T.sum()
+
+
+Pair = tuple[np.ndarray, np.ndarray]  # tokens of the inputs and of the targets, without EOS
 
 
 class Encoder(NamedTuple):
@@ -55,42 +66,64 @@ class Encoder(NamedTuple):
     stacks: Sequence[str]
     vocabulary: Vocabulary
 
-    def tokens(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
-        return self.vocabulary.encode(example.inputs), self.vocabulary.encode(example.targets)
+    def tokens(self, example: Example) -> Pair:
+        """Inputs and targets, without EOS, of which there is room for all: solved examples go one by one, the first first, then ends."""
+        inputs = self.vocabulary.encode(example.inputs)
+        for shot in reversed(example.shots):
+            longer = np.concatenate([self.vocabulary.encode(shot), inputs])
+            if len(longer) > self.data.input_length - 1:
+                break
+            inputs = longer
+        targets = self.vocabulary.encode(example.targets)
+        return inputs[: self.data.input_length - 1], targets[: self.data.target_length - 1]
 
     def prompt(self, example: Example) -> np.ndarray:
         """What is read before the answer: an encoder's inputs with EOS, or what a decoder alone begins with and the inputs."""
-        inputs, room = self.vocabulary.encode(example.inputs), self.data.input_length - 1
+        inputs, _ = self.tokens(example)
         if "encoder" in self.stacks:
-            return np.append(inputs[:room], self.vocabulary.eos_id).astype(np.int32)
-        return np.append([self.data.bos_id], inputs[:room]).astype(np.int32)
+            return np.append(inputs, self.vocabulary.eos_id).astype(np.int32)
+        return np.append([self.data.bos_id], inputs).astype(np.int32)
 
     def is_cut(self, example: Example) -> tuple[bool, bool]:
         """Whether inputs and targets are too long."""
         inputs, targets = self.tokens(example)
-        return len(inputs) > self.data.input_length - 1, len(targets) > self.data.target_length - 1
+        whole = sum(len(self.vocabulary.encode(text)) for text in (*example.shots, example.inputs))
+        return whole > len(inputs), len(self.vocabulary.encode(example.targets)) > len(targets)
 
     def batch(self, examples: Sequence[Example | None]) -> Batch:
         """A row for each example; None: padding."""
-        names = array_lengths(self.data, self.stacks)
-        found = {name: np.zeros((len(examples), length), np.int32) for name, length in names.items()}
-        for row, example in enumerate(examples):
-            if example is not None:
-                self._fill(found, row, *self.tokens(example))
+        return self.rows([[] if example is None else [self.tokens(example)] for example in examples], 1)
+
+    def rows(self, rows: Sequence[Sequence[Pair]], packed: int) -> Batch:
+        """A row for each sequence of pairs, `lengths` with ``packed``, in which they follow one another."""
+        names = array_lengths(self.data, self.stacks, packed)
+        found = {name: np.zeros((len(rows), length), np.int32) for name, length in names.items()}
+        for row, pairs in enumerate(rows):
+            used = dict.fromkeys(found, 0)
+            for number, pair in enumerate(pairs, 1):
+                for name, values in self._arrays(pair, number).items():
+                    if name in found:
+                        found[name][row, used[name] : used[name] + len(values)] = values
+                        used[name] += len(values)
         return found
 
-    def _fill(self, found: Batch, row: int, inputs: np.ndarray, targets: np.ndarray) -> None:
-        inputs, targets = inputs[: self.data.input_length - 1], targets[: self.data.target_length - 1]
+    def sizes(self, pair: Pair) -> tuple[int, ...]:
+        """Tokens in each stack, in the order of `lengths`."""
+        inputs, targets = map(len, pair)
+        return (inputs + 1, targets + 1) if "encoder" in self.stacks else (inputs + targets + 1,)
+
+    def _arrays(self, pair: Pair, number: int) -> dict[str, Any]:
+        """Of the pair of this number in its row."""
+        inputs, targets = pair
         end = self.vocabulary.eos_id
         if "encoder" in self.stacks:
-            for name, tokens in (("inputs", inputs), ("targets", targets)):
-                found[name][row, : len(tokens) + 1] = [*tokens, end]
-            return
-        whole = [*inputs, *targets, end]
-        found["targets"][row, : len(whole)] = whole
-        found["segments"][row, : len(whole)] = 1
-        found["positions"][row, : len(whole)] = np.arange(len(whole))
-        found["loss"][row, len(inputs) : len(whole)] = 1
+            read, whole = [*inputs, end], [*targets, end]
+            own = {"inputs": read, "input_segments": [number] * len(read)}
+        else:
+            whole = [*inputs, *targets, end]
+            own = {"loss": [0] * len(inputs) + [1] * (len(targets) + 1)}
+        places = {"segments": [number] * len(whole), "positions": range(len(whole))}
+        return own | {"targets": whole} | places
 
 
 def train_batches(
@@ -103,7 +136,7 @@ def train_batches(
     """
     rows = stream_rows(encoder.data)
     mine = list(range(len(rows))) if streams is None else list(streams)
-    batches = _Mixture(tasks, shares(tasks, settings), encoder, seed, mine, rows)
+    batches = _Mixture(tasks, settings, encoder, seed, mine, rows)
     return iter(
         grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=encoder.data.prefetch)
     )
@@ -120,30 +153,50 @@ class _Mixture(grain.IterDataset):
 
 class _MixtureIterator(grain.DatasetIterator):
     def __init__(
-        self, tasks: Sequence[Task], share_T: np.ndarray, encoder: Encoder, seed: int, mine: list[int], rows: np.ndarray
+        self, tasks: Sequence[Task], settings: TaskSettings, encoder: Encoder, seed: int, mine: list[int], rows: np.ndarray
     ):  # fmt: skip
         super().__init__()
         self._examples = [task.examples("train") for task in tasks]
-        self._share_T, self._encoder, self._seed = share_T, encoder, seed
+        self._share_T, self._packed = shares(tasks, settings), settings.packed
+        self._encoder, self._seed = encoder, seed
         self._mine, self._rows = mine, rows
         self._batch, self._taken_T = 0, [0] * len(tasks)
         self._order = functools.lru_cache(maxsize=2 * len(tasks))(self._drawn)
 
     def __next__(self) -> Batch:
-        size, owing_T = self._rows.size, np.array(self._taken_T, float)
-        tasks = []
-        for _ in range(size):
-            task = int(np.argmax(self._share_T * (owing_T.sum() + 1) - owing_T))
-            owing_T[task] += 1
-            tasks.append(task)
-        chosen: list[Example] = []
-        for task in tasks:
-            chosen.append(self._example(task, self._taken_T[task]))
-            self._taken_T[task] += 1
+        size = self._rows.size
+        rows = self._full() if self._packed > 1 else [[self._take(self._next())] for _ in range(size)]
         place = np.random.default_rng((self._seed, self._batch)).permutation(size)
         self._batch += 1
-        mine = self._rows[self._mine].ravel()
-        return self._encoder.batch([chosen[place[row]] for row in mine])
+        mine = [rows[place[row]] for row in self._rows[self._mine].ravel()]
+        if self._packed == 1:
+            return self._encoder.batch([example for (example,) in mine])
+        return self._encoder.rows(mine, self._packed)
+
+    def _full(self) -> list[list[Pair]]:
+        """Pairs in the mixture's order, each in the first row that has room for it, up to the first that finds none."""
+        room = tuple(lengths(self._encoder.data, self._encoder.stacks, self._packed).values())
+        rows: list[list[Pair]] = [[] for _ in range(self._rows.size)]
+        left_RS = np.tile(room, (len(rows), 1))
+        while True:
+            task = self._next()
+            pair = self._encoder.tokens(self._example(task, self._taken_T[task]))
+            sizes_S = self._encoder.sizes(pair)
+            fits_R = (left_RS >= sizes_S).all(axis=1)
+            if not fits_R.any():
+                return rows
+            row = int(np.argmax(fits_R))
+            rows[row].append(pair)
+            left_RS[row] -= sizes_S
+            self._taken_T[task] += 1
+
+    def _next(self) -> int:
+        """The task that is owed most of the rows."""
+        return int(np.argmax(self._share_T * (sum(self._taken_T) + 1) - self._taken_T))
+
+    def _take(self, task: int) -> Example:
+        self._taken_T[task] += 1
+        return self._example(task, self._taken_T[task] - 1)
 
     def _example(self, task: int, number: int) -> Example:
         examples = self._examples[task]
@@ -159,6 +212,20 @@ class _MixtureIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         one = state[str(self._mine[0])]
         self._batch, self._taken_T = one["batch"], list(one["taken"])
+
+
+def filling(
+    tasks: Sequence[Task], settings: TaskSettings, encoder: Encoder, seed: int, batches: int = 4
+) -> tuple[float, float]:
+    """(examples a row, the share of places that are padding) of the first batches of training."""
+    rows = stream_rows(encoder.data)
+    mixture = _MixtureIterator(tasks, settings, encoder, seed, list(range(len(rows))), rows)
+    found = [next(mixture) for _ in range(batches)]
+    names = found[0].keys() & {"inputs", "targets"}
+    real, places = (
+        sum(count(batch[name]) for batch in found for name in names) for count in (np.count_nonzero, np.size)
+    )
+    return sum(mixture.get_state()["0"]["taken"]) / (batches * rows.size), float(1 - real / places)
 
 
 def spread(examples: Sequence[Example], count: int) -> list[Example]:
@@ -182,7 +249,8 @@ def eval_batches(examples: Sequence[Example], encoder: Encoder) -> Iterator[tupl
 
 
 def fingerprint(task: Task, split: str) -> str:
-    """A hash of a task's examples, the first of them."""
+    """A hash of a task's examples, the first of them; solved ones before them are examples of the same task."""
+    task = task.bare or task
     examples, found = task.examples(split), hashlib.sha256()
     found.update(f"{task.name} {len(examples)}".encode())
     for number in range(min(HASHED, len(examples))):
@@ -195,7 +263,7 @@ def fitting(
 ) -> tuple[int, int]:
     """Lengths of inputs and targets that hold this share of the examples, of so many of each task: multiples of 8."""
     counts = [
-        [len(vocabulary.encode(text)) + 1 for text in example[:2]]
+        [len(vocabulary.encode(text)) + 1 for text in (example.prompt, example.targets)]
         for task in tasks
         for example in spread(task.examples("train"), sample)
     ]

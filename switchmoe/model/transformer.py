@@ -154,9 +154,11 @@ class Stack(nn.Module):
         segment_BL: jax.Array | None = None,
         position_BL: jax.Array | None = None,
         memory: Memory | None = None,
+        encoded_segment_BM: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Args: embeddings; True where a token is real; token ids; the encoder's output and its mask; which document of
-        its row a token is of, none of which sees another; its place there; what was read before.
+        its row a token is of, none of which sees another; its place there; what was read before; which document the
+        encoder's tokens are of.
 
         Returns (x_BLD, aux), aux with the values of `MoELayer`'s along a leading layer axis; with a memory (x_BLD, the
         memory with these tokens in it).
@@ -184,8 +186,7 @@ class Stack(nn.Module):
             real_BM = memory.encoded_BM
         if real_BM is not None:
             context["encoded"] = None if encoded is None else encoded[0]
-            added_B11M = jnp.where(real_BM[:, None, None, :], 0.0, MASKED)
-            context["cross"] = Seen(added_B11M, keys_B=real_BM.sum(axis=1, dtype=jnp.int32))
+            context["cross"] = _real(real_BM, segment_BL, encoded_segment_BM)
         dropout = nn.Dropout(model.dropout_rate, deterministic=not self.train)
         x_BLD, found = self._blocks(dropout(x_BLD), context, memory)
         x_BLD = dropout(RMSNorm(model.norm_eps, name="norm")(x_BLD))
@@ -199,8 +200,7 @@ class Stack(nn.Module):
         place_L = jnp.arange(mask_BL.shape[1])
         distance_LL = place_L[None, :] - place_L[:, None]
         if self.stack == "encoder":
-            added = jnp.where(mask_BL[:, None, None, :], 0.0, MASKED)
-            return Seen(added, keys_B=mask_BL.sum(axis=1, dtype=jnp.int32)), distance_LL
+            return _real(mask_BL, segment_BL, segment_BL), distance_LL
         # Real tokens come first, so the causal mask alone keeps padding from them.
         visible = (distance_LL <= 0)[None, None]
         if segment_BL is not None:
@@ -249,6 +249,15 @@ class Stack(nn.Module):
         return x_BLD, jax.tree.map(lambda *values: jnp.stack(values), *found)
 
 
+def _real(real_BM: jax.Array, query_BQ: jax.Array | None, key_BM: jax.Array | None) -> Seen:
+    """The keys that are real; where rows hold several documents, those of the query's own."""
+    if key_BM is None:
+        added_B11M = jnp.where(real_BM[:, None, None, :], 0.0, MASKED)
+        return Seen(added_B11M, keys_B=real_BM.sum(axis=1, dtype=jnp.int32))
+    own_BQM = (query_BQ[:, :, None] == key_BM[:, None, :]) & real_BM[:, None, :]
+    return Seen(jnp.where(own_BQM[:, None], 0.0, MASKED))
+
+
 def _remembered(slots_BM: jax.Array, position_BL: jax.Array) -> tuple[Seen, jax.Array]:
     """As `Stack._seen`, of what a memory's slots hold, for tokens at these places."""
     distance_BLM = slots_BM[:, None, :] - position_BL[:, :, None]
@@ -281,19 +290,21 @@ class Transformer(nn.Module):
         targets_BL: jax.Array,
         segment_BL: jax.Array | None = None,
         position_BL: jax.Array | None = None,
+        input_segment_BL: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
         """Teacher-forced logits of the targets.
 
         Args:
           inputs_BL: encoder tokens, then 0; None for a decoder alone.
           targets_BL: decoder targets, 0 where padded; the decoder reads them shifted right by one, `data.bos_id` first.
-          segment_BL: of a decoder alone, the number of each target's document in its row, from 1; None: one a row.
+          segment_BL: the number of each target's document in its row, from 1; None: one a row.
           position_BL: and its place there, from 0.
+          input_segment_BL: the same numbers of the inputs.
 
         Returns:
           (logits_BLV, aux): float32 logits; aux maps each stack to its `Stack`'s aux.
         """
-        x_BLD, aux = self._teacher_forced(inputs_BL, targets_BL, segment_BL, position_BL)
+        x_BLD, aux = self._teacher_forced(inputs_BL, targets_BL, segment_BL, position_BL, input_segment_BL)
         return self.logits(x_BLD), aux
 
     def token_losses(
@@ -315,11 +326,11 @@ class Transformer(nn.Module):
         return output_loss.likeliest(logits_BLV), aux
 
     def _read_batch(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
-        packed = batch.get("segments"), batch.get("positions")
+        packed = batch.get("segments"), batch.get("positions"), batch.get("input_segments")
         return self._teacher_forced(batch.get("inputs"), batch["targets"], *packed)
 
-    def encode(self, inputs_BL: jax.Array) -> tuple[jax.Array, dict]:
-        return self.encoder(self._embed(inputs_BL), inputs_BL != PAD_ID, inputs_BL)
+    def encode(self, inputs_BL: jax.Array, segment_BL: jax.Array | None = None) -> tuple[jax.Array, dict]:
+        return self.encoder(self._embed(inputs_BL), inputs_BL != PAD_ID, inputs_BL, None, segment_BL)
 
     def read(
         self,
@@ -351,6 +362,7 @@ class Transformer(nn.Module):
         targets_BL: jax.Array,
         segment_BL: jax.Array | None,
         position_BL: jax.Array | None,
+        input_segment_BL: jax.Array | None,
     ) -> tuple[jax.Array, dict]:
         first = self.settings.data.bos_id
         shifted_BL = jnp.pad(targets_BL[:, :-1], ((0, 0), (1, 0)), constant_values=first)
@@ -360,8 +372,10 @@ class Transformer(nn.Module):
         if inputs_BL is None:
             x_BLD, aux = self.decoder(embedded_BLD, mask_BL, shifted_BL, None, segment_BL, position_BL)
             return self._scaled(x_BLD), {"decoder": aux}
-        encoded_BMD, encoder_aux = self.encode(inputs_BL)
-        x_BLD, aux = self.decoder(embedded_BLD, mask_BL, shifted_BL, (encoded_BMD, inputs_BL != PAD_ID))
+        encoded_BMD, encoder_aux = self.encode(inputs_BL, input_segment_BL)
+        encoded = encoded_BMD, inputs_BL != PAD_ID
+        places = segment_BL, position_BL, None, input_segment_BL
+        x_BLD, aux = self.decoder(embedded_BLD, mask_BL, shifted_BL, encoded, *places)
         return self._scaled(x_BLD), {"encoder": encoder_aux, "decoder": aux}
 
     def _scaled(self, x_BLD: jax.Array) -> jax.Array:

@@ -19,22 +19,23 @@ from switchmoe.data import pairs, progress, tasks, vocabulary
 from switchmoe.data.tasks import Example, Task, baselines
 from switchmoe.data.tasks.metrics import METRICS
 from switchmoe.inference import generation
-from switchmoe.model.transformer import Transformer
+from switchmoe.model.transformer import Transformer, sparse_layer_names
 from switchmoe.parallel import distributed, sharding
 from switchmoe.planning import flops
 from switchmoe.runs import distilling, placing, start, trained
 from switchmoe.runs.judges import HeldOut
-from switchmoe.runs.parts import Context, Kind, Parts
-from switchmoe.runs.rundir import PREDICTIONS_FILE, check_documents, read_run
+from switchmoe.runs.parts import Context, Kind, Parts, Start
+from switchmoe.runs.rundir import PREDICTIONS_FILE, check_documents, read_run, update_run
 from switchmoe.settings import Settings
 from switchmoe.training import objective
+from switchmoe.training.train_state import TrainState
 
 SHOWN = 5  # examples in the report
 CUT_WARNED = 0.05  # share of the examples that are too long
 
 
 def lengths(settings: Settings) -> dict[str, int]:
-    return pairs.lengths(settings.data, settings.stacks)
+    return pairs.lengths(settings.data, settings.stacks, settings.task.packed)
 
 
 def finetuning(context: Context) -> Parts:
@@ -44,19 +45,38 @@ def finetuning(context: Context) -> Parts:
       ValueError: a task, vocabulary or `init.checkpoint` that can't be used, or that a run here did not begin with.
     """
     settings, beginning = context.settings, start.beginning(context)
+    sharding.check(settings, pairs.lengths(settings.data, settings.stacks), context.mesh.shape)  # held out
     data = Pairs(context, beginning.vocabulary)
     answers = Answers(data, settings, context.mesh)
     batches = [batch for batch, _ in pairs.eval_batches(data.held_out_examples, data.encoder)]
+    held_out = HeldOut("validation", batches, objective.CROSS_ENTROPY, settings, context.mesh)
     parts = Parts(
         data=data,
         objective=objective.CROSS_ENTROPY,
-        judges=(HeldOut("validation", batches, objective.CROSS_ENTROPY, settings, context.mesh), answers),
+        judges=(held_out, answers),
         best=(answers.name, "shortfall"),
         start=beginning.start,
         flops=flops.train_flops(settings, lengths(settings)),
-        finish=functools.partial(finish, answers, context.workdir),
+        finish=functools.partial(finish, answers, held_out, context.workdir),
     )
-    return distilling.taught(parts, context, lengths(settings), data.vocabulary.sha256)
+    parts = distilling.taught(parts, context, lengths(settings), data.vocabulary.sha256)
+    load = functools.partial(_begin, parts.start, held_out, context.workdir)
+    return parts._replace(start=parts.start._replace(load=load))
+
+
+def _begin(start: Start, held_out: HeldOut, workdir: Path, state: TrainState) -> TrainState:
+    """The first state; `run.json` gets the experts' load with it."""
+    state = start.load(state)
+    before = _expert_load(held_out, state.params)
+    if before and distributed.is_main():
+        update_run(workdir, expert_load={"before": before})
+    return state
+
+
+def _expert_load(held_out: HeldOut, params: Any) -> list[list[float]]:
+    """Of each sparse layer each expert's share of the held-out tokens; [] of a model without them."""
+    found = held_out.figures(params).get("layer_expert_load", np.zeros((0, 0)))
+    return np.round(np.asarray(found, float), 5).tolist()
 
 
 FINETUNING = Kind(lengths, finetuning)
@@ -80,10 +100,11 @@ class Pairs:
         self.trained, self.measured = find_tasks(settings)
         self.vocabulary = _vocabulary(context, vocabulary_file)
         self.encoder = pairs.Encoder(settings.data, settings.stacks, self.vocabulary)
-        self.lengths = pairs.array_lengths(settings.data, settings.stacks)
+        self.lengths = pairs.array_lengths(settings.data, settings.stacks, settings.task.packed)
+        bare = {one.name: one for one in (task.bare or task for task in (*self.trained, *self.measured))}
         self._fingerprints = {
-            f"{task.name}/{split}": pairs.fingerprint(task, split)
-            for task in self.measured
+            f"{name}/{split}": pairs.fingerprint(task, split)
+            for name, task in bare.items()
             for split in tasks.SPLITS
         }
         check_documents(context.workdir, settings.task.names, self._fingerprints)
@@ -93,7 +114,8 @@ class Pairs:
     @property
     def held_out_examples(self) -> list[Example]:
         """Of the tasks that are trained on."""
-        return [example for task in self.trained for example in self.held_out[task.name]]
+        settings = self._settings.task
+        return [example for task in self.trained for example in pairs.held_out(task, settings)]
 
     def prepare(self) -> None:
         """Scores the baselines, once a run."""
@@ -114,7 +136,8 @@ class Pairs:
 
     def tell(self) -> tuple[dict[str, Any], list[str]]:
         settings, lines, figures = self._settings, [], {}
-        rows = settings.train.num_steps * settings.data.batch_size
+        a_row, padding = pairs.filling(self.trained, settings.task, self.encoder, settings.train.seed)
+        rows = a_row * settings.train.num_steps * settings.data.batch_size
         for task, share in zip(self.trained, pairs.shares(self.trained, settings.task), strict=True):
             sample = pairs.spread(task.examples("train"), 1000)
             cut = [float(np.mean(column)) for column in zip(*map(self.encoder.is_cut, sample), strict=True)]
@@ -133,8 +156,11 @@ class Pairs:
         for name, found in self._baselines.items():
             told = ", ".join(f"{which} {score:.1f}" for which, score in found.items())
             lines.append(f"{name}: baselines: {told}")
+        lines.append(f"a row of training holds {a_row:.3g} examples; {padding:.1%} of the places are padding")
         record = {
             "tasks": figures,
+            "examples_a_row": a_row,
+            "padding_share": padding,
             "baselines": self._baselines,
             "vocabulary_sha256": self.vocabulary.sha256,
             "documents": {name: len(examples) for name, examples in self.held_out.items()},
@@ -149,9 +175,10 @@ def fitted(settings: Settings, free: Sequence[str]) -> Settings:
     Raises:
       ValueError: a task or a vocabulary that can't be used.
     """
-    chosen, _ = find_tasks(settings)
+    chosen, asked = find_tasks(settings)
     if not free:
         return settings
+    chosen = chosen + [task for task in asked if task.bare and task not in chosen]  # with solved examples
     origin = settings.init.checkpoint or settings.distill.teacher
     file = start.vocabulary_of(start.locate(origin)) or settings.data.vocab
     found = pairs.fitting(chosen, load_vocabulary(settings, file))
@@ -167,7 +194,7 @@ def measured(settings: Settings, workdir: Path, note: Callable[[str], None]) -> 
       ValueError: as `finetuning`.
     """
     mesh = sharding.make_mesh(settings.mesh)
-    sharding.check(settings, lengths(settings), mesh.shape)
+    sharding.check(settings, pairs.lengths(settings.data, settings.stacks), mesh.shape)
     data = Pairs(
         Context(settings, workdir, mesh, False, note),
         start.vocabulary_of(start.locate(settings.init.checkpoint)),
@@ -183,11 +210,16 @@ def measured(settings: Settings, workdir: Path, note: Callable[[str], None]) -> 
 
 
 def find_tasks(settings: Settings) -> tuple[list[Task], list[Task]]:
-    """(the tasks that are trained on, these and the held-out ones)."""
+    """(the tasks that are trained on, these and the held-out ones with `task.shots` solved examples)."""
     found = tasks.find(settings.task, settings.data)
-    if not settings.task.held_out:
-        return found, found
-    return found, found + tasks.find(settings.task, settings.data, "held_out")
+    measured = found + (
+        tasks.find(settings.task, settings.data, "held_out") if settings.task.held_out else []
+    )
+    shots = settings.task.shots
+    return found, [
+        task if task.bare else tasks.few_shot.with_shots(task, shots, f"task.shots={shots}")
+        for task in measured
+    ]
 
 
 def _vocabulary(context: Context, file: str) -> vocabulary.Vocabulary:
@@ -228,6 +260,7 @@ class Answers:
 
     def __init__(self, data: Pairs, settings: Settings, mesh: Mesh):
         self._data, self._settings, self._mesh = data, settings, mesh
+        self.layers = sparse_layer_names(settings)
         self.answers: dict[str, list[dict[str, Any]]] = {}  # of the last measurement, by task
         self.found: dict[str, float] = {}
 
@@ -253,7 +286,7 @@ class Answers:
             scores.append(values[task.metrics[0]])
             found |= {f"{task.name}/{name}": value for name, value in values.items()}
             self.answers[task.name] = [
-                {"task": task.name, "inputs": example.inputs, "targets": example.targets, "prediction": text}
+                {"task": task.name, "inputs": example.prompt, "targets": example.targets, "prediction": text}
                 | ({} if ranked is None else {"ranked": ranked[number]})
                 for number, (example, text) in enumerate(zip(examples, texts, strict=True))
             ]
@@ -292,18 +325,23 @@ def row_nll(params: Any, batch: objective.Batch, settings: Settings) -> jax.Arra
     return jnp.where(batch.get("loss", batch["targets"]) != 0, nll_BL, 0.0).sum(axis=1)
 
 
-def finish(answers: Answers, workdir: Path, params: Any) -> dict[str, Any]:
-    """Writes the answers of the last measurement, measured now if there was none; returns what `run.json` says of them."""
+def finish(answers: Answers, held_out: HeldOut, workdir: Path, params: Any) -> dict[str, Any]:
+    """Writes the answers of the last measurement, measured now if there was none; returns what `run.json` says of them.
+
+    There the experts' load is as it was before the first step, if the run began with this version, and as it is.
+    """
     if not answers.answers:
         answers.compile(params)
         answers.figures(params)
+    load = {"after": _expert_load(held_out, params), "layers": answers.layers}
     if distributed.is_main():
         write_predictions(workdir / PREDICTIONS_FILE, answers)
+        load = read_run(workdir).get("expert_load", {}) | load
     first = [one for rows in answers.answers.values() for one in rows[:SHOWN]][: 2 * SHOWN]
     shown = [
         {"input": one["inputs"], "target": one["targets"], "prediction": one["prediction"]} for one in first
     ]
-    return {"examples": shown, "scores": answers.found}
+    return {"examples": shown, "scores": answers.found} | ({"expert_load": load} if load["after"] else {})
 
 
 def write_predictions(path: Path, answers: Answers) -> None:

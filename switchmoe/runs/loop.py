@@ -26,6 +26,7 @@ from switchmoe.runs.resuming import Differences, flat
 from switchmoe.runs.rundir import REPORT_FILE, check, claim
 from switchmoe.runs.signals import Stop, Stopped, stop_signals
 from switchmoe.runs.skipping import Skips
+from switchmoe.runs.stopping import Patience, patience
 from switchmoe.runs.telling import Teller, versions
 from switchmoe.settings import Settings, to_dict
 from switchmoe.training import optimizers, train_state
@@ -81,10 +82,13 @@ def run(
         iterator.start_prefetch()  # only now, as it would have slowed the measurement
         _describe(parts, teller, programs, peak, lengths, group_tokens)
         teller.resumed(start, differences)
-        if teller.main and start < settings.train.num_steps:  # a run's last act, which is to come
+        waits = patience(settings.train.patience, place.local, parts.best, start)
+        if teller.main and start < settings.train.num_steps and not waits.over:  # a run's last act, to come
             (place.local / REPORT_FILE).unlink(missing_ok=True)
         places = settings.data.batch_size * sum(lengths.values())
-        loop = _Loop(settings, place, parts, programs, teller, saved, rows, iterator, stop, peak, places)
+        loop = _Loop(
+            settings, place, parts, programs, teller, saved, rows, iterator, stop, waits, peak, places
+        )
         with teller.recording(start):
             state = loop.steps(state)
         finished = parts.finish(state.params)
@@ -155,16 +159,17 @@ class _Loop:
         rows: Rows,
         iterator: Any,
         stop: Stop,
+        waits: Patience,
         peak: float,
         places: int,
     ):
         self.settings, self.place, self.parts, self.programs = settings, place, parts, programs
         self.teller, self.saved, self.rows, self.iterator = teller, saved, rows, iterator
-        self.stop, self.peak, self.places, self.clock = stop, peak, places, Clock()
+        self.stop, self.waits, self.peak, self.places, self.clock = stop, waits, peak, places, Clock()
         self.schedule = optimizers.schedule(settings.optimizer, settings.train.num_steps)
 
     def steps(self, state: TrainState) -> TrainState:
-        """From the state's step to num_steps."""
+        """From the state's step to num_steps, or to where patience ends."""
         train, every, start = self.settings.train, self.settings.checkpoint.every, int(state.step)
         self.stop.deferred = True
         self.skips = Skips(self.place.local, start)
@@ -172,7 +177,7 @@ class _Loop:
         self.earlier = optimizers.updates(state.opt_state) - self.skips.updates_before(start + 1)
         running: tuple[int, dict] | None = None
         for step in range(start + 1, train.num_steps + 1):
-            if self.stop.due(step):
+            if self.waits.over or self.stop.due(step):
                 break
             with self.clock.waiting():
                 batch = self.rows.put(next(self.iterator))
@@ -188,12 +193,12 @@ class _Loop:
                 with self.clock.paused():
                     self._check(step, parameter_norm=float(self.programs.norm(state.params)))
                     quality = self._judge(step, state.params) if evaluates else None
-                    if saves:
+                    if saves or self.waits.over:
                         self._save(step, state, quality)
         if running:
             self._read(*running)
-        self.teller.update(add=self.clock.totals())
-        if self.stop.number and int(state.step) < train.num_steps:
+        self.teller.update(add=self.clock.totals(), **self._ended_early())
+        if self.stop.number and int(state.step) < train.num_steps and not self.waits.over:
             self._leave(state)
         return state
 
@@ -247,7 +252,18 @@ class _Loop:
             figures["seconds"] = time.monotonic() - started
             found[judge.name] = self.teller.record(step, judge.name, figures)
         judge, figure = self.parts.best
+        self.waits.add(step, found[judge][figure])
         return found[judge][figure]
+
+    def _ended_early(self) -> dict[str, Any]:
+        """For `run.json`, and told."""
+        ended = self.waits.record
+        if ended:
+            self.teller.note(
+                f"finished at step {ended['step']} of {self.settings.train.num_steps}: no better than at step {ended['best_step']}"
+                f" for {ended['patience']} evaluations (train.patience)"
+            )
+        return {"stopped_early": ended} if self.settings.train.patience else {}
 
     def _save(self, step: int, state: TrainState, quality: float | None = None) -> None:
         """``quality``: of this very state, where it was judged; an older one would mislead."""

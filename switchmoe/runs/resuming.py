@@ -110,6 +110,7 @@ RULES: dict[str, Rule] = (
         "train.log_every": _TOLD,
         "train.eval_every": Rule(BITS, "it changes what is reported, not what is computed; another checkpoint may be the best"),
         "train.eval_batches": _HELD_OUT,
+        "train.patience": Rule(BITS, "it changes when the run is done, not what a step computes"),
         "train.accumulate": Rule(NOT, "tokens would share capacity in other groups"),
         "train.label_smoothing": _LOSS,
         "train.output_z_loss_weight": _LOSS,
@@ -118,9 +119,9 @@ RULES: dict[str, Rule] = (
         "train.seed": Rule(NOT, "all random numbers would differ"),
     }
     | dict.fromkeys(("init.checkpoint", "init.params", "init.optimizer", "init.upcycle"), Rule(NOT, "the run began with other parameters"))
-    | dict.fromkeys(("task.held_out", "task.eval_examples"), _HELD_OUT)
+    | dict.fromkeys(("task.held_out", "task.eval_examples", "task.shots"), _HELD_OUT)
     | dict.fromkeys(
-        (f"task.{name}" for name in ("names", "inputs", "targets", "options", "metrics", "mixture", "ceiling", "temperature", "rates")),
+        (f"task.{name}" for name in ("names", "inputs", "targets", "options", "metrics", "mixture", "ceiling", "temperature", "rates", "packed")),
         Rule(NOT, "other examples, or in another order"),
     )
     | dict.fromkeys(("distill.teacher", "distill.init"), Rule(NOT, "the run began with another teacher"))

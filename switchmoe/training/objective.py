@@ -17,7 +17,7 @@ from switchmoe.model.transformer import PAD_ID, Transformer
 from switchmoe.settings import Settings
 
 # int32, 0 where padded: inputs_BL and targets_BL; or for a decoder alone targets_BL, segments_BL and positions_BL. With loss_BL only
-# the targets where it is 1 are to be predicted.
+# the targets where it is 1 are to be predicted. With input_segments_BL, segments_BL and positions_BL a row of both has several examples.
 Batch = dict[str, jax.Array]
 STACK_OF = {"inputs": "encoder", "targets": "decoder", "loss": "predicted"}
 

@@ -1,12 +1,33 @@
 """Tasks by name. A user adds one: ``TASKS["mine"] = Task("mine", examples, ("exact_match",))``."""
 
 from switchmoe.data.errors import DataError
-from switchmoe.data.tasks import benchmarks, embedded, files, metrics
+from switchmoe.data.tasks import benchmarks, embedded, few_shot, files, instructions, metrics
 from switchmoe.data.tasks.benchmarks import BENCHMARKS
 from switchmoe.data.tasks.task import SPLITS, Example, Task
 from switchmoe.settings import DataSettings, TaskSettings
 
-TASKS: dict[str, Task] = {task.name: task for task in embedded.tasks()}
+TASKS: dict[str, Task] = {task.name: task for task in (*embedded.tasks(), *instructions.tasks())}
+MIXTURES: dict[str, tuple[str, ...]] = {"instruct": tuple(task.name for task in instructions.tasks())}
+
+
+def expanded(settings: TaskSettings, field: str = "names") -> list[list[str]]:
+    """For each of the names its tasks: itself, or of a mixture all but those of a family that is held out."""
+    held_out = [few_shot.parted(name)[0] for name in _names(settings.held_out)]
+
+    def stays(name: str) -> bool:
+        family = name.removesuffix(instructions.INVERTED)
+        return field != "names" or not {name, family} & set(held_out)
+
+    found = []
+    for name in _names(getattr(settings, field)):
+        own, shots = few_shot.parted(name)
+        suffix = f"{few_shot.SIGN}{shots}" if shots else ""
+        found.append([f"{one}{suffix}" for one in MIXTURES[own] if stays(one)] if own in MIXTURES else [name])
+    return found
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 def find(settings: TaskSettings, data: DataSettings, field: str = "names") -> list[Task]:
@@ -16,27 +37,39 @@ def find(settings: TaskSettings, data: DataSettings, field: str = "names") -> li
       DataError: a task or a metric that there is not; one without examples; one line.
     """
     found = []
-    for name in (part.strip() for part in getattr(settings, field).split(",")):
+    for full in (name for names in expanded(settings, field) for name in names):
+        name, shots = few_shot.parted(full)
         if name in TASKS:
-            found.append(TASKS[name])
+            task = TASKS[name]
         elif name in BENCHMARKS:
-            found.append(benchmarks.task(name, data))
+            task = benchmarks.task(name, data)
         elif files.is_files(name):
-            found.append(files.task(name, settings, data))
+            task = files.task(name, settings, data)
         else:
+            accepted = ", ".join((*(one for one in TASKS if one not in MIXTURES["instruct"]), *MIXTURES))
             raise DataError(
-                f"task.{field}={name}: no such task; accepted are {', '.join((*TASKS, *BENCHMARKS))}, and globs of files that end in {files.ACCEPTED}"
+                f"task.{field}={name}: no such task; accepted are {accepted}, {', '.join(MIXTURES['instruct'])},"
+                f" {', '.join(BENCHMARKS)}, and globs of files that end in {files.ACCEPTED}"
             )
-    for task in found:
-        for name in task.metrics:
-            if name not in metrics.METRICS:
-                raise DataError(f"task.metrics={name}: accepted are {', '.join(metrics.METRICS)}")
-        for split in SPLITS:
-            if not task.examples(split):
-                raise DataError(
-                    f"task.{field}={task.name}: its split {split} is empty; accepted is a task with examples in both"
-                )
+        _check(task, field)
+        found.append(few_shot.with_shots(task, shots, f"task.{field}={full}"))
+    if not found:
+        raise DataError(
+            f"task.held_out={settings.held_out}: nothing is left of task.{field}={settings.names} to train on;"
+            " accepted is a part of its families"
+        )
     return found
 
 
-__all__ = ["SPLITS", "TASKS", "Example", "Task", "find"]
+def _check(task: Task, field: str) -> None:
+    for name in task.metrics:
+        if name not in metrics.METRICS:
+            raise DataError(f"task.metrics={name}: accepted are {', '.join(metrics.METRICS)}")
+    for split in SPLITS:
+        if not task.examples(split):
+            raise DataError(
+                f"task.{field}={task.name}: its split {split} is empty; accepted is a task with examples in both"
+            )
+
+
+__all__ = ["MIXTURES", "SPLITS", "TASKS", "Example", "Task", "expanded", "few_shot", "find"]

@@ -11,7 +11,7 @@ NO_TOPIC = "Uncategorized"
 
 
 @functools.cache
-def _records(split: str) -> tuple[dict[str, str], ...]:
+def records(split: str) -> tuple[dict[str, str], ...]:
     return tuple(record for record in builder.records() if builder.split_of(record["title"]) == split)
 
 
@@ -20,7 +20,7 @@ def _task(
 ) -> Task:  # fmt: skip
     @functools.cache
     def examples(split: str) -> tuple[Example, ...]:
-        return tuple(example for record in _records(split) if (example := make(record)))
+        return tuple(example for record in records(split) if (example := make(record)))
 
     return Task(name, examples, metrics, options)
 
@@ -46,7 +46,7 @@ def _title(record: dict[str, str]) -> Example:
 @functools.cache
 def topics() -> tuple[str, ...]:
     """The classes of `topic`."""
-    return tuple(sorted({record["topic"] for split in SPLITS for record in _records(split)} - {NO_TOPIC}))
+    return tuple(sorted({record["topic"] for split in SPLITS for record in records(split)} - {NO_TOPIC}))
 
 
 def tasks() -> list[Task]:

@@ -13,10 +13,16 @@ class Example(NamedTuple):
     inputs: str
     targets: str
     answers: tuple[str, ...] = ()  # all that are right, where several are; (): the targets alone
+    shots: tuple[str, ...] = ()  # solved examples that are read before (`few_shot`)
 
     @property
     def right(self) -> tuple[str, ...]:
         return self.answers or (self.targets,)
+
+    @property
+    def prompt(self) -> str:
+        """All that is read."""
+        return "".join((*self.shots, self.inputs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +30,12 @@ class Task:
     """``examples(split)`` gives those of `train` or `validation`, the same each time and in the same order.
 
     ``metrics`` are names in `metrics.METRICS`, of which the first is the task's score. ``options`` are the classes, where
-    there are some: then an answer is the likeliest of them as well (rank classification).
+    there are some: then an answer is the likeliest of them as well (rank classification). ``bare`` is the task without the
+    solved examples before its questions, where it has some.
     """
 
     name: str
     examples: Callable[[str], Sequence[Example]]
     metrics: tuple[str, ...]
     options: tuple[str, ...] = ()
+    bare: "Task | None" = None

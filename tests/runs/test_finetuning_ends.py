@@ -1,0 +1,145 @@
+# ruff: noqa: F401, F811 - `colours` is a fixture of another file
+"""How fine-tuning ends: early, again, after a kill; the experts' load before and after; solved examples when it is measured."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_finetuning import arguments, colours
+from test_run import TINY, losses
+
+from experiments import finetune as command
+from switchmoe.runs.stopping import Patience
+
+pytestmark = pytest.mark.usefixtures("one_device")
+STEPS = [
+    "--steps=40",
+    "--config.train.eval_every=2",
+    "--config.checkpoint.every=2",
+    "--config.train.patience=2",
+    "--config.checkpoint.keep=3",
+]
+STILL = [*STEPS, "--config.optimizer.learning_rate=1e-12"]  # so that no score changes
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, user_environment):
+    workdir = tmp_path_factory.mktemp("before") / "run"
+    more = ["--config.train.num_steps=2", "--config.train.eval_every=2"]
+    arguments = [sys.executable, "-m", "experiments.run", f"--workdir={workdir}", *TINY, *more]
+    subprocess.run(arguments, env=user_environment, check=True, capture_output=True)
+    return workdir
+
+
+def carry_out(pretrained, colours, workdir, environment):
+    """In a process of its own: the bits depend on its devices."""
+    argv = [
+        sys.executable,
+        "-m",
+        "experiments.finetune",
+        *arguments(pretrained, colours, workdir, *STILL)[1:],
+    ]
+    subprocess.run(argv, env=environment, check=True, capture_output=True)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def still(pretrained, colours, tmp_path_factory, user_environment):
+    return carry_out(pretrained, colours, tmp_path_factory.mktemp("still") / "run", user_environment)
+
+
+def run_json(workdir):
+    return json.loads((workdir / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "figures, over, best",
+    [
+        ([], False, None),
+        ([3.0], False, None),
+        ([3.0, 3.0], False, None),
+        ([3.0, 3.0, 4.0], True, 10),  # of equal ones the first
+        ([3.0, 4.0, 2.0], False, None),
+        ([3.0, 2.0, 2.5, 2.5], True, 20),
+        ([None, float("nan"), 5.0, 6.0], False, None),
+        ([2.0, None, None], True, 10),
+    ],
+)
+def test_patience_by_hand(figures, over, best):
+    found = [(10 * number, figure) for number, figure in enumerate(figures, 1)]
+    waits = Patience(2, found[:-1])
+    for one in found[-1:]:
+        waits.add(*one)
+    assert waits.over == over and not Patience(0, found).over
+    assert waits.record == ({"step": 10 * len(figures), "best_step": best, "patience": 2} if over else None)
+
+
+def test_it_is_done_when_the_score_is_no_better(still, pretrained, colours, capsys):
+    assert run_json(still)["stopped_early"] == {"step": 6, "best_step": 2, "patience": 2}
+    assert {path.name for path in (still / "checkpoints").iterdir() if path.name.isdigit()} == {"2", "4", "6"}
+    assert "6 of 40, no better than at 2" in (still / "report.html").read_text()
+    before = losses(still)
+    assert max(record["step"] for record in before) == 6
+    assert command.main(arguments(pretrained, colours, still, *STILL)) == 0
+    assert "finished at step 6 of 40: no better than at step 2 for 2 evaluations" in capsys.readouterr().out
+    assert losses(still) == before and (still / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_killed_before_the_end_was_saved_it_ends_at_the_same_step(
+    still, pretrained, colours, tmp_path, user_environment
+):
+    shutil.copytree(still, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    carry_out(pretrained, colours, tmp_path / "run", user_environment)
+    assert losses(tmp_path / "run") == losses(still)
+    assert run_json(tmp_path / "run")["stopped_early"] == run_json(still)["stopped_early"]
+
+
+@pytest.mark.slow
+def test_without_patience_it_goes_on(still, pretrained, colours, tmp_path):
+    shutil.copytree(still, tmp_path / "run")
+    more = [*STILL, "--steps=8", "--config.train.patience=0"]
+    assert command.main(arguments(pretrained, colours, tmp_path / "run", *more)) == 0
+    assert max(record["step"] for record in losses(tmp_path / "run")) == 8
+
+
+def test_the_load_of_experts_before_and_after(still, pretrained, colours, tmp_path):
+    load = run_json(still)["expert_load"]
+    assert load["layers"] == ["encoder/0", "encoder/1", "decoder/0", "decoder/1"]
+    before, after = (np.array(load[when]) for when in ("before", "after"))
+    assert before.shape == (len(load["layers"]), 4)
+    np.testing.assert_allclose(before.sum(axis=1), 1, atol=1e-3)
+    np.testing.assert_allclose(before, after)
+    assert (still / "plots" / "load_change.png").exists()
+    more = [
+        "--steps=10",
+        "--config.train.eval_every=10",
+        "--config.optimizer.learning_rate=0.03",
+        "--config.task.packed=3",
+    ]
+    assert command.main(arguments(pretrained, colours, tmp_path / "run", *more)) == 0
+    assert run_json(tmp_path / "run")["examples_a_row"] > 2
+    other = run_json(tmp_path / "run")["expert_load"]
+    np.testing.assert_allclose(other["before"], before)
+    last = [record for record in losses(tmp_path / "run") if record["split"] == "validation"][-1]
+    np.testing.assert_allclose(other["after"], last["layer_expert_load"], atol=1e-4)
+    assert np.abs(np.array(other["after"]) - before).max() > 0.01
+
+
+def test_solved_examples_when_a_model_is_measured(pretrained, colours, tmp_path, capsys):
+    more = [
+        "--steps=0",
+        "--config.task.shots=2",
+        "--config.task.held_out=instruct_odd@1",
+        "--config.task.eval_examples=8",
+    ]
+    assert command.main(arguments(pretrained, colours, tmp_path / "run", *more)) == 0
+    told = capsys.readouterr().out
+    assert f"{colours}@2/ranked" in told and "instruct_odd@1/accuracy" in told
+    answers = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [answer["inputs"].count("Question: ") for answer in answers] == [3] * 8 + [2] * 8
+    assert all(answer["inputs"].endswith("\nAnswer:") for answer in answers)
