@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from experiments.sweep.study import Cost, Run, Sweep
 from switchmoe.runs import reporting
-from switchmoe.runs.rundir import REPORT_FILE, read_run
+from switchmoe.runs.rundir import REPORT_FILE, last_step, read_run
 
 RESULTS_FILE = "results.csv"
 
@@ -29,7 +29,7 @@ def result(directory: Path, run: Run, cost: Cost) -> dict[str, Any]:
     known = read_run(directory)
     train = [r for r in records if r["split"] == "train"]
     held_out = [r for r in records if r["split"] == "validation"]
-    steps = run.settings.train.num_steps
+    steps = last_step(run.settings, known)
     ended = bool(held_out) and held_out[-1]["step"] == steps and (directory / REPORT_FILE).exists()
     losses = [r["cross_entropy"] for r in held_out if r["cross_entropy"] is not None]
     last = held_out[-1] if held_out else {}

@@ -18,7 +18,7 @@ from switchmoe.parallel import sharding
 from switchmoe.planning import memory
 from switchmoe.runs.reporting import METRICS_FILE, Record, read_metrics
 from switchmoe.runs.resuming import flat
-from switchmoe.runs.rundir import read_run
+from switchmoe.runs.rundir import last_step, read_run
 from switchmoe.settings import Settings, from_config, to_dict
 
 SHAPE = {f"model.{name}" for name in ("d_model", "d_ff", "d_kv", "num_heads", "num_layers")}
@@ -142,7 +142,7 @@ def read(directory: Path) -> Run:
     records = read_metrics(directory / METRICS_FILE)
     try:
         series = _series(records)
-        _check_done(series["step_V"], series["loss_V"], settings.train.num_steps)
+        _check_done(series["step_V"], series["loss_V"], last_step(settings, known))
         routing = _routing(records) if settings.moe.routed else None
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
@@ -189,13 +189,11 @@ def _series(records: Sequence[Record]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check_done(step_V: np.ndarray, loss_V: np.ndarray, num_steps: int) -> None:
+def _check_done(step_V: np.ndarray, loss_V: np.ndarray, last: int) -> None:
     if not len(step_V):
         raise ValueError("it has no held-out loss: it failed or stopped before its first evaluation")
-    if step_V[-1] < num_steps:
-        raise ValueError(
-            f"it is not done: the last evaluation is that of step {step_V[-1]:.0f} of {num_steps}"
-        )
+    if step_V[-1] < last:
+        raise ValueError(f"it is not done: the last evaluation is that of step {step_V[-1]:.0f} of {last}")
     if not (np.isfinite(loss_V[-1]) and loss_V[-1] > 0):
         raise ValueError(f"its held-out loss at step {step_V[-1]:.0f} is {loss_V[-1]}, not a number above 0")
 

@@ -114,6 +114,11 @@ def read_run(workdir: Path) -> dict[str, Any]:
     return values
 
 
+def last_step(settings: Settings, known: dict[str, Any]) -> int:
+    """The step that a run ends with: `train.num_steps`, or where its patience ended, as its `run.json` says."""
+    return (known.get("stopped_early") or {}).get("step", settings.train.num_steps)
+
+
 def update_run(workdir: Path, add: dict[str, float] | None = None, **values: Any) -> None:
     """Sets values in `run.json`; those in ``add`` are added to what is there."""
     known = read_run(workdir) | values

@@ -208,6 +208,13 @@ def test_a_directory_that_is_not_a_finished_run_is_left_out_and_says_why(tmp_pat
     assert re.search(reason, left_out["bad"]) and "\n" not in left_out["bad"]
 
 
+def test_a_run_that_patience_ended_is_read(tmp_path):
+    path = write_run(tmp_path / "run", settings_of(), [5, 4])
+    known = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(known | {"stopped_early": {"step": 200}}))
+    assert sweeps.read(path).loss == 4.0
+
+
 def test_a_torn_last_line_of_a_finished_run_does_no_harm(tmp_path):
     path = write_run(tmp_path / "run", settings_of(), [5, 4, 3.5, 3])
     with (path / "metrics.jsonl").open("a") as file:

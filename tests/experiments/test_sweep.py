@@ -181,6 +181,18 @@ def test_results_of_done_unfinished_and_waiting_runs(config):
     assert [path.name for path in found.workdir.glob("*.tmp")] == []
 
 
+def test_a_run_that_patience_ended_is_done(config):
+    found = read(*config("[{'moe.num_experts': [4]}]"))
+    (run,) = found.runs
+    there = found.workdir / run.name
+    fabricate(there, run, 16)
+    (there / "report.html").write_text("")
+    for stopped, state in ((None, "unfinished"), ({"step": 16, "best_step": 8, "patience": 1}, "done")):
+        rundir.update_run(there, stopped_early=stopped)
+        (one,) = results(found, Cost(100, 50, 3.0, 10, 15))
+        assert (one["state"], one["step"]) == (state, 16)
+
+
 def test_a_prediction_goes_by_the_done_run_nearest_in_size(config):
     """Of two done runs at 10 % and 40 % of the peak, the one with about as many parameters counts."""
     found = read(*config("[{'moe.num_experts': [1, 2, 4]}]"))
