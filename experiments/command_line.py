@@ -16,7 +16,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import configs
-from switchmoe import settings
 from switchmoe.settings import Settings, from_config
 
 GROUPS = {
@@ -213,21 +212,20 @@ def _help(doc: str) -> str:
 
 def meanings() -> dict[str, str]:
     """What each field means, by ``group.field``: the comments beside and above its declaration in `switchmoe.settings`."""
-    source = inspect.getsource(settings)
-    comments = {
-        token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    groups = {group.type.__name__: group.name for group in dataclasses.fields(Settings)}
     found = {}
-    for node in ast.parse(source).body:
-        for field in node.body if isinstance(node, ast.ClassDef) and node.name in groups else ():
+    for group in dataclasses.fields(Settings):
+        source = inspect.getsource(group.type)
+        comments = {
+            token.start[0]: (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+        for field in ast.parse(source).body[0].body:
             if not isinstance(field, ast.AnnAssign):
                 continue
             first = field.lineno
             while comments.get(first - 1, ("", False))[1]:
                 first -= 1
             parts = [comments[line][0] for line in range(first, field.end_lineno + 1) if line in comments]
-            found[f"{groups[node.name]}.{field.target.id}"] = " ".join(parts)
+            found[f"{group.name}.{field.target.id}"] = " ".join(parts)
     return found

@@ -30,9 +30,9 @@ def code(page):
 @pytest.fixture
 def run(monkeypatch):
     """Runs a page's code; what it adds is gone after the test."""
-    before, names = [dict(table) for table in TABLES], settings.OBJECTIVES
+    before, names = [dict(table) for table in TABLES], settings.data.OBJECTIVES
     yield lambda page: exec(compile(code(page), page, "exec"), {})
-    settings.OBJECTIVES = names
+    settings.data.OBJECTIVES = names
     for table, kept in zip(TABLES, before, strict=True):
         table.clear()
         table.update(kept)
