@@ -1,12 +1,15 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+
 setup(
     name="switchmoe",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"', (ROOT / "switchmoe/__init__.py").read_text(), re.MULTILINE)[1],
     description="Switch Transformers in JAX and Flax: sparse mixture-of-experts pre-training, small enough to read",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
