@@ -11,6 +11,7 @@ from typing import Any
 from experiments.claims import (
     distilling,
     fine_tuning,
+    instructions,
     st_moe,
     switch_figures,
     switch_tables,
@@ -22,7 +23,16 @@ from experiments.sweep import study
 
 CLAIMS = {
     claim.name: claim
-    for family in (switch_tables, switch_figures, switch_text, st_moe, upcycling, distilling, fine_tuning)
+    for family in (
+        switch_tables,
+        switch_figures,
+        switch_text,
+        st_moe,
+        upcycling,
+        distilling,
+        fine_tuning,
+        instructions,
+    )
     for claim in family.CLAIMS
 }
 

@@ -122,6 +122,20 @@ def better(one: str, other: str, by: float = 0.0, metric: str = "score", paper: 
     return paired(says, one, other, difference, (by, math.inf), "points", paper)
 
 
+def gains_more(one: tuple[str, str], other: tuple[str, str], metric: str = "score", paper: str = "") -> Check:
+    """From the first to the second of two arms a tasks' metric gains more points than it does from the first to the second of another two."""
+
+    def interval(table: Table) -> Interval:
+        def gain(pair: tuple[str, str], seed: int) -> float:
+            before, after = (_score(table[arm][seed], metric) for arm in pair)
+            return after - before
+
+        return t_interval([gain(one, seed) - gain(other, seed) for seed in table[one[0]]])
+
+    says = f"{metric} gains more from {one[0]} to {one[1]} than from {other[0]} to {other[1]}"
+    return Check(says, (*one, *other), interval, 0.0, math.inf, "points", paper)
+
+
 def gain_kept(
     student: str,
     baseline: str,

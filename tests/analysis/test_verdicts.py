@@ -233,3 +233,20 @@ def test_a_speed_that_is_no_number_decides_nothing(seconds):
     """Of steps whose time was not measured on either side, or without end."""
     strange = [dataclasses.replace(run(4.0), step_seconds=seconds) for _ in range(3)]
     assert outcome(verdicts.faster("a", "b"), a=strange, b=strange) == UNDECIDED
+
+
+@pytest.mark.parametrize(
+    "after, expected", [([62, 63, 65], HELD), ([52, 53, 55], NOT_HELD), ([58, 57, 58], UNDECIDED)]
+)
+def test_a_larger_gain(after, expected):
+    """Dense gains 6, 6 and 7 points; the other from 50, 51 and 52 to these."""
+
+    def scored(points):
+        return [
+            dataclasses.replace(run(4.0), scores={"score": (np.array([100.0]), np.array([float(p)]))})
+            for p in points
+        ]
+
+    check = verdicts.gains_more(("sparse", "sparse tuned"), ("dense", "dense tuned"))
+    arms = {"sparse": [50, 51, 52], "sparse tuned": after, "dense": [40, 41, 42], "dense tuned": [46, 47, 49]}
+    assert outcome(check, **{arm: scored(points) for arm, points in arms.items()}) == expected
