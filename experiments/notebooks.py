@@ -4,9 +4,12 @@ A command is a process of its own, on whatever device there is; what a notebook'
 the CPU (`cpu`), as an accelerator belongs to one process.
 """
 
+import csv
 import html
 import io
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +27,7 @@ from switchmoe.analysis.sweep_plots import COLOURS
 from switchmoe.runs.reporting import METRICS_FILE, Record, read_metrics
 from switchmoe.runs.rundir import read_run
 
+RESULTS = Path(__file__).parent / "results"
 TINY = "SWITCHMOE_TINY"  # set: all that a notebook does is small, as in its test
 TINY_STEPS = 4
 POLL, REDRAW = 0.5, 3.0  # seconds between looks at a command and between its pictures
@@ -176,6 +180,56 @@ def page(path: str | Path, height: int = 700) -> None:
     display(HTML(f'<iframe srcdoc="{whole}" width="100%" height="{height}" style="border: 0"></iframe>'))
 
 
+def read_csv(path: str | Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Some columns of a CSV file; numbers where there are any, "" where there is nothing."""
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        return [{name: _number(line[name]) for name in columns} for line in csv.DictReader(file)]
+
+
+def read_jsonl(path: str | Path, count: int) -> list[dict[str, Any]]:
+    """The first records of a file that has one a line."""
+    with Path(path).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in itertools.islice(file, count)]
+
+
+def law(path: str | Path) -> None:
+    """The scaling law of a sweep's `fit.json`: its coefficients with their intervals, and what is to be said of them."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    display(HTML(f"<p>{html.escape(found['law'])}</p>"))
+    for fit in found["fits"]:
+        rows = fit["coefficients"].items()
+        table(
+            {
+                "coefficient": name,
+                "value": of["value"],
+                "from": (of["interval"] or ["-"])[0],
+                "to": (of["interval"] or ["-"])[-1],
+            }
+            for name, of in rows
+        )
+        display(HTML("".join(f"<p>{html.escape(note)}</p>" for note in fit["notes"])))
+    for reason in found["not_fitted"].values():
+        display(HTML(f"<p>not fitted: {html.escape(reason)}</p>"))
+
+
+def figures(path: str | Path, names: Sequence[str]) -> None:
+    """Some of the figures of a trace's `figures.json` by layer, with interval and baseline."""
+    from switchmoe.analysis.routing import estimates, summary
+
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+
+    def written(of: Mapping[str, Any], name: str) -> str:
+        plain = of[name] if name in of else None
+        values = plain and {key: math.nan if value is None else value for key, value in plain.items()}
+        return summary.written(values and estimates.Figure(**values), found["units"][name])
+
+    table(
+        {"layer": layer}
+        | {summary.shown(name): written(of, name) for name in names if name in found["units"]}
+        for layer, of in found["layers"].items()
+    )
+
+
 def examples(directory: Path) -> list[dict[str, str]]:
     """Held-out inputs of a run, what was asked, and its own answers."""
     return json.loads((directory / "run.json").read_text(encoding="utf-8"))["examples"]
@@ -245,6 +299,15 @@ def _png(figure: Figure) -> Image:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return Image(data=file.getvalue(), format="png", width=WIDTH)
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _cells(values: Iterable[Any], tag: str) -> str:
