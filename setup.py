@@ -31,7 +31,8 @@ setup(
             "data/wiki_vital_en/*.md",
             "analysis/*.csv",
             "analysis/routing/*.html",
-        ]
+        ],
+        "experiments": ["results/experts_tiny/*"],  # which a notebook shows
     },
     install_requires=[
         "absl-py>=2.1",
@@ -72,6 +73,7 @@ setup(
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",
+            "ipython>=8.18",
             # what checks scripts/
             "pyyaml>=6",
             "jsonschema>=4.18",
@@ -79,6 +81,11 @@ setup(
             "kubernetes-validate>=1.31",
         ],
         "docs": ["sphinx>=8.1", "myst-nb>=1.2", "furo>=2024.8.6"],
+        "notebooks": [
+            "ipykernel>=6.29",
+            "ipython>=8.18",
+            "ipywidgets>=8.1",
+        ],  # of colab/, in a Jupyter of one's own
         "gcs": ["gcsfs>=2024.6"],  # runs and data in gs://
         "s3": ["s3fs>=2024.6"],
         "zstd": ["zstandard>=0.22"],  # text in .zst files

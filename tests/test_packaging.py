@@ -1,22 +1,18 @@
-"""What the installed package promises: its dependencies, the README's commands, the notebook."""
+"""What the installed package promises: its dependencies, the README's commands."""
 
 import ast
 import importlib.metadata
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import nbclient
-import nbformat
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("switchmoe", "experiments", "configs")
-NOTEBOOK = ROOT / "colab" / "quickstart.ipynb"
 MAX_BYTES = 2_000_000
 
 # What a GPU host with nothing but JAX and Flax can load: models, routing and what benchmarks need.
@@ -129,25 +125,3 @@ def test_readme_has_the_two_commands_each_of_one_line():
 
 def test_no_file_is_large():
     assert [path for path in tracked_files() if path.stat().st_size > MAX_BYTES] == []
-
-
-def test_notebook_is_valid_and_stores_no_outputs():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == [] and cell.execution_count is None
-
-
-@pytest.mark.long
-def test_notebook_runs_from_top_to_bottom(user_environment, tmp_path):
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    )
-    client.execute(env={**user_environment, "SWITCHMOE_STEPS": "4"})
-    if where := os.environ.get("SWITCHMOE_NOTEBOOKS"):  # the site shows it as it was executed
-        nbformat.write(notebook, Path(where) / NOTEBOOK.name)
-    shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in data for data in shown) >= 4
-    assert sum("<table>" in data.get("text/html", "") for data in shown) == 3

@@ -1,0 +1,136 @@
+"""What the notebooks share: commands followed live, tables, pictures, sliders."""
+
+import json
+import sys
+
+import pytest
+from matplotlib.figure import Figure
+
+from experiments import notebooks
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a cell shows, in its order; what is shown anew takes the place of what it replaces."""
+    found = []
+
+    class Place:
+        def __init__(self, index):
+            self.index = index
+
+        def update(self, thing):
+            found[self.index] = thing
+
+    def display(thing, display_id=False):
+        found.append(thing)
+        return Place(len(found) - 1) if display_id else None
+
+    monkeypatch.setattr(notebooks, "display", display)
+    return found
+
+
+def line(*heights):
+    figure = Figure(figsize=(2, 1))
+    figure.subplots().plot(heights)
+    return figure
+
+
+def test_all_is_small_where_the_environment_says_so(monkeypatch):
+    monkeypatch.delenv(notebooks.TINY, raising=False)
+    assert notebooks.pick(300, 4) == 300 and notebooks.steps(0) == []
+    assert "--config.train.num_steps=300" in notebooks.steps(300)
+    monkeypatch.setenv(notebooks.TINY, "1")
+    assert notebooks.pick(300, 4) == 4
+    for count in (0, 300):
+        assert f"--config.train.num_steps={notebooks.TINY_STEPS}" in notebooks.steps(count)
+
+
+def test_a_command_leaves_its_last_line_and_its_pictures(shown, monkeypatch):
+    monkeypatch.setattr(notebooks, "REDRAW", 0.0)
+    drawn = []
+
+    def pictures():
+        drawn.append(len(drawn))
+        return [line(0, 1), line(0, len(drawn))]
+
+    said = notebooks.run("evaluate", "--help", pictures=pictures)
+    assert said.startswith("Measures a trained model")
+    assert len(shown) == 3  # a line and two pictures, however often they were drawn
+    assert said.strip().splitlines()[-1] in shown[0].data
+    assert "experiments.evaluate --help" in shown[0].data
+
+
+def test_a_command_that_fails_stops_the_notebook_and_says_why(shown):
+    with pytest.raises(RuntimeError, match=r"exit code 2: .*experiments.evaluate(.|\n)*--source="):
+        notebooks.run("evaluate")
+
+
+def test_the_pictures_of_a_run_are_of_what_there_is(tmp_path):
+    assert notebooks.progress(tmp_path) == []
+    record = {"step": 1, "split": "train", "cross_entropy": 5.0, "layers": []}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + '\n{"step": 2, "spl')  # being written
+    assert len(notebooks.progress(tmp_path)) == 1
+    layer = {"layers": ["encoder/0"], "layer_expert_load": [[0.25, 0.75]]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record | layer) + "\n")
+    assert len(notebooks.progress(tmp_path)) == 2
+
+
+def test_runs_side_by_side_are_named_with_their_last_loss(tmp_path):
+    for name, losses in (("dense", (5.0, 4.0)), ("sparse", (5.0, 3.5))):
+        (tmp_path / name).mkdir()
+        records = (
+            {"step": step, "split": "validation", "cross_entropy": loss} for step, loss in enumerate(losses)
+        )
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    runs = {name: tmp_path / name for name in ("sparse", "dense", "absent")}
+    (axes,) = notebooks.held_out(runs).axes
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == ["sparse, last 3.500", "dense, last 4.000", "absent"]
+
+
+def test_a_table_shows_text_as_it_is(shown):
+    notebooks.table([{"input": "the <extra_id_0>", "loss": 1234.5}])
+    assert "the &lt;extra_id_0&gt;" in shown[0].data and "1,234.500" in shown[0].data
+    notebooks.table([])
+    assert len(shown) == 1
+
+
+def test_a_page_is_shown_whole(shown, tmp_path):
+    (tmp_path / "page.html").write_text('<p class="x">&</p>', encoding="utf-8")
+    notebooks.page(tmp_path / "page.html")
+    assert 'srcdoc="&lt;p class=&quot;x&quot;&gt;&amp;&lt;/p&gt;"' in shown[0].data
+
+
+def test_pictures_of_files_directories_and_figures(shown, tmp_path):
+    for name in ("a", "b"):
+        line(0, 1).savefig(tmp_path / f"{name}.png")
+    notebooks.show(line(0, 1), tmp_path, tmp_path / "b.png")
+    assert len(shown) == 4
+
+
+def test_without_widgets_pictures_stand_still(shown, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    asked = []
+
+    def draw(**chosen):
+        asked.append(chosen)
+        return line(0, 1)
+
+    notebooks.sliders(draw, factor=[1.0, 0.5, 2.0], jitter=[0.0, 0.1])
+    assert asked == [
+        {"factor": 1.0, "jitter": 0.0},
+        {"factor": 2.0, "jitter": 0.0},
+        {"factor": 1.0, "jitter": 0.1},
+    ]
+    assert len(shown) == 3
+
+
+def test_the_recorded_sweep_comes_with_the_package(shown):
+    rows = notebooks.read_csv(
+        notebooks.RESULTS / "experts_tiny" / "points.csv", ("num_experts", "loss", "starved")
+    )
+    assert [row["num_experts"] for row in rows] == [2**n for n in range(10)]
+    assert isinstance(rows[0]["loss"], float) and rows[0]["starved"] == ""
+    notebooks.law(notebooks.RESULTS / "experts_tiny" / "fit.json")
+    told = "".join(thing.data for thing in shown)
+    assert "E_start" in told and "log10 L" in told and "one model size" in told

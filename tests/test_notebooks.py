@@ -1,0 +1,104 @@
+"""Notebooks: valid, stored without outputs, one way to install, no logic of their own; each runs from top to bottom."""
+
+import ast
+import base64
+import importlib
+import io
+import os
+from pathlib import Path
+
+import matplotlib.image
+import nbclient
+import nbformat
+import pytest
+
+COLAB = Path(__file__).parents[1] / "colab"
+CELL_SECONDS = 120
+SHOWN = {  # at least so many pictures and tables
+    "quickstart": (7, 2),
+    "routing_playground": (10, 1),
+    "expert_sweep": (10, 5),
+    "specialisation": (7, 1),
+    "sharding": (3, 1),
+    "real_checkpoints": (8, 2),
+    "finetune_and_distill": (10, 2),
+}
+every = pytest.mark.parametrize("name", SHOWN)
+
+
+def read(name):
+    return nbformat.read(COLAB / f"{name}.ipynb", as_version=4)
+
+
+def codes(name):
+    return [cell.source for cell in read(name).cells if cell.cell_type == "code"]
+
+
+def test_these_are_all():
+    assert {path.stem for path in COLAB.glob("*.ipynb")} == set(SHOWN)
+
+
+@every
+def test_it_is_valid_and_stores_no_outputs(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert notebook.metadata["colab"]["name"] == f"{name}.ipynb"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+
+
+@every
+def test_it_installs_as_all_do_and_asks_for_settings_in_forms(name):
+    first, *others = codes(name)
+    assert first == codes("quickstart")[0]
+    assert 'REPO = ""  # @param {type:"string"}' in first and "SWITCHMOE_REPO" in first
+    assert any("# @param" in source for source in others)
+
+
+@every
+def test_it_holds_no_logic_of_its_own(name):
+    for source in codes(name)[1:]:
+        for node in ast.walk(ast.parse(source)):
+            assert not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.While, ast.For, ast.Try)), source
+        assert len(source.splitlines()) <= 20, source
+
+
+@every
+def test_what_it_imports_is_there(name):
+    known = {}
+    for source in codes(name):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                known |= {alias.name: importlib.import_module(alias.name) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    module = importlib.import_module(node.module)
+                    if not hasattr(module, alias.name):
+                        importlib.import_module(f"{node.module}.{alias.name}")
+                    known[alias.name] = getattr(module, alias.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owner = known.get(node.value.id)
+                assert owner is None or hasattr(owner, node.attr), f"{node.value.id}.{node.attr}"
+
+
+@pytest.mark.long
+@every
+def test_it_runs_from_top_to_bottom(name, user_environment, tmp_path):
+    notebook = read(name)
+    where = {"metadata": {"path": str(tmp_path)}}
+    environment = user_environment | {"SWITCHMOE_TINY": "1"}
+    if "CI" in os.environ:  # the package as it is installed, far from its sources
+        del environment["PYTHONPATH"]
+    client = nbclient.NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3", resources=where)
+    client.execute(env=environment)
+    if kept := os.environ.get("SWITCHMOE_NOTEBOOKS"):  # the site shows it as it was executed
+        nbformat.write(notebook, Path(kept) / f"{name}.ipynb")
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = [output.get("data", {}) for output in outputs]
+    pictures = [data["image/png"] for data in shown if "image/png" in data]
+    for picture in pictures:
+        pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(picture)))
+        assert pixels.shape[1] >= 400 and pixels[..., :3].std() > 0.01
+    tables = sum("<table>" in data.get("text/html", "") for data in shown)
+    assert len(pictures) >= SHOWN[name][0] and tables >= SHOWN[name][1], (len(pictures), tables)
