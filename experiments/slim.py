@@ -29,6 +29,7 @@ from typing import Any
 from experiments import command_line, exits, process
 
 COMMAND = "experiments.slim"
+SOURCE = "source"  # its row of the table
 OPTIONS = {  # with their defaults
     "source": "", "target": "", "experts": 0, "by": "use", "align": "hungarian", "bits": 0, "group": -1, "text": "", "task": "", "batches": 16,
 }  # fmt: skip
@@ -65,6 +66,8 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"--by={found['by']}: accepted with --experts=, without --sweep")
     if found["by"] == "task" and not found["task"]:
         raise ValueError("--by=task: accepted with --task=NAME")
+    if found["group"] >= 0 and not (found["bits"] or found["sweep"]):
+        raise ValueError(f"--group={found['group']}: accepted with --bits=8, --bits=4 or --sweep")
     if found["bits"] and found["sweep"]:
         raise ValueError(f"--bits={found['bits']}: accepted without --sweep, which has both")
     if not (found["experts"] or found["bits"] or found["sweep"]):
@@ -86,6 +89,8 @@ def _slim(options: dict[str, Any], overrides: dict[str, Any]) -> int:
 
     note = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     model, target = trained.find(options["source"]), Path(options["target"]).expanduser()
+    if Path(model.step).parent.parent.absolute() in target.absolute().parents:
+        raise ValueError(f"--target={target}: it lies in --source; accepted is a name outside")
     counted = {name: options[name] for name in ("text", "task", "batches")} | {"config": overrides}
     whole = target / slim_table.TABLE_FILE
     members = {
@@ -100,12 +105,12 @@ def _slim(options: dict[str, Any], overrides: dict[str, Any]) -> int:
         slimming.settings_of(model.settings, how, 1)
     there = {path: slim.is_there(path, wanted[path]) for path in members}
     table = slim_table.Table(whole, slim.asked(model, slimming.Slimming(), counted), options["sweep"])
-    if not table.missing([options["source"], *(path.name for path in members)]) and all(there.values()):
+    if not table.missing([SOURCE, *(path.name for path in members)]) and all(there.values()):
         print(table.markdown())
         return 0
     limits = options["text"], options["task"], overrides, options["batches"]
     ruler = measuring.yardstick(model, *limits, target, note)
-    rows = {options["source"]: (model, None)}
+    rows = {SOURCE: (model, None)}
     for path, how in members.items():
         if not there[path]:
             note(f"making {path}")

@@ -98,6 +98,12 @@ class Writer:
         return self._checksums
 
 
+def size(step: Path) -> int:
+    """Bytes of the values that `Writer` wrote, without what its files tell of them."""
+    files = (step / STATE).glob("params.*/[0-9]*")
+    return sum(path.stat().st_size for path in files)
+
+
 def _zarray(shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> dict[str, Any]:
     return {
         "chunks": list(chunks), "compressor": None, "dimension_separator": ".", "dtype": _TYPES[dtype], "fill_value": None,

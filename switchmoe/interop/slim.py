@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -153,7 +154,7 @@ class Row(NamedTuple):
     model: str
     experts: int
     parameters: int
-    bytes_on_disk: int  # of the parameters' files; of the source, as the others are written
+    bytes_on_disk: int  # of the parameters' values, without what else is in their files' directory
     bytes_in_memory: int  # of the parameters, as they are held
     loss: float
     score: float | None  # the task's
@@ -164,10 +165,10 @@ def measured(name: str, model: trained.Source, ruler: measuring.Yardstick, slim:
     """Measures a model; a slim one's directory gets the metrics and facts that a run's has."""
     found = measuring.figures(model, ruler)
     total, active = train_state.parameter_counts(model.settings)
-    disk = found["memory"]
+    disk = total * jnp.dtype(trained.dtype(model)).itemsize
     if slim:
         directory = Path(model.step)
-        disk = sum(path.stat().st_size for path in (directory / run_files.STATE).rglob("*") if path.is_file())
+        disk = run_files.size(directory)
         run = directory.parent.parent
         device = jax.devices()[0]
         update_run(

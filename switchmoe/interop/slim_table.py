@@ -36,6 +36,10 @@ class Table:
 
     def __init__(self, path: Path, asked: dict[str, Any], alone: bool):
         self._path, self._asked, self._rows = path, asked, {}
+        if alone and (path.parent / "config.json").exists():
+            raise ValueError(
+                f"--target={path.parent}: a run's directory; accepted with --sweep is a name that is free"
+            )
         if path.exists():
             known = growing.read_json(path)
             if known.get("asked") != asked:
@@ -43,10 +47,6 @@ class Table:
                     f"--target={path.parent}: the table there is of another model or another text; accepted is a name that is free"
                 )
             self._rows = {row["model"]: Row(**row) for row in known["rows"]}
-        elif alone and path.parent.exists() and (path.parent / "config.json").exists():
-            raise ValueError(
-                f"--target={path.parent}: a run's directory; accepted with --sweep is a name that is free"
-            )
 
     def missing(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name not in self._rows]

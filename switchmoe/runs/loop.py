@@ -23,7 +23,7 @@ from switchmoe.runs.placing import Rows
 from switchmoe.runs.programs import Programs
 from switchmoe.runs.reporting import Clock, Progress
 from switchmoe.runs.resuming import Differences, flat
-from switchmoe.runs.rundir import REPORT_FILE, check, claim
+from switchmoe.runs.rundir import REPORT_FILE, check, claim, read_run
 from switchmoe.runs.signals import Stop, Stopped, stop_signals
 from switchmoe.runs.skipping import Skips
 from switchmoe.runs.stopping import Patience, patience
@@ -83,8 +83,10 @@ def run(
         _describe(parts, teller, programs, peak, lengths, group_tokens)
         teller.resumed(start, differences)
         waits = patience(settings.train.patience, place.local, parts.best, start)
-        if teller.main and start < settings.train.num_steps and not waits.over:  # a run's last act, to come
+        if teller.main and start < settings.train.num_steps and not waits.over:  # a run's last acts, to come
             (place.local / REPORT_FILE).unlink(missing_ok=True)
+            if read_run(place.local).get("stopped_early"):
+                teller.update(stopped_early=None)
         places = settings.data.batch_size * sum(lengths.values())
         loop = _Loop(
             settings, place, parts, programs, teller, saved, rows, iterator, stop, waits, peak, places
@@ -261,7 +263,7 @@ class _Loop:
         if ended:
             self.teller.note(
                 f"finished at step {ended['step']} of {self.settings.train.num_steps}: no better than at step {ended['best_step']}"
-                f" for {ended['patience']} evaluations (train.patience)"
+                f" for {ended['patience']} evaluations (train.patience); the best is {self.place.name}|{ended['best_step']}"
             )
         return {"stopped_early": ended} if self.settings.train.patience else {}
 

@@ -130,7 +130,8 @@ def use(model: trained.Source, ruler: Yardstick, by_sentence: bool) -> dict[str,
         load_BLE = np.concatenate([jax.device_get(rows(params, batch)) for batch in ruler.counted])
     real_B = np.concatenate([np.any(batch["targets"] != 0, axis=1) for batch in ruler.counted])
     load_BLE = load_BLE[real_B]
-    found_LE = load_BLE.mean(axis=0)
+    tokens_BL = np.concatenate([_tokens(batch, settings) for batch in ruler.counted])[real_B]
+    found_LE = (load_BLE * tokens_BL[..., None]).sum(axis=0) / tokens_BL.sum(axis=0)[:, None]
     if by_sentence:
         choices = settings.moe.total_choices
         order_BLE = np.argsort(np.argsort(-load_BLE, axis=-1, kind="stable"), axis=-1)
@@ -138,6 +139,13 @@ def use(model: trained.Source, ruler: Yardstick, by_sentence: bool) -> dict[str,
         # Less than the least difference of two shares of sentences.
         found_LE = voted_BLE.mean(axis=0) + found_LE / (2 * len(load_BLE))
     return dict(zip(sparse_layer_names(settings), found_LE, strict=True))
+
+
+def _tokens(batch: objective.Batch, settings: Settings) -> np.ndarray:
+    """[B, L] Each row's tokens in the stack of each MoE layer."""
+    arrays = {stack: batch["targets" if stack == "decoder" else "inputs"] for stack in settings.sparse_stacks}
+    names = [name.partition("/")[0] for name in sparse_layer_names(settings)]
+    return np.stack([np.sum(arrays[stack] != 0, axis=1) for stack in names], axis=1)
 
 
 def row_loads(params: Any, batch: objective.Batch, settings: Settings) -> jax.Array:

@@ -16,6 +16,7 @@ from switchmoe.settings import MoESettings, Settings, from_config, to_dict
 from switchmoe.training import places
 
 BY = ("use", "merge", "task")
+LEAST_GROUP = 8  # rows: a float32 scale for each is 4 bits a weight
 ALIGNMENTS = ("hungarian", "greedy", "none")
 UNROUTED = ("hash", "hierarchical")  # routers without columns of their own for each expert
 
@@ -59,6 +60,9 @@ def settings_of(source: Settings, how: Slimming, step: int) -> Settings:
     if how.bits:
         width = source.expert_width // source.moe.granularity
         smallest = math.gcd(32, source.model.d_model, width) if how.bits == 4 else 0
+        smallest = (
+            smallest if smallest >= LEAST_GROUP else 0
+        )  # else the scales would be larger than the integers
         groups["moe"] |= {"expert_bits": how.bits, "expert_group": smallest if how.group < 0 else how.group}
     if how.experts:
         there = source.moe.num_experts

@@ -7,6 +7,7 @@ Letters: B batch, L length, K likeliest tokens.
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,11 +22,16 @@ from switchmoe.parallel import sharding
 from switchmoe.runs import placing
 from switchmoe.runs.checkpoints import write_json
 from switchmoe.runs.parts import Context, Data
-from switchmoe.settings import Settings
+from switchmoe.settings import Settings, to_dict
 from switchmoe.training import distillation
 
 DIRECTORY, FILE = "teacher", "teacher.json"
 SAVED = 25  # steps
+READ = "setting of data or task"
+# Settings of the text and the tasks on which no batch depends, or of which the data's own identity tells.
+SAME_BATCHES = {
+    "data.source", "data.data_dir", "data.vocab", "data.prefetch", "task.shots", "task.eval_examples",
+}  # fmt: skip
 
 
 class Kept:
@@ -89,8 +95,19 @@ class Kept:
         distill = self._settings.distill
         return {
             "teacher": self._name, "temperature": distill.temperature, "top_k": distill.top_k,
-            "shape": list(self._shape), "seed": self._settings.train.seed, "data": self._data.identity,
+            "shape": list(self._shape), "seed": self._settings.train.seed, "data": self._data.identity, READ: self._how_read(),
         }  # fmt: skip
+
+    def _how_read(self) -> str:
+        """A hash of the settings by which the same text and tasks give other batches."""
+        groups = to_dict(self._settings)
+        told = {
+            f"{group}.{name}": value
+            for group in ("data", "task")
+            for name, value in groups[group].items()
+            if f"{group}.{name}" not in SAME_BATCHES
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def _read(self) -> dict[str, Any]:
         path = self.directory / FILE
@@ -100,7 +117,11 @@ class Kept:
         there, known = self._read().get("of"), self._known()
         if there is None:
             return
-        differ = [f"{name} ({there.get(name)} there)" for name in known if there.get(name) != known[name]]
+        differ = [
+            name if name == READ else f"{name} ({there.get(name)} there)"
+            for name in known
+            if there.get(name) != known[name]
+        ]
         if differ:
             raise ValueError(
                 f"distill.store={self.directory}: it is of another {', '.join(differ)}; accepted is a store of the same teacher and"

@@ -107,7 +107,17 @@ def test_a_family_that_is_held_out_is_not_trained_on_nor_inverted():
     assert not [name for name in trained if "topic" in name or "blank" in name]
     found = find("instruct", "held_out", held_out="instruct_topic,instruct_blank@3")
     assert [task.name for task in found] == ["instruct_topic", "instruct_blank@3"]
-    assert [task.name for task in find("topic", held_out="topic@2")] == ["topic"]
+    for names, held_out in (
+        ("topic", "topic@2"),
+        ("instruct_topic,instruct_odd", "instruct_topic"),
+        ("instruct_title_inverted@2", "instruct_title"),
+        ("topic,instruct", "instruct_topic"),
+        ("instruct_question", "description"),
+    ):
+        with pytest.raises(DataError, match="of a family that task.held_out=.* keeps from training"):
+            find(names, held_out=held_out)
+    left = {task.name for task in find("instruct", held_out="instruct_topic_inverted,description")}
+    assert not {"instruct_topic", "instruct_question", "instruct_description"} & left and len(left) > 8
     with pytest.raises(DataError, match="nothing is left of task.names=instruct to train on"):
         find("instruct", held_out=",".join(f"instruct_{name}" for name in instructions.FAMILIES))
 

@@ -117,6 +117,10 @@ def test_all_of_the_teachers_tokens_written_are_the_teacher_beside(teacher, tmp_
     assert (tmp_path / "store" / "teacher.json").stat().st_mtime_ns == written
     assert distil(teacher, tmp_path / "other", *store, *FEW, "--config.train.seed=1") == EXIT_BAD_INPUT
     assert "it is of another seed (0 there)" in capsys.readouterr().err
+    assert (
+        distil(teacher, tmp_path / "other", *store, *FEW, "--config.data.noise_density=0.3") == EXIT_BAD_INPUT
+    )
+    assert "it is of another setting of data or task; accepted" in capsys.readouterr().err
 
 
 @pytest.mark.slow

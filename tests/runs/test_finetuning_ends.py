@@ -12,6 +12,7 @@ from test_finetuning import arguments, colours
 from test_run import TINY, losses
 
 from experiments import finetune as command
+from experiments.exits import EXIT_BAD_INPUT
 from switchmoe.runs.stopping import Patience
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -105,6 +106,7 @@ def test_without_patience_it_goes_on(still, pretrained, colours, tmp_path):
     more = [*STILL, "--steps=8", "--config.train.patience=0"]
     assert command.main(arguments(pretrained, colours, tmp_path / "run", *more)) == 0
     assert max(record["step"] for record in losses(tmp_path / "run")) == 8
+    assert run_json(tmp_path / "run")["stopped_early"] is None
 
 
 def test_the_load_of_experts_before_and_after(still, pretrained, colours, tmp_path):
@@ -143,3 +145,9 @@ def test_solved_examples_when_a_model_is_measured(pretrained, colours, tmp_path,
     answers = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert [answer["inputs"].count("Question: ") for answer in answers] == [3] * 8 + [2] * 8
     assert all(answer["inputs"].endswith("\nAnswer:") for answer in answers)
+    short = [*more, "--config.data.input_length=24"]
+    assert command.main(arguments(pretrained, colours, tmp_path / "short", *short)) == 0
+    assert f"{colours}@2, held out: too long and cut: 100.0% of the inputs" in capsys.readouterr().err
+    assert all(json.loads(line)["cut"] for line in (tmp_path / "short" / "predictions.jsonl").open())
+    assert command.main(arguments(pretrained, colours, pretrained, *more)) == EXIT_BAD_INPUT
+    assert "a run's directory, whose predictions.jsonl would be lost" in capsys.readouterr().err

@@ -132,3 +132,9 @@ def test_what_cannot_be_is_refused(moe, how, message):
     with pytest.raises(ValueError, match=message) as error:
         slimming.settings_of(source, Slimming(**how), 1)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("width, group", [(64, 32), (24, 8), (18, 0)])
+def test_scales_are_never_larger_than_their_integers(width, group):
+    source = from_config({"model": dict(d_model=64, d_ff=width, num_layers=2), "moe": dict(num_experts=4)})
+    assert slimming.settings_of(source, Slimming(bits=4), 1).moe.expert_group == group

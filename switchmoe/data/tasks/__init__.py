@@ -12,18 +12,20 @@ MIXTURES: dict[str, tuple[str, ...]] = {"instruct": tuple(task.name for task in 
 
 def expanded(settings: TaskSettings, field: str = "names") -> list[list[str]]:
     """For each of the names its tasks: itself, or of a mixture all but those of a family that is held out."""
-    held_out = [few_shot.parted(name)[0] for name in _names(settings.held_out)]
-
-    def stays(name: str) -> bool:
-        family = name.removesuffix(instructions.INVERTED)
-        return field != "names" or not {name, family} & set(held_out)
-
+    held_out = set() if field == "held_out" else held_out_families(settings)
     found = []
     for name in _names(getattr(settings, field)):
         own, shots = few_shot.parted(name)
         suffix = f"{few_shot.SIGN}{shots}" if shots else ""
-        found.append([f"{one}{suffix}" for one in MIXTURES[own] if stays(one)] if own in MIXTURES else [name])
+        members = [one for one in MIXTURES.get(own, ()) if instructions.family(one) not in held_out]
+        found.append([f"{one}{suffix}" for one in members] if own in MIXTURES else [name])
     return found
+
+
+def held_out_families(settings: TaskSettings) -> set[str]:
+    """Of `task.held_out`: with a task its inverse, and what asks for the same in other words, is not trained on."""
+    names = (few_shot.parted(name)[0] for parts in expanded(settings, "held_out") for name in parts)
+    return {instructions.family(name) for name in names if name}
 
 
 def _names(text: str) -> list[str]:
@@ -37,8 +39,14 @@ def find(settings: TaskSettings, data: DataSettings, field: str = "names") -> li
       DataError: a task or a metric that there is not; one without examples; one line.
     """
     found = []
+    held_out = held_out_families(settings) if field == "names" else set()
     for full in (name for names in expanded(settings, field) for name in names):
         name, shots = few_shot.parted(full)
+        if instructions.family(name) in held_out:
+            raise DataError(
+                f"task.{field}={full}: of a family that task.held_out={settings.held_out} keeps from training; accepted is another"
+                " task, or another task.held_out"
+            )
         if name in TASKS:
             task = TASKS[name]
         elif name in BENCHMARKS:

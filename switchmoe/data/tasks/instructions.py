@@ -228,6 +228,12 @@ class Prompts(Sequence):
         return Example(self._wordings[wording].format_map(fields), fields[self._asked])
 
 
+def family(name: str) -> str:
+    """What a task is about, by which it is held out: that of an inverse and of the plain task too; a question is of descriptions."""
+    own = name.removesuffix(INVERTED).removeprefix(PREFIX)
+    return {"question": "description"}.get(own, own)
+
+
 def tasks() -> list[Task]:
     """`instruct_NAME` of each family, and `instruct_NAME_inverted` where it has an inverse."""
     found = []
