@@ -56,15 +56,23 @@ def steps(count: int) -> list[str]:
 
 
 def cpu(devices: int = 1) -> None:
-    """This process computes on so many (virtual) CPU devices. To be called before anything is computed.
+    """This process computes on so many (virtual) CPU devices; its programs are compiled fast, as they run once or twice.
 
     Raises:
-      RuntimeError: something was.
+      RuntimeError: it has computed on others already.
     """
     import jax
 
+    before = os.environ.get("XLA_FLAGS", "")
+    flags = f"{before} --xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = flags.strip()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
+    found = jax.devices()
+    os.environ["XLA_FLAGS"] = before  # commands have theirs
+    if found[0].platform != "cpu" or len(found) != devices:
+        raise RuntimeError(
+            f"{len(found)} x {found[0].platform}: accepted is {devices} x cpu; restart the kernel"
+        )
 
 
 def run(command: str, *arguments: str, pictures: Callable[[], Sequence[Figure]] = list) -> str:

@@ -1,5 +1,6 @@
 """What the notebooks share: commands followed live, tables, pictures, sliders."""
 
+import html
 import json
 import sys
 
@@ -56,7 +57,7 @@ def test_a_command_leaves_its_last_line_and_its_pictures(shown, monkeypatch):
     said = notebooks.run("evaluate", "--help", pictures=pictures)
     assert said.startswith("Measures a trained model")
     assert len(shown) == 3  # a line and two pictures, however often they were drawn
-    assert said.strip().splitlines()[-1] in shown[0].data
+    assert html.escape(said.strip().splitlines()[-1]) in shown[0].data
     assert "experiments.evaluate --help" in shown[0].data
 
 
