@@ -29,7 +29,10 @@ from switchmoe.runs.rundir import read_run
 
 RESULTS = Path(__file__).parent / "results"
 TINY = "SWITCHMOE_TINY"  # set: all that a notebook does is small, as in its test
-TINY_STEPS = 4
+TINY_RUN = {
+    "train.num_steps": 4, "train.log_every": 1, "train.eval_every": 2, "train.eval_batches": 1, "checkpoint.every": 2,
+    "data.batch_size": 32, "model.scan_unroll": 1,
+}  # fmt: skip
 POLL, REDRAW = 0.5, 3.0  # seconds between looks at a command and between its pictures
 GRACE = 60.0  # seconds in which a command that was interrupted saves its state
 WIDTH = 800  # of a picture, in pixels
@@ -43,15 +46,13 @@ def pick(usual: Any, small: Any) -> Any:
 
 def steps(count: int) -> list[str]:
     """Arguments of a run of so many steps, in which there is something to see from the first on; 0: as its config has it."""
-    count = pick(count, TINY_STEPS)
-    if not count:
-        return []
     given = {
         "train.num_steps": count,
         "train.log_every": max(1, count // 50),
         "train.eval_every": max(1, count // 8),
         "checkpoint.every": max(1, count // 4),
-    } | pick({}, {"train.eval_every": 2, "train.eval_batches": 1, "checkpoint.every": 2})
+    }
+    given = pick(given if count else {}, TINY_RUN)
     return [f"--config.{field}={value}" for field, value in given.items()]
 
 
