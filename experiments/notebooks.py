@@ -21,11 +21,14 @@ from typing import Any
 
 from IPython.display import HTML, Image, display
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
+from experiments import command_line
 from switchmoe.analysis import plots
 from switchmoe.analysis.sweep_plots import COLOURS
 from switchmoe.runs.reporting import METRICS_FILE, Record, read_metrics
 from switchmoe.runs.rundir import read_run
+from switchmoe.settings import default_config
 
 RESULTS = Path(__file__).parent / "results"
 TINY = "SWITCHMOE_TINY"  # set: all that a notebook does is small, as in its test
@@ -236,6 +239,17 @@ def figures(path: str | Path, names: Sequence[str]) -> None:
         {"layer": layer}
         | {summary.shown(name): written(of, name) for name in names if name in found["units"]}
         for layer, of in found["layers"].items()
+    )
+
+
+def settings(config: ConfigDict) -> None:
+    """The fields of a config that are not the library's defaults, and what they mean."""
+    meant, default = command_line.meanings(), default_config()
+    table(
+        {"field": f"{group}.{field}", "value": value, "meaning": meant[f"{group}.{field}"]}
+        for group, fields in config.items()
+        for field, value in fields.items()
+        if value != default[group][field]
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 COLAB = Path(__file__).parents[1] / "colab"
 CELL_SECONDS = 120
 SHOWN = {  # at least so many pictures and tables
-    "quickstart": (7, 2),
+    "quickstart": (6, 3),
     "routing_playground": (10, 1),
     "expert_sweep": (10, 5),
     "specialisation": (7, 1),

@@ -7,6 +7,7 @@ import sys
 import pytest
 from matplotlib.figure import Figure
 
+from configs import quickstart
 from experiments import notebooks
 
 
@@ -94,6 +95,11 @@ def test_a_table_shows_text_as_it_is(shown):
     assert "the &lt;extra_id_0&gt;" in shown[0].data and "1,234.500" in shown[0].data
     notebooks.table([])
     assert len(shown) == 1
+
+
+def test_a_config_is_shown_by_what_it_sets(shown):
+    notebooks.settings(quickstart.get_config())
+    assert "moe.router_init_stddev" in shown[0].data and "experts a token goes to" not in shown[0].data
 
 
 def test_a_page_is_shown_whole(shown, tmp_path):
