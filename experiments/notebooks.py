@@ -21,15 +21,21 @@ from typing import Any
 
 from IPython.display import HTML, Image, display
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
+from experiments import command_line
 from switchmoe.analysis import plots
 from switchmoe.analysis.sweep_plots import COLOURS
 from switchmoe.runs.reporting import METRICS_FILE, Record, read_metrics
 from switchmoe.runs.rundir import read_run
+from switchmoe.settings import default_config
 
 RESULTS = Path(__file__).parent / "results"
 TINY = "SWITCHMOE_TINY"  # set: all that a notebook does is small, as in its test
-TINY_STEPS = 4
+TINY_RUN = {
+    "train.num_steps": 4, "train.log_every": 1, "train.eval_every": 2, "train.eval_batches": 1, "checkpoint.every": 2,
+    "data.batch_size": 32, "model.scan_unroll": 1,
+}  # fmt: skip
 POLL, REDRAW = 0.5, 3.0  # seconds between looks at a command and between its pictures
 GRACE = 60.0  # seconds in which a command that was interrupted saves its state
 WIDTH = 800  # of a picture, in pixels
@@ -43,28 +49,34 @@ def pick(usual: Any, small: Any) -> Any:
 
 def steps(count: int) -> list[str]:
     """Arguments of a run of so many steps, in which there is something to see from the first on; 0: as its config has it."""
-    count = pick(count, TINY_STEPS)
-    if not count:
-        return []
     given = {
         "train.num_steps": count,
         "train.log_every": max(1, count // 50),
         "train.eval_every": max(1, count // 8),
         "checkpoint.every": max(1, count // 4),
-    } | pick({}, {"train.eval_every": 2, "train.eval_batches": 1, "checkpoint.every": 2})
+    }
+    given = pick(given if count else {}, TINY_RUN)
     return [f"--config.{field}={value}" for field, value in given.items()]
 
 
 def cpu(devices: int = 1) -> None:
-    """This process computes on so many (virtual) CPU devices. To be called before anything is computed.
+    """This process computes on so many (virtual) CPU devices; its programs are compiled fast, as they run once or twice.
 
     Raises:
-      RuntimeError: something was.
+      RuntimeError: it has computed on others already.
     """
     import jax
 
+    before = os.environ.get("XLA_FLAGS", "")
+    flags = f"{before} --xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = flags.strip()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
+    found = jax.devices()
+    os.environ["XLA_FLAGS"] = before  # commands have theirs
+    if found[0].platform != "cpu" or len(found) != devices:
+        raise RuntimeError(
+            f"{len(found)} x {found[0].platform}: accepted is {devices} x cpu; restart the kernel"
+        )
 
 
 def run(command: str, *arguments: str, pictures: Callable[[], Sequence[Figure]] = list) -> str:
@@ -227,6 +239,17 @@ def figures(path: str | Path, names: Sequence[str]) -> None:
         {"layer": layer}
         | {summary.shown(name): written(of, name) for name in names if name in found["units"]}
         for layer, of in found["layers"].items()
+    )
+
+
+def settings(config: ConfigDict) -> None:
+    """The fields of a config that are not the library's defaults, and what they mean."""
+    meant, default = command_line.meanings(), default_config()
+    table(
+        {"field": f"{group}.{field}", "value": value, "meaning": meant[f"{group}.{field}"]}
+        for group, fields in config.items()
+        for field, value in fields.items()
+        if value != default[group][field]
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 COLAB = Path(__file__).parents[1] / "colab"
 CELL_SECONDS = 120
 SHOWN = {  # at least so many pictures and tables
-    "quickstart": (7, 2),
+    "quickstart": (6, 3),
     "routing_playground": (10, 1),
     "expert_sweep": (10, 5),
     "specialisation": (7, 1),
@@ -84,10 +84,10 @@ def test_what_it_imports_is_there(name):
 
 @pytest.mark.long
 @every
-def test_it_runs_from_top_to_bottom(name, user_environment, tmp_path):
+def test_it_runs_from_top_to_bottom(name, environment, tmp_path):
     notebook = read(name)
     where = {"metadata": {"path": str(tmp_path)}}
-    environment = user_environment | {"SWITCHMOE_TINY": "1"}
+    environment = environment | {"SWITCHMOE_TINY": "1"}
     if "CI" in os.environ:  # the package as it is installed, far from its sources
         del environment["PYTHONPATH"]
     client = nbclient.NotebookClient(notebook, timeout=CELL_SECONDS, kernel_name="python3", resources=where)

@@ -127,7 +127,7 @@ def _draw(axes: Axes, array: Array) -> None:
     for number, (((top, bottom), (left, right)), devices) in enumerate(regions(array).items()):
         colour = COLOURS[number % len(COLOURS)]
         box = Rectangle(
-            (left, top), right - left, bottom - top, facecolor=colour, edgecolor="white", alpha=0.6
+            (left, top), right - left, bottom - top, facecolor=colour, edgecolor="white", alpha=0.5
         )
         axes.add_patch(box)
         narrow = right - left < 0.2 <= bottom - top

@@ -280,12 +280,13 @@ def _rows(
     line_N = np.where(expert_N < 0, experts, expert_N)
     for row, line, place in zip(rows_N, line_N, place_N, strict=True):
         colour = EMPTY if row < 0 else COLOURS[line % len(COLOURS)]
-        axes.barh(line, 0.92, left=place - 0.46, height=0.86, color=colour, alpha=0.75 if row >= 0 else 1)
+        axes.barh(line, 0.92, left=place - 0.46, height=0.86, color=colour, alpha=0.5 if row >= 0 else 1)
         if row >= 0:
             axes.text(place, line, group.pieces[row], ha="center", va="center", fontsize=7)
     axes.set_ylim(line_N.max() + 0.6, -0.6)
     axes.set_xlim(-0.6, max(place_N.max() + 0.6, capacity - 0.4))
-    axes.set_yticks(range(experts))
+    left_over = ["left over"] * (line_N.max() == experts)
+    axes.set_yticks(range(experts + len(left_over)), [*map(str, range(experts)), *left_over])
     axes.set_ylabel("expert")
     axes.set_xlabel("row of the expert")
     axes.spines[["top", "right"]].set_visible(False)

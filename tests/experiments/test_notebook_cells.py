@@ -1,11 +1,13 @@
 """What the notebooks share: commands followed live, tables, pictures, sliders."""
 
+import html
 import json
 import sys
 
 import pytest
 from matplotlib.figure import Figure
 
+from configs import quickstart
 from experiments import notebooks
 
 
@@ -42,7 +44,7 @@ def test_all_is_small_where_the_environment_says_so(monkeypatch):
     monkeypatch.setenv(notebooks.TINY, "1")
     assert notebooks.pick(300, 4) == 4
     for count in (0, 300):
-        assert f"--config.train.num_steps={notebooks.TINY_STEPS}" in notebooks.steps(count)
+        assert "--config.train.num_steps=4" in notebooks.steps(count)
 
 
 def test_a_command_leaves_its_last_line_and_its_pictures(shown, monkeypatch):
@@ -56,7 +58,7 @@ def test_a_command_leaves_its_last_line_and_its_pictures(shown, monkeypatch):
     said = notebooks.run("evaluate", "--help", pictures=pictures)
     assert said.startswith("Measures a trained model")
     assert len(shown) == 3  # a line and two pictures, however often they were drawn
-    assert said.strip().splitlines()[-1] in shown[0].data
+    assert html.escape(said.strip().splitlines()[-1]) in shown[0].data
     assert "experiments.evaluate --help" in shown[0].data
 
 
@@ -93,6 +95,11 @@ def test_a_table_shows_text_as_it_is(shown):
     assert "the &lt;extra_id_0&gt;" in shown[0].data and "1,234.500" in shown[0].data
     notebooks.table([])
     assert len(shown) == 1
+
+
+def test_a_config_is_shown_by_what_it_sets(shown):
+    notebooks.settings(quickstart.get_config())
+    assert "moe.router_init_stddev" in shown[0].data and "experts a token goes to" not in shown[0].data
 
 
 def test_a_page_is_shown_whole(shown, tmp_path):

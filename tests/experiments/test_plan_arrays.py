@@ -1,4 +1,4 @@
-"""Arrays and collectives of the five layouts, on eight devices."""
+"""Arrays and collectives of the layouts, on eight devices."""
 
 import dataclasses
 
@@ -18,6 +18,7 @@ def found():
     return {layout: arrays.placed(settings, layout) for layout in LAYOUTS}, batches.lengths(data)
 
 
+@pytest.mark.slow
 def test_the_parts_of_an_array_are_all_of_it_and_every_device_has_one(found):
     for one in found[0].values():
         for array in one.arrays.values():
@@ -27,6 +28,7 @@ def test_the_parts_of_an_array_are_all_of_it_and_every_device_has_one(found):
             assert sorted(device for devices in parts.values() for device in devices) == list(range(8))
 
 
+@pytest.mark.slow
 def test_experts_lie_as_the_layout_says(found):
     name = next(title for title in arrays.DRAWN if title.startswith("experts"))
     parts = {layout: arrays.regions(one.arrays[name]) for layout, one in found[0].items()}
@@ -40,16 +42,19 @@ def test_experts_lie_as_the_layout_says(found):
     assert parts["data_expert"][((0, 1 / 8), (0, 1))] == [0]
 
 
+@pytest.mark.slow
 def test_tokens_travel_where_experts_lie_apart_alone(found):
     for layout, one in found[0].items():
         calls = one.collectives.get("all-to-all", {}).get("count", 0)
         assert calls == (8 if "expert" in layout else 0), layout  # 2 + 2 in the sparse layer of each stack
 
 
+@pytest.mark.slow
 def test_experts_apart_take_less_of_a_device(found):
     assert found[0]["data_expert"].state_bytes < found[0]["data"].state_bytes
 
 
+@pytest.mark.slow
 def test_pictures_have_a_panel_for_each_array_and_layout(found):
     first = next(iter(found[0].values()))
     assert len(arrays.picture(found[0]).axes) == len(LAYOUTS) * len(first.arrays)
