@@ -5,6 +5,7 @@ use device 0; tests of sharding build their mesh over the first few.
 """
 
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
@@ -43,6 +44,14 @@ with contextlib.suppress(ImportError):
 def pytest_unconfigure(config):
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+    """What a file has compiled goes with it: a process that kept all programs of the suite ran out of memory maps and died."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -285,7 +285,7 @@ def _rows(
             axes.text(place, line, group.pieces[row], ha="center", va="center", fontsize=7)
     axes.set_ylim(line_N.max() + 0.6, -0.6)
     axes.set_xlim(-0.6, max(place_N.max() + 0.6, capacity - 0.4))
-    left_over = ["left over"] * (line_N.max() == experts)
+    left_over = ["left over"] if line_N.max() == experts else []
     axes.set_yticks(range(experts + len(left_over)), [*map(str, range(experts)), *left_over])
     axes.set_ylabel("expert")
     axes.set_xlabel("row of the expert")
