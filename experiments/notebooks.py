@@ -189,7 +189,8 @@ def table(rows: Iterable[Mapping[str, Any]]) -> None:
 def page(path: str | Path, height: int = 700) -> None:
     """An HTML file that needs no other, in a frame."""
     whole = html.escape(Path(path).read_text(encoding="utf-8"), quote=True)
-    display(HTML(f'<iframe srcdoc="{whole}" width="100%" height="{height}" style="border: 0"></iframe>'))
+    frame = f'<iframe srcdoc="{whole}" width="100%" height="{height}" style="border: 0"></iframe>'
+    display(HTML(f"<div>{frame}</div>"))
 
 
 def read_csv(path: str | Path, columns: Sequence[str]) -> list[dict[str, Any]]:
