@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 TINY = "SWITCHMOE_TINY"  # set: all that a notebook does is small, as in its test
 TINY_RUN = {
     "train.num_steps": 4, "train.log_every": 1, "train.eval_every": 2, "train.eval_batches": 1, "checkpoint.every": 2,
-    "data.batch_size": 32, "model.scan_unroll": 1,
+    "data.batch_size": 16, "model.scan_unroll": 1,
 }  # fmt: skip
 POLL, REDRAW = 0.5, 3.0  # seconds between looks at a command and between its pictures
 GRACE = 60.0  # seconds in which a command that was interrupted saves its state
@@ -189,7 +189,8 @@ def table(rows: Iterable[Mapping[str, Any]]) -> None:
 def page(path: str | Path, height: int = 700) -> None:
     """An HTML file that needs no other, in a frame."""
     whole = html.escape(Path(path).read_text(encoding="utf-8"), quote=True)
-    display(HTML(f'<iframe srcdoc="{whole}" width="100%" height="{height}" style="border: 0"></iframe>'))
+    frame = f'<iframe srcdoc="{whole}" width="100%" height="{height}" style="border: 0"></iframe>'
+    display(HTML(f"<div>{frame}</div>"))
 
 
 def read_csv(path: str | Path, columns: Sequence[str]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ SHOWN = {  # at least so many pictures and tables
     "quickstart": (6, 3),
     "routing_playground": (10, 1),
     "expert_sweep": (10, 5),
-    "specialisation": (7, 1),
+    "specialisation": (9, 1),
     "sharding": (3, 1),
     "real_checkpoints": (8, 2),
     "finetune_and_distill": (10, 2),
