@@ -17,10 +17,10 @@ CELL_SECONDS = 120
 SHOWN = {  # at least so many pictures and tables
     "quickstart": (6, 3),
     "routing_playground": (10, 1),
-    "expert_sweep": (10, 5),
+    "expert_sweep": (10, 4),
     "specialisation": (9, 1),
     "sharding": (3, 1),
-    "real_checkpoints": (8, 2),
+    "real_checkpoints": (7, 2),
     "finetune_and_distill": (10, 2),
 }
 every = pytest.mark.parametrize("name", SHOWN)
