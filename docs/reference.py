@@ -14,9 +14,8 @@ ROOT = DOCS.parent
 # Written at each build, not committed.
 API, ELSEWHERE = DOCS / "api", DOCS / "elsewhere"
 FILES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(ROOT.glob("experiments/results/**/*.md")))
-NOTEBOOKS = Path(
-    os.environ.get("SWITCHMOE_NOTEBOOKS") or ROOT / "colab"
-)  # where they lie as they were executed
+# Notebooks as they were executed take the place of those without outputs.
+NOTEBOOKS = [ROOT / "colab", *map(Path, filter(None, [os.environ.get("SWITCHMOE_NOTEBOOKS")]))]
 PAGES = {ROOT / file: ELSEWHERE / (ROOT / file).relative_to(ROOT) for file in FILES}
 
 
@@ -75,7 +74,9 @@ def write_pages(app: Any) -> None:
         page: text if text.startswith("# ") else f"# {page.stem.capitalize()}\n\n{text}"
         for page, text in pages.items()
     }
-    pages |= {ELSEWHERE / file.name: file.read_text(encoding="utf-8") for file in NOTEBOOKS.glob("*.ipynb")}
+    for directory in NOTEBOOKS:
+        files = directory.glob("*.ipynb")
+        pages |= {ELSEWHERE / file.name: file.read_text(encoding="utf-8") for file in files}
     for page, text in pages.items():
         if not page.exists() or page.read_text(encoding="utf-8") != text:
             page.parent.mkdir(parents=True, exist_ok=True)
