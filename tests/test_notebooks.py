@@ -5,6 +5,7 @@ import base64
 import importlib
 import io
 import os
+import re
 from pathlib import Path
 
 import matplotlib.image
@@ -54,6 +55,11 @@ def test_it_installs_as_all_do_and_asks_for_settings_in_forms(name):
     assert first == codes("quickstart")[0]
     assert 'REPO = ""  # @param {type:"string"}' in first and "SWITCHMOE_REPO" in first
     assert any("# @param" in source for source in others)
+
+
+def test_a_checkout_is_known_by_a_file_that_it_has():
+    (name,) = re.findall(r'folder / "([^"]+)"\)\.is_file', codes("quickstart")[0])
+    assert (COLAB.parent / name).is_file()
 
 
 @every
