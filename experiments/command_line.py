@@ -88,20 +88,25 @@ def options(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, s
     return found, others
 
 
-def values(arguments: Sequence[str], defaults: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """(`overrides`, the values of ``--NAME=VALUE`` by name), of commands that take nothing else.
+def values(
+    arguments: Sequence[str], defaults: Mapping[str, str], flags: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(`overrides`, the values of ``--NAME=VALUE`` and whether there is a ``--FLAG``, by name), of commands that take nothing else.
 
     Raises:
       ValueError: another argument, or an empty value.
     """
     found, others = overrides(arguments)
-    own = dict(defaults)
+    own = dict(defaults) | dict.fromkeys(flags, False)
     for argument in others:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not (argument.startswith("--") and name in own and equals and value):
-            accepted = ", ".join(f"--{option}=" for option in own)
+        name, _, value = argument.removeprefix("--").partition("=")
+        if argument in [f"--{flag}" for flag in flags]:
+            own[name] = True
+        elif argument.startswith("--") and name in defaults and value:
+            own[name] = value
+        else:
+            accepted = ", ".join([f"--{option}=" for option in defaults] + [f"--{flag}" for flag in flags])
             raise ValueError(f"argument {argument}: accepted are {accepted} and --config.GROUP.FIELD=")
-        own[name] = value
     return found, own
 
 

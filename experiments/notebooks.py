@@ -256,7 +256,7 @@ def settings(config: ConfigDict) -> None:
 
 def examples(directory: Path) -> list[dict[str, str]]:
     """Held-out inputs of a run, what was asked, and its own answers."""
-    return json.loads((directory / "run.json").read_text(encoding="utf-8"))["examples"]
+    return read_run(directory)["examples"]
 
 
 def sliders(draw: Callable[..., Figure], **values: Sequence[Any]) -> None:

@@ -44,21 +44,12 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options, overrides of the config). Raises ValueError, one line that names the argument and what would be accepted."""
-    overrides, others = command_line.overrides(arguments)
-    found: dict[str, Any] = {**OPTIONS, "sweep": False}
-    for argument in others:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if argument == "--sweep":
-            found["sweep"] = True
-        elif not (argument.startswith("--") and name in OPTIONS and value):
-            accepted = ", ".join(f"--{option}=" for option in OPTIONS)
-            raise ValueError(
-                f"argument {argument}: accepted are {accepted}, --sweep and --config.GROUP.FIELD="
-            )
-        elif isinstance(OPTIONS[name], int) and not value.isdecimal():
-            raise ValueError(f"{argument}: accepted is an integer >= 0")
-        else:
-            found[name] = type(OPTIONS[name])(value)
+    overrides, given = command_line.values(arguments, dict.fromkeys(OPTIONS, ""), flags=("sweep",))
+    found: dict[str, Any] = {**OPTIONS, "sweep": given.pop("sweep")}
+    for name, value in given.items():
+        if value and isinstance(OPTIONS[name], int) and not value.isdecimal():
+            raise ValueError(f"--{name}={value}: accepted is an integer >= 0")
+        found[name] = type(OPTIONS[name])(value) if value else OPTIONS[name]
     for name, what in (("source", "a run with experts"), ("target", "a directory's name that is free")):
         if not found[name]:
             raise ValueError(f"no {name}; accepted is --{name}=, {what}")

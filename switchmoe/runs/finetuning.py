@@ -126,13 +126,18 @@ class Pairs:
                     task.name: baselines.scores(task, self.held_out[task.name]) for task in self.measured
                 }
 
-    def _cut(self, examples: Sequence[Example]) -> list[float]:
-        """Of examples the shares whose inputs, and whose targets, are too long."""
-        return [float(np.mean(column)) for column in zip(*map(self.encoder.is_cut, examples), strict=True)]
+    def _cut(self, examples: Sequence[Example]) -> np.ndarray:
+        """[N, 2] Whether the inputs, and whether the targets, of each example are too long."""
+        return np.array([self.encoder.is_cut(example) for example in examples])
 
-    def cut_held_out(self) -> list[str]:
+    @functools.cached_property
+    def cut_held_out(self) -> dict[str, np.ndarray]:
+        """`_cut` of each task's held-out examples."""
+        return {name: self._cut(examples) for name, examples in self.held_out.items()}
+
+    def tell_cut(self) -> list[str]:
         """A line for each task of whose held-out examples some are too long."""
-        shares = {name: self._cut(examples) for name, examples in self.held_out.items()}
+        shares = {name: cut_N2.mean(axis=0) for name, cut_N2 in self.cut_held_out.items()}
         return [
             f"{name}, held out: too long and cut: {inputs:.1%} of the inputs (solved examples first), {targets:.1%} of the targets"
             for name, (inputs, targets) in shares.items()
@@ -152,7 +157,7 @@ class Pairs:
         a_row, padding = pairs.filling(self.trained, settings.task, self.encoder, settings.train.seed)
         rows = a_row * settings.train.num_steps * settings.data.batch_size
         for task, share in zip(self.trained, pairs.shares(self.trained, settings.task), strict=True):
-            cut = self._cut(pairs.spread(task.examples("train"), 1000))
+            cut = self._cut(pairs.spread(task.examples("train"), 1000)).mean(axis=0).tolist()
             examples = len(task.examples("train"))
             figures[task.name] = {
                 "examples": examples, "share": share, "epochs": share * rows / examples, "inputs_cut": cut[0], "targets_cut": cut[1],
@@ -165,7 +170,7 @@ class Pairs:
                 lines.append(
                     f"warning: {task.name}: many are cut; data.input_length and data.target_length say how much is read"
                 )
-        lines += self.cut_held_out()
+        lines += self.tell_cut()
         for name, found in self._baselines.items():
             told = ", ".join(f"{which} {score:.1f}" for which, score in found.items())
             lines.append(f"{name}: baselines: {told}")
@@ -216,7 +221,7 @@ def measured(settings: Settings, workdir: Path, note: Callable[[str], None]) -> 
         Context(settings, workdir, mesh, False, note),
         start.vocabulary_of(start.locate(settings.init.checkpoint)),
     )
-    for line in data.cut_held_out():
+    for line in data.tell_cut():
         note(line)
     answers = Answers(data, settings, mesh)
     with jax.set_mesh(mesh), sharding.rules(settings), progress.told(note, "answering"):
@@ -307,7 +312,9 @@ class Answers:
             self.answers[task.name] = [
                 {"task": task.name, "inputs": example.prompt, "targets": example.targets, "prediction": text}
                 | ({} if ranked is None else {"ranked": ranked[number]})
-                | ({"cut": True} if self._data.encoder.is_cut(example)[0] else {})  # not all of it was read
+                | (
+                    {"cut": True} if self._data.cut_held_out[task.name][number, 0] else {}
+                )  # not all of it was read
                 for number, (example, text) in enumerate(zip(examples, texts, strict=True))
             ]
         self.found = found | {"score": float(np.mean(scores)), "shortfall": 100 - float(np.mean(scores))}

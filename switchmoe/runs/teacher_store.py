@@ -22,16 +22,14 @@ from switchmoe.parallel import sharding
 from switchmoe.runs import placing
 from switchmoe.runs.checkpoints import write_json
 from switchmoe.runs.parts import Context, Data
+from switchmoe.runs.resuming import BITS, RULES, flat
 from switchmoe.settings import Settings, to_dict
 from switchmoe.training import distillation
 
 DIRECTORY, FILE = "teacher", "teacher.json"
 SAVED = 25  # steps
 READ = "setting of data or task"
-# Settings of the text and the tasks on which no batch depends, or of which the data's own identity tells.
-SAME_BATCHES = {
-    "data.source", "data.data_dir", "data.vocab", "data.prefetch", "task.shots", "task.eval_examples",
-}  # fmt: skip
+EVALUATED = ("task.shots", "task.eval_examples")  # what is measured alone depends on them
 
 
 class Kept:
@@ -99,13 +97,11 @@ class Kept:
         }  # fmt: skip
 
     def _how_read(self) -> str:
-        """A hash of the settings by which the same text and tasks give other batches."""
-        groups = to_dict(self._settings)
+        """A hash of the settings by which the same text and tasks give other batches, by the rules of resuming."""
         told = {
-            f"{group}.{name}": value
-            for group in ("data", "task")
-            for name, value in groups[group].items()
-            if f"{group}.{name}" not in SAME_BATCHES
+            name: value
+            for name, value in flat(to_dict(self._settings)).items()
+            if name.startswith(("data.", "task.")) and RULES[name].kind != BITS and name not in EVALUATED
         }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 

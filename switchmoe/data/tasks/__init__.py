@@ -12,7 +12,7 @@ MIXTURES: dict[str, tuple[str, ...]] = {"instruct": tuple(task.name for task in 
 
 def expanded(settings: TaskSettings, field: str = "names") -> list[list[str]]:
     """For each of the names its tasks: itself, or of a mixture all but those of a family that is held out."""
-    held_out = set() if field == "held_out" else held_out_families(settings)
+    held_out = held_out_families(settings) if field == "names" else set()
     found = []
     for name in _names(getattr(settings, field)):
         own, shots = few_shot.parted(name)
