@@ -190,30 +190,30 @@ def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
     settings = from_config(
         to_dict(model.settings) | {"model": to_dict(model.settings)["model"] | {"dtype": kept}}
     )
-    work = growing.begun(target, {"files": [growing.identity(file) for file in source.files], "dtype": kept})
-    step = work / "checkpoints" / "0"
-    writer = run_files.Writer(step, run_files.parts(found, places.names(settings)), kept)
-    counter = growing.Counter(sum(math.prod(move.shape) for move in found) * np.dtype(kept).itemsize)
+    asked = {"files": [growing.identity(file) for file in source.files], "dtype": kept}
+    with growing.grown(target, asked) as work:
+        step = work / "checkpoints" / "0"
+        writer = run_files.Writer(step, run_files.parts(found, places.names(settings)), kept)
+        counter = growing.Counter(sum(math.prod(move.shape) for move in found) * np.dtype(kept).itemsize)
 
-    def one(move: Move) -> None:
-        size = math.prod(move.shape) * np.dtype(kept).itemsize
-        there = writer.has(move.ours, move.index)
-        if not there:
-            part = source.tensors[move.theirs].read(move.lead, move.rows())
-            part = part if part.dtype == np.dtype(kept) else part.astype(kept)
-            if move.entry.form == LINEAR:
-                part = run_files.transposed(part)
-            writer.write(move.ours, move.index, part.reshape(move.shape))
-        counter.add(size, there)
+        def one(move: Move) -> None:
+            size = math.prod(move.shape) * np.dtype(kept).itemsize
+            there = writer.has(move.ours, move.index)
+            if not there:
+                part = source.tensors[move.theirs].read(move.lead, move.rows())
+                part = part if part.dtype == np.dtype(kept) else part.astype(kept)
+                if move.entry.form == LINEAR:
+                    part = run_files.transposed(part)
+                writer.write(move.ours, move.index, part.reshape(move.shape))
+            counter.add(size, there)
 
-    with growing.removed_if_wrong(work), told(counter.state):
-        _each(one, found)
-    checksums = writer.finish()
-    (step / integrity.MANIFEST).write_text(json.dumps(checksums, indent=1))
-    if model.vocabulary:
-        (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary)
-    write_json(work / "config.json", to_dict(settings))
-    growing.ended(work, target)
+        with told(counter.state):
+            _each(one, found)
+        checksums = writer.finish()
+        (step / integrity.MANIFEST).write_text(json.dumps(checksums, indent=1))
+        if model.vocabulary:
+            (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary)
+        write_json(work / "config.json", to_dict(settings))
     return counter.report(len({move.theirs for move in found}))
 
 
@@ -271,43 +271,42 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
         "dtype": kept,
         "limit": limit,
     }
-    work = growing.begun(target, asked)
-    copied = t5.written_copies(settings)
-    shapes = {move.theirs: move.whole() for move in found}
-    shapes |= {copy: shapes[of] for copy, of in copied.items()}
-    shapes = dict(sorted(shapes.items(), key=lambda item: natural(item[0])))
-    writer = shards.Writer(work, shapes, kept, limit)
-    counter = growing.Counter(writer.total)
-    log = work / WRITTEN  # a byte a move that is done
-    done = log.stat().st_size if log.exists() else 0
-    with growing.removed_if_wrong(work), told(counter.state), log.open("ab", buffering=0) as written:
-        for number, move in enumerate(found):  # one parameter after the other, as `Reader` keeps one
-            names = move.theirs, *(copy for copy, of in copied.items() if of == move.theirs)
-            size = len(names) * math.prod(move.shape) * np.dtype(kept).itemsize
-            if number >= done:
-                part = reader.read(f"params/{move.ours}", move.index).astype(kept)
-                if move.entry.form == LINEAR:
-                    part = run_files.transposed(part.reshape(math.prod(move.shape[: move.inputs]), -1))
-                for name in names:
-                    writer.write(name, part, _first(move))
-                written.write(b".")
-            counter.add(size, number < done)
-    log.unlink()
-    ids = {
-        name: config[name]
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        if name in config
-    }
-    versions = {"torch_dtype": kept, "dtype": kept}
-    for name, fields in (("config.json", config | versions), ("generation_config.json", ids)):
-        write_json(work / name, fields)
-    if model.vocabulary is not None:
-        alone = "encoder" not in settings.stacks
-        (work / VOCABULARY).write_bytes(model.vocabulary.model_bytes)
-        ends = (settings.data.bos_id, None) if alone else (None, settings.data.eos_id)
-        for name, content in (tokenizer.files(model.vocabulary, *ends) or {}).items():
-            write_json(work / name, content)
-    growing.ended(work, target)
+    with growing.grown(target, asked) as work:
+        copied = t5.written_copies(settings)
+        shapes = {move.theirs: move.whole() for move in found}
+        shapes |= {copy: shapes[of] for copy, of in copied.items()}
+        shapes = dict(sorted(shapes.items(), key=lambda item: natural(item[0])))
+        writer = shards.Writer(work, shapes, kept, limit)
+        counter = growing.Counter(writer.total)
+        log = work / WRITTEN  # a byte a move that is done
+        done = log.stat().st_size if log.exists() else 0
+        with told(counter.state), log.open("ab", buffering=0) as written:
+            for number, move in enumerate(found):  # one parameter after the other, as `Reader` keeps one
+                names = move.theirs, *(copy for copy, of in copied.items() if of == move.theirs)
+                size = len(names) * math.prod(move.shape) * np.dtype(kept).itemsize
+                if number >= done:
+                    part = reader.read(f"params/{move.ours}", move.index).astype(kept)
+                    if move.entry.form == LINEAR:
+                        part = run_files.transposed(part.reshape(math.prod(move.shape[: move.inputs]), -1))
+                    for name in names:
+                        writer.write(name, part, _first(move))
+                    written.write(b".")
+                counter.add(size, number < done)
+        log.unlink()
+        ids = {
+            name: config[name]
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+            if name in config
+        }
+        versions = {"torch_dtype": kept, "dtype": kept}
+        for name, fields in (("config.json", config | versions), ("generation_config.json", ids)):
+            write_json(work / name, fields)
+        if model.vocabulary is not None:
+            alone = "encoder" not in settings.stacks
+            (work / VOCABULARY).write_bytes(model.vocabulary.model_bytes)
+            ends = (settings.data.bos_id, None) if alone else (None, settings.data.eos_id)
+            for name, content in (tokenizer.files(model.vocabulary, *ends) or {}).items():
+                write_json(work / name, content)
     return counter.report(len(shapes))
 
 

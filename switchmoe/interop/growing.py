@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from switchmoe.runs.checkpoints import write_json
+from switchmoe.runs.lock import LOCK_FILE, Lock
 
 PROGRESS = "converting.json"
 
@@ -26,16 +27,6 @@ class Report(NamedTuple):
         new = (self.size - self.kept) / 1e6
         again = f", {self.kept / 1e6:,.0f} MB were there" if self.kept else ""
         return f"{self.tensors} tensors, {self.size / 1e6:,.0f} MB{again}; {new / self.seconds:,.0f} MB/s"
-
-
-@contextlib.contextmanager
-def removed_if_wrong(work: Path) -> Iterator[None]:
-    """Nothing is kept of a source that turns out to be damaged; of a full disk or a signal what was done is."""
-    try:
-        yield
-    except ValueError:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def step_identity(step: Path) -> list[Any]:
@@ -73,18 +64,61 @@ class Counter:
         return Report(tensors, self._total, self._kept, max(time.monotonic() - self._began, 1e-9))
 
 
-def begun(target: Path, asked: dict[str, Any]) -> Path:
-    """The directory in which the target grows; an earlier process's of the same conversion goes on.
+@contextlib.contextmanager
+def grown(target: Path, asked: dict[str, Any]) -> Iterator[Path]:
+    """The directory in which the target grows, and which becomes it when the block has ended.
+
+    It belongs to one process at a time. What an earlier process has of the same conversion goes on. Nothing is kept of a
+    source that turns out to be damaged (ValueError); of a full disk or a signal what was done is.
 
     Raises:
-      ValueError: the target is there, or another conversion to it is half done.
+      ValueError: the target is there, another conversion to it is half done, or another process is making it.
     """
-    if os.path.lexists(target):
-        raise ValueError(f"--target={target}: it is there; accepted is a name that is free")
+    _free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.with_name(f".{target.name}.converting")
+    lock = _locked(work, target)
+    try:
+        _begin(work, target, asked)
+        try:
+            yield work
+        except ValueError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        (work / PROGRESS).unlink()
+        work.rename(
+            target
+        )  # with its lock, so that no one who waits for this name takes it for an unfinished one
+        (target / LOCK_FILE).unlink(missing_ok=True)
+    finally:
+        lock.close()
+
+
+def _free(target: Path) -> None:
+    if os.path.lexists(target):
+        raise ValueError(f"--target={target}: it is there; accepted is a name that is free")
+
+
+def _locked(work: Path, target: Path) -> Lock:
+    while True:
+        work.mkdir(exist_ok=True)
+        lock = Lock(work, what="a conversion", option=f"--target={target}")
+        try:
+            lock.take()
+            if os.path.samestat(os.fstat(lock.fileno()), (work / LOCK_FILE).stat()):
+                return lock
+        except FileNotFoundError:  # who had it has just ended
+            pass
+        lock.close()
+
+
+def _begin(work: Path, target: Path, asked: dict[str, Any]) -> None:
+    """Makes the directory, locked, one of this conversion."""
     file = work / PROGRESS
-    if work.exists() and file.exists():
+    if os.path.lexists(target):  # whoever had the lock has made it
+        shutil.rmtree(work)
+        _free(target)
+    if file.exists():
         there = read_json(file)
         if there != asked:
             differ = ", ".join(name for name in asked if there.get(name) != asked[name])
@@ -92,16 +126,11 @@ def begun(target: Path, asked: dict[str, Any]) -> Path:
                 f"--target={target}: another conversion is half done in {work} ({differ} differ); accepted is the same one, or"
                 " that directory removed"
             )
-        return work
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+        return
+    for path in work.iterdir():
+        if path.name != LOCK_FILE:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_json(file, asked)
-    return work
-
-
-def ended(work: Path, target: Path) -> None:
-    (work / PROGRESS).unlink()
-    work.rename(target)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -72,22 +72,21 @@ def make(
     damage = integrity.damage(model.step, "state")
     if damage:
         raise ValueError(f"--source={model.step}: it is damaged: {damage}; accepted is a good one")
-    work = growing.begun(target, wanted)
-    use = _used(model.settings, how, work / USE_FILE, count)
-    directory = work / buckets.CHECKPOINTS / str(step)
-    kept = trained.dtype(model)
-    found = places.names(settings)
-    lead = {name: len(next(places.places(settings, name))[2]) for name in found}
-    parameters = {name: (shape, lead[name]) for name, shape in found.items()}
-    writer = run_files.Writer(directory, parameters, kept, _integers(settings))
-    groups = _layers(model, settings, how, use, writer)
-    _rest(model, settings, writer)
-    (directory / integrity.MANIFEST).write_text(json.dumps(writer.finish(), indent=1))
-    if model.vocabulary is not None:
-        (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary.model_bytes)
-    write_json(work / "config.json", to_dict(settings))
-    write_json(work / SLIM_FILE, {"asked": wanted, "experts": groups})
-    growing.ended(work, target)
+    with growing.grown(target, wanted) as work:
+        use = _used(model.settings, how, work / USE_FILE, count)
+        directory = work / buckets.CHECKPOINTS / str(step)
+        kept = trained.dtype(model)
+        found = places.names(settings)
+        lead = {name: len(next(places.places(settings, name))[2]) for name in found}
+        parameters = {name: (shape, lead[name]) for name, shape in found.items()}
+        writer = run_files.Writer(directory, parameters, kept, _integers(settings))
+        groups = _layers(model, settings, how, use, writer)
+        _rest(model, settings, writer)
+        (directory / integrity.MANIFEST).write_text(json.dumps(writer.finish(), indent=1))
+        if model.vocabulary is not None:
+            (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary.model_bytes)
+        write_json(work / "config.json", to_dict(settings))
+        write_json(work / SLIM_FILE, {"asked": wanted, "experts": groups})
 
 
 def _integers(settings: Settings) -> dict[str, str]:

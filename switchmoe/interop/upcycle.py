@@ -65,24 +65,21 @@ def upcycle(
                 else "without an optimizer's state: the source has none of its kind"
             )
             state = state.replace(opt_state={} if found is None else found)
-        work = growing.begun(
-            target,
-            {
-                "files": growing.step_identity(Path(model.step)),
-                "upcycle": dataclasses.asdict(how),
-                "dtype": dtype,
-            },
-        )
-        step = work / "checkpoints" / "0"
-        shutil.rmtree(step, ignore_errors=True)
-        step.mkdir(parents=True)
-        ocp.Checkpointer(ocp.StandardCheckpointHandler()).save(
-            step.absolute() / "state", args=ocp.args.StandardSave(state)
-        )
-        integrity.write_manifest(step)
-        if model.vocabulary is not None:
-            (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary.model_bytes)
-        checkpoints.write_json(work / "config.json", to_dict(settings))
-        growing.ended(work, target)
+        asked = {
+            "files": growing.step_identity(Path(model.step)),
+            "upcycle": dataclasses.asdict(how),
+            "dtype": dtype,
+        }
+        with growing.grown(target, asked) as work:
+            step = work / "checkpoints" / "0"
+            shutil.rmtree(step, ignore_errors=True)
+            step.mkdir(parents=True)
+            ocp.Checkpointer(ocp.StandardCheckpointHandler()).save(
+                step.absolute() / "state", args=ocp.args.StandardSave(state)
+            )
+            integrity.write_manifest(step)
+            if model.vocabulary is not None:
+                (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary.model_bytes)
+            checkpoints.write_json(work / "config.json", to_dict(settings))
     leaves = jax.tree.leaves(state)
     return Report(len(leaves), sum(leaf.nbytes for leaf in leaves), 0, time.monotonic() - began)

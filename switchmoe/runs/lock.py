@@ -32,9 +32,11 @@ class Lock:
         note: Callable[[str], None] = lambda _: None,
         name: str = LOCK_FILE,
         what: str = "a run",
+        option: str = "",
     ):
         self._directory, self._note = Path(directory), note
         self._path, self._what = self._directory / name, what
+        self._option = option or f"--workdir={directory}"  # what a message calls the directory
         self._file: IO | None = None
 
     def take(self, patience: float = 0.0) -> None:
@@ -61,7 +63,7 @@ class Lock:
             holder = file.read(500).strip()
             file.close()
             raise InUse(
-                f"--workdir={self._directory}: {self._what} is under way there{f' ({holder})' if holder else ''}; accepted is"
+                f"{self._option}: {self._what} is under way there{f' ({holder})' if holder else ''}; accepted is"
                 " another directory, or the same one when that has ended"
             ) from None
         except OSError as error:

@@ -1,0 +1,90 @@
+"""What a conversion writes: of one process at a time, whole or not there."""
+
+import threading
+
+import pytest
+
+from switchmoe.interop import growing
+
+ASKED = {"files": ["a"], "dtype": "float32"}
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_it_is_there_when_the_block_has_ended(tmp_path):
+    with growing.grown(tmp_path / "new/model", ASKED) as work:
+        (work / "weights").write_text("whole")
+        assert not (tmp_path / "new/model").exists()
+    assert names(tmp_path / "new") == ["model"] and names(tmp_path / "new/model") == ["weights"]
+
+
+def test_what_a_stopped_process_did_is_kept_for_the_same_conversion_alone(tmp_path):
+    for stopped in range(2):
+        with pytest.raises(KeyboardInterrupt), growing.grown(tmp_path / "model", ASKED) as work:
+            assert (work / "weights").exists() == bool(stopped)
+            (work / "weights").write_text("half")
+            raise KeyboardInterrupt
+    with (
+        pytest.raises(
+            ValueError, match=r"--target=.*model: another conversion is half done.*\(dtype differ\)"
+        ),
+        growing.grown(tmp_path / "model", ASKED | {"dtype": "bfloat16"}),
+    ):
+        pass
+    assert (work / "weights").read_text() == "half"
+
+
+def test_nothing_is_kept_of_a_damaged_source(tmp_path):
+    with pytest.raises(ValueError, match="damaged"), growing.grown(tmp_path / "model", ASKED) as work:
+        (work / "weights").write_text("half")
+        raise ValueError("damaged")
+    assert not names(tmp_path)
+
+
+def test_a_target_that_is_there(tmp_path):
+    (tmp_path / "model").symlink_to("nowhere")
+    with (
+        pytest.raises(ValueError, match="--target=.*model: it is there; accepted is a name that is free"),
+        growing.grown(tmp_path / "model", ASKED),
+    ):
+        pass
+    assert names(tmp_path) == ["model"]
+
+
+def test_of_two_at_once_the_second_is_refused(tmp_path):
+    with growing.grown(tmp_path / "model", ASKED) as work:
+        (work / "weights").write_text("first")
+        with (
+            pytest.raises(
+                ValueError, match=r"--target=.*model: a conversion is under way there \(process \d+"
+            ),
+            growing.grown(tmp_path / "model", ASKED),
+        ):
+            pass
+    assert (tmp_path / "model/weights").read_text() == "first"
+
+
+def test_of_many_at_once_one_makes_it(tmp_path):
+    start, outcomes = threading.Barrier(8), []
+
+    def one(number):
+        start.wait()
+        for _ in range(50):  # some come while another ends
+            try:
+                with growing.grown(tmp_path / "model", ASKED) as work:
+                    assert not (work / "weights").exists()
+                    (work / "weights").write_text(str(number))
+                outcomes.append(number)
+            except ValueError as error:
+                assert "it is there" in str(error) or "under way" in str(error)
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 1
+    assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["weights"]
+    assert (tmp_path / "model/weights").read_text() == str(outcomes[0])
