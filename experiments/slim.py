@@ -82,7 +82,8 @@ def _slim(options: dict[str, Any], overrides: dict[str, Any]) -> int:
     model, target = trained.find(options["source"]), Path(options["target"]).expanduser()
     if Path(model.step).parent.parent.absolute() in target.absolute().parents:
         raise ValueError(f"--target={target}: it lies in --source; accepted is a name outside")
-    counted = {name: options[name] for name in ("text", "task", "batches")} | {"config": overrides}
+    limits = options["text"], options["task"], overrides, options["batches"]
+    counted = slim.counted_on(model, *limits)
     whole = target / slim_table.TABLE_FILE
     members = {
         target: slimming.Slimming(*(options[name] for name in ("experts", "by", "align", "bits", "group")))
@@ -95,11 +96,10 @@ def _slim(options: dict[str, Any], overrides: dict[str, Any]) -> int:
     for how in members.values():  # before anything is read or written
         slimming.settings_of(model.settings, how, 1)
     there = {path: slim.is_there(path, wanted[path]) for path in members}
-    table = slim_table.Table(whole, slim.asked(model, slimming.Slimming(), counted), options["sweep"])
+    table = slim_table.Table(whole, {"source": slim.identity(model), "counted": counted}, options["sweep"])
     if not table.missing([SOURCE, *(path.name for path in members)]) and all(there.values()):
         print(table.markdown())
         return 0
-    limits = options["text"], options["task"], overrides, options["batches"]
     ruler = measuring.yardstick(model, *limits, target, note)
     rows = {SOURCE: (model, None)}
     for path, how in members.items():

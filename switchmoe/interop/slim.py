@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from switchmoe.data import local_files
+from switchmoe.data.tasks import files as task_files
 from switchmoe.interop import growing, run_files
 from switchmoe.model import moe as moe_layer
 from switchmoe.model.transformer import sparse_layer_names
@@ -31,9 +33,32 @@ Use = dict[str, np.ndarray]  # of each layer: of its experts
 
 
 def asked(model: trained.Source, how: Slimming, counted: dict[str, Any]) -> dict[str, Any]:
-    """By which a slim model is known again."""
-    identity = growing.step_identity(Path(model.step))
-    return {"source": identity, **dataclasses.asdict(how), "counted": counted if how.experts else {}}
+    """By which a slim model is known again; ``counted``: what its experts' use was counted on (`counted_on`)."""
+    return {"source": identity(model), **dataclasses.asdict(how), "counted": counted if how.experts else {}}
+
+
+def identity(model: trained.Source) -> list[Any]:
+    return growing.step_identity(Path(model.step))
+
+
+def counted_on(
+    model: trained.Source, text: str, task: str, overrides: dict[str, Any], batches: int
+) -> dict[str, Any]:
+    """A text and a task, by which they are known again: of local files their sizes and when they were written, too."""
+    source = overrides.get("data.source", text or model.settings.data.source)
+    found = local_files.paths(source) if (text or not task) and local_files.is_local(source) else []
+    for name in task.split(","):
+        found += task_files.paths(name) if task_files.is_files(name) else []
+    files = [growing.identity(Path(path)) for path in found]
+    return {"text": text, "task": task, "batches": batches, "config": overrides, "files": files}
+
+
+def differing(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """The names of what differs; of what was written before it was noted, text and files are not compared."""
+    counted = there.get("counted") or wanted["counted"]
+    if wanted["counted"]:
+        there = there | {"counted": {"files": wanted["counted"]["files"]} | counted}
+    return [name for name in wanted if there.get(name) != wanted[name]]
 
 
 def is_there(target: Path, wanted: dict[str, Any]) -> bool:
@@ -46,11 +71,13 @@ def is_there(target: Path, wanted: dict[str, Any]) -> bool:
         return False
     path = target / SLIM_FILE
     there = growing.read_json(path).get("asked") if path.exists() else None
-    if there != wanted:
-        differ = (
-            "" if there is None else f" ({', '.join(n for n in wanted if there.get(n) != wanted[n])} differ)"
+    differ = [] if there is None else differing(there, wanted)
+    if there is None or differ:
+        what = (
+            "it is there and no slim model"
+            if there is None
+            else f"another slim model is there ({', '.join(differ)} differ)"
         )
-        what = "it is there and no slim model" if there is None else f"another slim model is there{differ}"
         raise ValueError(f"--target={target}: {what}; accepted is a name that is free, or the same one's")
     return True
 

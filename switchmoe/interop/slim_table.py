@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from switchmoe.interop import growing
+from switchmoe.interop import growing, slim
 from switchmoe.interop.slim import Row
 from switchmoe.runs.checkpoints import write_json
 
@@ -42,7 +42,7 @@ class Table:
             )
         if path.exists():
             known = growing.read_json(path)
-            if known.get("asked") != asked:
+            if slim.differing(known.get("asked", {}), asked):
                 raise ValueError(
                     f"--target={path.parent}: the table there is of another model or another text; accepted is a name that is free"
                 )

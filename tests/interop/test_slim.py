@@ -1,6 +1,7 @@
 """`experiments.slim`: what it writes is a run, of the bytes it claims; it goes on after a stop, and refuses what is wrong."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -178,6 +179,11 @@ def test_the_same_command_again_measures_what_is_missing_alone(files, tmp_path, 
     run(command.main, *argv, "--align=none", code=exits.EXIT_BAD_INPUT)
     error = capsys.readouterr().err
     assert "another slim model is there (align differ)" in error and error.count("\n") == 1
+    written = (files / "text.txt").stat()
+    os.utime(files / "text.txt", ns=(written.st_atime_ns, written.st_mtime_ns + 1))
+    run(command.main, *argv, code=exits.EXIT_BAD_INPUT)
+    assert "another slim model is there (counted differ)" in capsys.readouterr().err
+    os.utime(files / "text.txt", ns=(written.st_atime_ns, written.st_mtime_ns))
     run(convert.main, f"--source={target}", f"--target={tmp_path / 'theirs'}", "--check=False")
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["num_experts"] == 2
 
@@ -283,18 +289,25 @@ def test_stopped_it_goes_on_to_the_same_bytes(files, tmp_path, monkeypatch, mome
     assert [path.name for path in target.parent.iterdir()] == ["x"]
 
 
+TEXT = {"text": "a.txt", "files": [["a.txt", 3, 7]]}
+
+
 def test_a_table_goes_on_and_is_of_one_model_and_text(tmp_path):
     row = slim.Row("int8", 4, 1000, 500, 480, 3.25, None, 12345.6)
-    table = slim_table.Table(tmp_path / "table.json", {"source": 1}, True)
+    table = slim_table.Table(tmp_path / "table.json", {"source": 1, "counted": TEXT}, True)
     table.add(row)
-    again = slim_table.Table(tmp_path / "table.json", {"source": 1}, True)
+    again = slim_table.Table(tmp_path / "table.json", {"source": 1, "counted": TEXT}, True)
     assert again.missing(["int8", "int4"]) == ["int4"]
     assert "| int8 | 4 | 1,000 | 500 | 480 | 3.2500 |  | 12,346 |" in again.markdown()
     with pytest.raises(ValueError, match="the table there is of another model or another text"):
-        slim_table.Table(tmp_path / "table.json", {"source": 2}, True)
+        slim_table.Table(tmp_path / "table.json", {"source": 2, "counted": TEXT}, True)
+    with pytest.raises(ValueError, match="the table there is of another model or another text"):
+        slim_table.Table(
+            tmp_path / "table.json", {"source": 1, "counted": TEXT | {"files": [["a.txt", 4, 8]]}}, True
+        )
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="a run's directory; accepted with --sweep is a name that is free"):
-        slim_table.Table(tmp_path / "table.json", {"source": 1}, True)
+        slim_table.Table(tmp_path / "table.json", {"source": 1, "counted": TEXT}, True)
     names = slimming.sweep(2, "hungarian", -1, True)
     assert {"pruned_2", "merged_2", "task_2", "int8", "int4", "merged_2_int4"} < names.keys() and len(
         names

@@ -25,6 +25,11 @@ def is_files(name: str) -> bool:
     return name.endswith(SUFFIXES)
 
 
+def paths(name: str) -> list[str]:
+    """The files of a glob. Raises DataError: there is none, or one that can't be read."""
+    return local_files.paths(name, SUFFIXES, ACCEPTED, "task.names")
+
+
 def task(name: str, settings: TaskSettings, data: DataSettings) -> Task:
     """Of a glob of files. A record is held out by the hash of `data.split_field`, or of what is read.
 
@@ -90,7 +95,7 @@ def _filled(field: str, template: str, record: dict[str, Any], where: str) -> st
 
 def _records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it is, a record) of all files; of SQuAD's format a question with its context and ``answers``, a tuple."""
-    for path in local_files.paths(name, SUFFIXES, ACCEPTED, "task.names"):
+    for path in paths(name):
         kind = os.path.splitext(
             path.removesuffix(next((p for p in local_files.PACKINGS[1:] if path.endswith(p)), ""))
         )[1]
