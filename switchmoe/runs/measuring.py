@@ -91,14 +91,12 @@ def yardstick(
     if task:
         judged = _task(model, settings, task, overrides, mesh, workdir, note)
         own, data = judged
-        size, learnt = own.data.batch_size, [one for task in data.trained for one in task.examples("train")]
-        learnt = pairs.spread(learnt, count * size or len(learnt))
-        found["train"] = [batch for batch, _ in pairs.eval_batches(learnt, data.encoder)]
+        examples = {"train": [one for task in data.trained for one in task.examples("train")]}
         if not text:
-            settings = own
-            found["validation"] = [
-                batch for batch, _ in pairs.eval_batches(data.held_out_examples, data.encoder)
-            ]
+            settings, examples["validation"] = own, data.held_out_examples
+        for split, all_ in examples.items():
+            some = pairs.spread(all_, count * own.data.batch_size or len(all_))
+            found[split] = [batch for batch, _ in pairs.eval_batches(some, data.encoder)]
     return Yardstick(settings, found["train"], found["validation"], judged, mesh)
 
 

@@ -248,6 +248,19 @@ def test_integers_are_measured_by_finetune_and_not_trained(files, tmp_path, caps
     assert not (tmp_path / "trained" / "config.json").exists() and not (tmp_path / "out").exists()
 
 
+def test_so_many_batches_of_a_task(files, tmp_path):
+    model, split = trained.find(str(files / "run")), {"data.validation_share": 0.5}
+    fields = {"task.inputs": "{text}", "task.targets": "{label}"}
+    for count, rows in ((1, 4), (2, 8)):
+        ruler = measuring.yardstick(
+            model, "", str(files / "task.jsonl"), split | fields, count, tmp_path, print
+        )
+        assert [sum(map(len, (b["inputs"] for b in part))) for part in (ruler.counted, ruler.held_out)] == [
+            rows,
+            rows,
+        ]
+
+
 def test_sentences_choose_as_wholes(files):
     """One that prefers an expert in most of its tokens counts once for it, however long it is."""
     model = trained.find(str(files / "run"))
