@@ -74,6 +74,7 @@ setup(
             "nbformat>=5.10",
             "ipykernel>=6.29",
             "ipython>=8.18",
+            "ipywidgets>=8.1",
             # what checks scripts/
             "pyyaml>=6",
             "jsonschema>=4.18",

@@ -132,6 +132,25 @@ def test_without_widgets_pictures_stand_still(shown, monkeypatch):
     assert len(shown) == 3
 
 
+def test_a_slider_draws_anew(shown, monkeypatch):
+    ipywidgets = pytest.importorskip("ipywidgets")
+    made, asked, interact = [], [], ipywidgets.interact
+    monkeypatch.delenv(notebooks.TINY, raising=False)
+    monkeypatch.setattr(
+        ipywidgets, "interact", lambda draw, **moved: made.append(moved) or interact(draw, **moved)
+    )
+
+    def draw(**chosen):
+        asked.append(chosen)
+        return line(0, 1)
+
+    notebooks.sliders(draw, factor=[1.0, 0.5, 2.0], jitter=[0.0, 0.1])
+    (sliders,) = made
+    assert sliders["factor"].options == (0.5, 1.0, 2.0) and sliders["factor"].value == 1.0
+    sliders["factor"].value = 2.0
+    assert asked == [{"factor": 1.0, "jitter": 0.0}, {"factor": 2.0, "jitter": 0.0}]
+
+
 def test_the_recorded_sweep_comes_with_the_package(shown):
     rows = notebooks.read_csv(
         notebooks.RESULTS / "experts_tiny" / "points.csv", ("num_experts", "loss", "starved")
