@@ -11,9 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from switchmoe.interop.tables import Move
+from switchmoe.parallel.sharding import path_keys
 
 STATE = "state"
 BLOCK = 128  # elements a side: two blocks of float32 fit a core's cache
@@ -21,34 +24,36 @@ _TYPES = {"float32": "<f4", "bfloat16": "bfloat16", "float16": "<f2", "int32": "
 
 
 class Writer:
-    """Writes the parameters of a step, each part once and whole; what an earlier process has written stays.
+    """Writes the arrays of a step, each part once and whole; what an earlier process has written stays.
 
     Args:
       step: the step's directory.
-      parameters: shapes by name, and how many first axes of each are written part by part.
+      arrays: shapes by name, and how many first axes of each are written part by part.
       dtype: of those that are not in ``dtypes``.
+      above: what comes before their names in the step's state; "": nothing.
     """
 
     def __init__(
         self,
         step: Path,
-        parameters: Mapping[str, tuple[tuple[int, ...], int]],
+        arrays: Mapping[str, tuple[tuple[int, ...], int]],
         dtype: str,
         dtypes: Mapping[str, str] | None = None,
+        above: str = "params",
     ):
-        self._state, self._parameters = step / STATE, parameters
-        self._dtypes = dict.fromkeys(parameters, dtype) | dict(dtypes or {})
+        self._state, self._arrays, self._above = step / STATE, arrays, [above] if above else []
+        self._dtypes = dict.fromkeys(arrays, dtype) | dict(dtypes or {})
         self._checksums: dict[str, tuple[int, int]] = {}
-        for name, (shape, lead) in parameters.items():
+        for name, (shape, lead) in arrays.items():
             leaf = self._leaf(name)
             leaf.mkdir(parents=True, exist_ok=True)
             self._small(leaf / ".zarray", _zarray(shape, (*(1,) * lead, *shape[lead:]), self._dtypes[name]))
 
     def _leaf(self, name: str) -> Path:
-        return self._state / ".".join(("params", *name.split("/")))
+        return self._state / ".".join((*self._above, *name.split("/")))
 
     def file(self, name: str, index: tuple[int, ...]) -> Path:
-        shape, lead = self._parameters[name]
+        shape, lead = self._arrays[name]
         places = (*index, *(0,) * (len(shape) - lead)) if shape else ()
         return self._leaf(name) / (".".join(map(str, places)) or "0")
 
@@ -67,7 +72,7 @@ class Writer:
     def has(self, name: str, index: tuple[int, ...]) -> bool:
         """Whether an earlier process wrote this part; notes its checksum if so."""
         path = self.file(name, index)
-        shape, lead = self._parameters[name]
+        shape, lead = self._arrays[name]
         if (
             not path.exists()
             or path.stat().st_size != math.prod(shape[lead:]) * np.dtype(self._dtypes[name]).itemsize
@@ -77,18 +82,33 @@ class Writer:
         self._checksums[str(path.relative_to(self._state.parent))] = len(raw), zlib.crc32(raw)
         return True
 
-    def finish(self) -> dict[str, tuple[int, int]]:
-        """Writes Orbax's list of the arrays; returns size and CRC-32 of each file, for the manifest."""
+    def finish(self, tree: Any = None) -> dict[str, tuple[int, int]]:
+        """Writes Orbax's list of the arrays; returns size and CRC-32 of each file, for the manifest.
+
+        Args:
+          tree: the whole state, of which they are the leaves; None: a dict of dicts.
+        """
+        tree = (
+            unflatten_dict({"/".join((*self._above, name)): 0 for name in self._arrays}, sep="/")
+            if tree is None
+            else tree
+        )
         listed = {}
-        for name, (shape, _) in self._parameters.items():
-            keys = ("params", *name.split("/"))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_empty):
+            keys, empty = tuple(path_keys(path)), _is_empty(leaf)
+            name = "/".join(keys[len(self._above) :])
+            shape = [] if empty else list(self._arrays[name][0])
             listed[str(keys)] = {
-                "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+                "key_metadata": [
+                    {"key": key, "key_type": 1 if isinstance(part, jax.tree_util.SequenceKey) else 2}
+                    for key, part in zip(keys, path, strict=True)
+                ],
                 "value_metadata": {
-                    "value_type": "jax.Array",
-                    "skip_deserialize": False,
-                    "write_shape": list(shape),
-                },
+                    "value_type": "Dict" if isinstance(leaf, dict) else "None",
+                    "skip_deserialize": True,
+                }
+                if empty
+                else {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": shape},
             }
         metadata = {
             "tree_metadata": listed, "use_ocdbt": False, "use_zarr3": False,
@@ -96,6 +116,12 @@ class Writer:
         }  # fmt: skip
         self._small(self._state / "_METADATA", metadata)
         return self._checksums
+
+
+def _is_empty(node: Any) -> bool:
+    """What Orbax notes of a tree beside its leaves: a node with nothing below it."""
+    found = jax.tree.structure(node)
+    return found.num_nodes == 1 and not found.num_leaves
 
 
 def size(step: Path) -> int:
@@ -123,18 +149,24 @@ class Reader:
         self._ocdbt = (self._state / "manifest.ocdbt").exists()
         self._store: tuple[str, Any, np.ndarray | None] | None = None
 
-    def read(self, name: str, index: tuple[int, ...]) -> np.ndarray:
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open(name).shape)
+
+    def _open(self, name: str) -> Any:
         import tensorstore
 
+        path = name.replace("/", ".") + "/"
+        base = {"driver": "file", "path": f"{self._state.absolute()}/"}
+        store = (
+            {"driver": "ocdbt", "base": base, "path": path}
+            if self._ocdbt
+            else base | {"path": base["path"] + path}
+        )
+        return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
+
+    def read(self, name: str, index: tuple[int, ...]) -> np.ndarray:
         if self._store is None or self._store[0] != name:
-            path = name.replace("/", ".") + "/"
-            base = {"driver": "file", "path": f"{self._state.absolute()}/"}
-            store = (
-                {"driver": "ocdbt", "base": base, "path": path}
-                if self._ocdbt
-                else base | {"path": base["path"] + path}
-            )
-            array = tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
+            array = self._open(name)
             chunk = array.chunk_layout.read_chunk.shape or ()
             large = math.prod(chunk[: len(index)]) > 1
             self._store = name, array, np.asarray(array.read().result()) if large else None
@@ -145,7 +177,7 @@ class Reader:
 def parts(
     moves: Iterable[Move], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[tuple[int, ...], int]]:
-    """`Writer`'s ``parameters`` for these moves."""
+    """`Writer`'s ``arrays`` for these moves."""
     lead = {move.ours: len(move.index) for move in moves}
     return {name: (shape, lead[name]) for name, shape in shapes.items()}
 

@@ -90,19 +90,22 @@ def _upcycled(context: Context, step: epath.Path, saved: dict[str, tuple[int, ..
         tree = ocp.PyTreeCheckpointer().restore(step / "state")
         there = {"/".join(path_keys(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
-        def read(name: str) -> np.ndarray:
+        def array(name: str) -> np.ndarray:
             if name not in there:
                 raise ValueError(f"init.checkpoint={init.checkpoint}: no {name} is there")
             return np.asarray(there[name])
 
-        how = upcycling.Upcycling(settings.moe.num_experts)
-        params = upcycling.parameters(dense, settings, how, read)
-        state = state.replace(params=jax.tree.map(_placed, state.params, params))
+        saved = upcycling.Saved(lambda name: array(name).shape, lambda name, index: array(name)[index])
+        plan = upcycling.Plan(dense, settings, upcycling.Upcycling(settings.moe.num_experts), saved)
+        state = state.replace(params=jax.tree.map(_placed, state.params, plan.parameters()))
         if not init.optimizer:
             return state
-        found = upcycling.optimizer_state(dense, settings, params, read)
-        if found is None:
-            raise ValueError(f"init.optimizer=True: {step} has no state of this optimizer; accepted is False")
+        try:
+            found = plan.optimizer_state()
+        except ValueError as error:
+            raise ValueError(
+                f"init.optimizer=True: {step} has no state of this optimizer ({error}); accepted is False"
+            ) from error
         return state.replace(opt_state=jax.tree.map(_placed, state.opt_state, found))
 
     return Start(load, {"checkpoint": init.checkpoint, "step": int(step.name), "upcycle": True})

@@ -1,14 +1,17 @@
 """Dense models made sparse: each expert begins as a copy of the feed-forward it replaces (Komatsuzaki et al. 2022, 2212.05055).
 
-All of the sparse model's state is in memory.
+What becomes of one is a `Plan`, which makes the sparse model's state part by part: a layer of an array at a time.
 """
 
 import dataclasses
+import functools
 import math
+import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -16,7 +19,16 @@ from switchmoe.parallel.sharding import path_keys
 from switchmoe.settings import Settings, from_config, to_dict
 from switchmoe.training import places, train_state
 
-Read = Callable[[str], np.ndarray]  # of the dense model's state, by names such as params/embedding
+Index = tuple[int, ...]  # a layer of an array, or all of it: ()
+Made = tuple[str, Index, Callable[[], np.ndarray]]  # an array's name, the part of it, what makes that
+
+
+class Saved(NamedTuple):
+    """The dense model's state, by names such as params/embedding. Both raise ValueError where there is no such array."""
+
+    shape: Callable[[str], tuple[int, ...]]
+    read: Callable[[str, Index], np.ndarray]
+
 
 ROUTERS = ("switch", "top_k", "expert_choice")
 
@@ -119,64 +131,127 @@ def check(dense: Settings, settings: Settings, saved: dict[str, tuple[int, ...]]
             raise ValueError(f"{origin} has shape {there or 'none'} there, and {name} {shape} here")
 
 
-def parameters(dense: Settings, settings: Settings, how: Upcycling, read: Read) -> Any:
-    """The sparse model's parameters, float32."""
-    rng, found = np.random.default_rng(settings.train.seed), {}
-    for name, shape in places.names(settings).items():
-        origin, layers = _dense_name(dense, settings, name)
+class Plan:
+    """The sparse model's state, each part of it made from the dense one's."""
+
+    def __init__(self, dense: Settings, settings: Settings, how: Upcycling, saved: Saved):
+        self._settings, self._how, self._saved = settings, how, saved
+        self.shapes = places.names(settings)
+        self._origins = {name: _dense_name(dense, settings, name) for name in self.shapes}
+
+    def like(self, dtype: str) -> Any:
+        """The shapes of the parameters, of this type."""
+        shapes = train_state.parameter_shapes(self._settings)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
+
+    def parts(self, name: str) -> list[Index]:
+        """Of a parameter: its layers, or all of it."""
+        return [index for _, _, index in places.places(self._settings, name)]
+
+    def part(self, name: str, index: Index) -> np.ndarray:
+        """Of a parameter, float32; of an expert's kernel a layer's experts."""
+        origin, _ = self._origins[name]
+        shape, how = self.shapes[name][len(index) :], self._how
         if not origin:
-            found[name] = rng.normal(0.0, settings.moe.router_init_stddev, shape).astype(np.float32)
-            continue
-        whole = read(f"params/{origin}").astype(np.float32)
-        found[name] = whole if layers is None else whole[layers]
-        if "experts" in name.split("/"):
-            found[name] = np.repeat(found[name][:, None], how.experts, axis=1)
-    _differ(found, how, rng)
-    return unflatten_dict(found, sep="/")
+            drawn = self._random(name, index).standard_normal(shape, np.float32)
+            return np.float32(self._settings.moe.router_init_stddev) * drawn
+        part = self._copied(f"params/{origin}", name, index).astype(np.float32, copy=False)
+        if _of_experts(name) and (how.noise or how.reinit):
+            part = self._differ(name, index, part, shape)
+        return np.broadcast_to(part, shape)
+
+    def _copied(self, saved: str, name: str, index: Index) -> np.ndarray:
+        """The dense model's; of an expert's with an axis for the experts."""
+        _, layers = self._origins.get(name, (name, None))
+        there = index if layers is None else (layers[index[0] if index else 0],)
+        part = self._saved.read(saved, there)
+        return part[None] if _of_experts(name) else part
+
+    def _random(self, name: str, index: Index) -> np.random.Generator:
+        return np.random.default_rng([self._settings.train.seed, zlib.crc32(name.encode()), *index])
+
+    def _differ(self, name: str, index: Index, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Noise, and parts drawn anew: of one expert the same places of its width in all its kernels."""
+        layer, _, kernel = name.rpartition("/")
+        width = shape[1 if kernel == "wo" else 2]
+        count, rng, spread = round(self._how.reinit * width), self._random(name, index), part.std()
+        mean = part.mean()
+        if count:
+            drawn = self._random(layer, index).random((shape[0], width)).argsort(axis=-1) < count
+            anew = drawn[..., None] if kernel == "wo" else drawn[:, None]
+            part = np.where(anew, mean + spread * rng.standard_normal(shape, np.float32), part)
+        if self._how.noise:
+            part = part + np.float32(self._how.noise) * spread * rng.standard_normal(shape, np.float32)
+        return part
+
+    def optimizer(self) -> tuple[Any, list[Made]]:
+        """(the shapes of the optimizer's state, its parts): each expert's a copy of the feed-forward's; a router's is a first one.
+
+        Raises:
+          ValueError: the source has none, or another optimizer's.
+        """
+        like = jax.eval_shape(self._fresh, train_state.parameter_shapes(self._settings))
+        found: list[Made] = []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+            keys = "/".join(path_keys(path))
+            name = max((name for name in self.shapes if f"/{name}/" in f"/{keys}/"), key=len, default="")
+            origin, layers = self._origins.get(name, (keys, None))
+            if name and not origin:
+                found.append((f"opt_state/{keys}", (), functools.partial(self._first, keys)))
+                continue
+            saved = f"opt_state/{keys.replace(name, origin, 1) if name else keys}"
+            skipped = (layers is not None) + _of_experts(name)
+            there = self._saved.shape(saved)
+            if there[layers is not None :] != leaf.shape[skipped:]:
+                raise ValueError(f"{saved}: shape {there}, expected one that gives {leaf.shape}")
+            for index in self.parts(name) if name else [()]:
+                make = functools.partial(self._state, leaf, saved, name, index)
+                found.append((f"opt_state/{keys}", index, make))
+        return like, found
+
+    def _state(self, leaf: Any, saved: str, name: str, index: Index) -> np.ndarray:
+        part = self._copied(saved, name, index).astype(leaf.dtype, copy=False)
+        return np.broadcast_to(part, leaf.shape[len(index) :])
+
+    def _fresh(self, params: Any) -> Any:
+        """The state of an optimizer that has seen nothing."""
+        return train_state.optimizer(self._settings).init(train_state.split(params, self._settings)[0])
+
+    def _first(self, keys: str) -> np.ndarray:
+        """A leaf of it, of a router. The other parameters are zeros in a program that needs none of them."""
+        shapes = flatten_dict(train_state.parameter_shapes(self._settings), sep="/")
+
+        def one(routers: dict[str, jax.Array]) -> jax.Array:
+            given = {n: routers.get(n, jnp.zeros(leaf.shape, leaf.dtype)) for n, leaf in shapes.items()}
+            leaves = jax.tree_util.tree_leaves_with_path(self._fresh(unflatten_dict(given, sep="/")))
+            return next(leaf for path, leaf in leaves if "/".join(path_keys(path)) == keys)
+
+        routers = {name: self._whole(name) for name, (origin, _) in self._origins.items() if not origin}
+        return np.asarray(jax.jit(one)(routers))
+
+    def _whole(self, name: str) -> np.ndarray:
+        return _joined([self.part(name, index) for index in self.parts(name)], self.shapes[name])
+
+    def parameters(self) -> Any:
+        """All of them, in memory."""
+        return unflatten_dict({name: self._whole(name) for name in self.shapes}, sep="/")
+
+    def optimizer_state(self) -> Any:
+        """All of it, in memory. Raises ValueError: as `optimizer`."""
+        like, parts = self.optimizer()
+        found: dict[str, list[np.ndarray]] = {}
+        for name, _, make in parts:
+            found.setdefault(name, []).append(make())
+
+        def one(path: tuple, leaf: Any) -> np.ndarray:
+            return _joined(found["opt_state/" + "/".join(path_keys(path))], leaf.shape)
+
+        return jax.tree_util.tree_map_with_path(one, like)
 
 
-def _differ(found: dict[str, np.ndarray], how: Upcycling, rng: np.random.Generator) -> None:
-    """Noise, and parts drawn anew: of one expert the same places of its width in all its kernels."""
-    layers = {name.rpartition("/")[0] for name in found if "experts" in name.split("/")}
-    for layer in sorted(layers):
-        kernels = {name: found[name] for name in found if name.rpartition("/")[0] == layer}
-        wo = kernels[f"{layer}/wo"]
-        count = round(how.reinit * wo.shape[2])
-        drawn = rng.random(wo.shape[:3]).argsort(axis=-1) < count  # [layers, experts, width]
-        for name, kernel in kernels.items():
-            spread = kernel.std(axis=(2, 3), keepdims=True)
-            new = rng.standard_normal(kernel.shape, np.float32) if how.noise or how.reinit else None
-            if how.reinit:
-                anew = drawn[..., None] if name.endswith("/wo") else drawn[..., None, :]
-                kernel = np.where(anew, kernel.mean(axis=(2, 3), keepdims=True) + spread * new, kernel)
-            if how.noise:
-                kernel = kernel + how.noise * spread * rng.standard_normal(kernel.shape, np.float32)
-            found[name] = kernel.astype(np.float32)
+def _of_experts(name: str) -> bool:
+    return "experts" in name.split("/")
 
 
-def optimizer_state(dense: Settings, settings: Settings, params: Any, read: Read) -> Any | None:
-    """The optimizer's state of the sparse model, each expert's a copy of the feed-forward's; the router's is a first one.
-
-    None where the source has none, or another optimizer's.
-    """
-    fresh = jax.device_get(train_state.optimizer(settings).init(train_state.split(params, settings)[0]))
-    names = {name: _dense_name(dense, settings, name) for name in flatten_dict(params, sep="/")}
-
-    def one(path: tuple, leaf: np.ndarray) -> np.ndarray:
-        keys = "/".join(path_keys(path))
-        name = max((name for name in names if f"/{name}/" in f"/{keys}/"), key=len, default="")
-        origin, layers = names.get(name, (keys, None))
-        if name and not origin:
-            return leaf
-        there = read("opt_state/" + (keys.replace(name, origin, 1) if name else keys))
-        there = there if layers is None else there[layers]
-        if "experts" in name.split("/"):
-            there = np.repeat(there[:, None], leaf.shape[1], axis=1)
-        if there.shape != leaf.shape:
-            raise ValueError(f"opt_state {keys}: shape {there.shape}, expected {leaf.shape}")
-        return there.astype(leaf.dtype)
-
-    try:
-        return jax.tree_util.tree_map_with_path(one, fresh)
-    except ValueError:
-        return None
+def _joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    return parts[0] if parts[0].shape == shape else np.stack(parts)

@@ -1,5 +1,7 @@
 """A dense model made sparse gives what it gave, and its optimizer goes on."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,14 +32,16 @@ def dense(config):
     return settings, train_state.init_state(settings, train_state.optimizer(settings)).params
 
 
-def reader(params):
-    return flatten_dict({"params": jax.device_get(params)}, sep="/").__getitem__
+def saved(state):
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+    found = {"/".join(upcycling.path_keys(keys)): np.asarray(leaf) for keys, leaf in leaves}
+    return upcycling.Saved(lambda name: found[name].shape, lambda name, index: found[name][index])
 
 
 def sparse(settings, params, **how):
     how = upcycling.Upcycling(**({"experts": 4, "every": 2} | how))
     new = upcycling.settings_of(settings, how)
-    return new, upcycling.parameters(settings, new, how, reader(params))
+    return new, upcycling.Plan(settings, new, how, saved({"params": params})).parameters()
 
 
 def loss(settings, params, train=False):
@@ -121,15 +125,10 @@ def test_an_experts_state_of_the_optimizer_is_the_feed_forwards(name, tmp_path):
     grads = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), params)
     _, state = tx.update(grads, tx.init(params), params)
     new, made = sparse(settings, params)
-
-    def read(path):
-        leaves = jax.tree_util.tree_leaves_with_path(state)
-        found = {"opt_state/" + "/".join(upcycling.path_keys(keys)): leaf for keys, leaf in leaves}
-        return np.asarray(found[path])
-
-    how = upcycling.Upcycling(experts=4)
-    after = upcycling.optimizer_state(settings, new, made, read)
-    copied = upcycling.parameters(settings, new, how, reader(grads))
+    plan = upcycling.Plan(
+        settings, new, upcycling.Upcycling(experts=4), saved({"params": grads, "opt_state": state})
+    )
+    after, copied = plan.optimizer_state(), plan.parameters()
     wanted, _ = tx.update(grads, state, params)
     update, _ = train_state.optimizer(new).update(copied, after, made)
     update, wanted = flatten_dict(update, sep="/"), flatten_dict(wanted, sep="/")
@@ -174,6 +173,61 @@ def test_a_wrong_option_is_one_line_and_leaves_nothing(tmp_path, option, accepte
     error = capsys.readouterr().err
     assert accepted in error and error.count("\n") == 1
     assert not (tmp_path / "sparse").exists()
+
+
+def test_a_run_becomes_sparse_part_by_part_and_goes_on_after_a_stop(tmp_path, capsys, monkeypatch):
+    """Its parameters and its optimizer's state are those that are made in memory, and a run begins with them."""
+    import orbax.checkpoint as ocp
+
+    from switchmoe.interop import run_files
+    from switchmoe.runs import start
+    from switchmoe.settings import to_dict
+
+    settings, params = dense(ALONE | {"optimizer": dict(name="adamw", learning_rate=0.1)})
+    tx = train_state.optimizer(settings)
+    state = TrainState(jnp.int32(3), params, tx.update(params, tx.init(params), params)[1])
+    place = tmp_path / "dense" / "checkpoints" / "3"
+    ocp.Checkpointer(ocp.StandardCheckpointHandler()).save(place / "state", args=ocp.args.StandardSave(state))
+    (place / "data").mkdir()
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(to_dict(settings)))
+    asked = [f"--source={tmp_path / 'dense'}", f"--target={tmp_path / 'sparse'}", "--upcycle.experts=4"]
+    write, written = run_files.Writer.write, []
+
+    def stopped(writer, name, index, part):
+        if len(written) == 9:
+            raise KeyboardInterrupt
+        written.append(part.nbytes)
+        write(writer, name, index, part)
+
+    monkeypatch.setattr(run_files.Writer, "write", stopped)
+    assert command.main(["convert", *asked]) == exits.EXIT_INTERRUPTED
+    monkeypatch.setattr(
+        run_files.Writer, "write", lambda *args: written.append(args[3].nbytes) or write(*args)
+    )
+    assert command.main(["convert", *asked]) == 0
+    told = capsys.readouterr()
+    assert "with the optimizer's state" in told.err and "were there" in told.out
+    source = trained.find(str(tmp_path / "sparse"))
+    how = upcycling.Upcycling(experts=4)
+    plan = upcycling.Plan(
+        settings, source.settings, how, saved({"params": params, "opt_state": state.opt_state})
+    )
+    whole, made = plan.parameters(), plan.optimizer_state()
+    assert sum(written) == sum(leaf.nbytes for leaf in jax.tree.leaves((whole, made))) + 4  # and the step
+    layer = 4 * 24 * 16 * 4  # bytes of a kernel of its experts
+    assert layer in written and 2 * layer not in written
+
+    class Context:
+        begun, note = False, staticmethod(print)
+        init = {"checkpoint": str(tmp_path / "sparse"), "optimizer": True}
+        settings = from_config(to_dict(source.settings) | {"init": init})
+
+    new = train_state.init_state(source.settings, train_state.optimizer(source.settings))
+    found = start.beginning(Context).start.load(new)
+    for one, other in zip(
+        jax.tree.leaves((found.params, found.opt_state)), jax.tree.leaves((whole, made)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_run_goes_on_with_the_optimizers_state(tmp_path):
