@@ -9,15 +9,17 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from switchmoe.data.errors import DataError
+
 Right = Sequence[tuple[str, ...]]
 
 
 def check(name: str) -> None:
-    """Raises ValueError, one line: no such metric, or its package is missing."""
+    """Raises DataError, one line: no such metric, or its package is missing."""
     if name not in METRICS:
-        raise ValueError(f"task.metrics={name}: accepted are {', '.join(METRICS)}")
+        raise DataError(f"task.metrics={name}: accepted are {', '.join(METRICS)}")
     if name == "bleu" and importlib.util.find_spec("sacrebleu") is None:
-        raise ValueError(
+        raise DataError(
             "task.metrics=bleu: it needs the package sacrebleu; accepted is after pip install sacrebleu"
         )
 
