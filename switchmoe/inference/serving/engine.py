@@ -136,6 +136,11 @@ class Engine:
         return len(self._waiting)
 
     @property
+    def closed(self) -> bool:
+        """Whether it takes no more jobs."""
+        return self._closed
+
+    @property
     def failed(self) -> str:
         """Why it could not be warmed up; empty: it could, or may still be."""
         return self._failed
