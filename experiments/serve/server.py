@@ -33,7 +33,11 @@ class Guard:
             if message["type"] == "http.response.start":
                 begun = True
                 self._service.metrics.answered(message["status"])
-                message = message | {"headers": [*message.get("headers", ()), *HEADERS]}
+                given = list(message.get("headers", ()))
+                there = {name.lower() for name, _ in given}
+                message = message | {
+                    "headers": given + [header for header in HEADERS if header[0] not in there]
+                }
             await send(message)
 
         answer = self._refusal(scope) or self._inner
@@ -146,8 +150,8 @@ class Server(uvicorn.Server):
         self.closing()
 
 
-def serve(service: Service, inner: Any, token: str, listener: Any, note: Callable[[str], None]) -> bool:
-    """Until a signal comes. Returns whether all requests were answered."""
+def made(service: Service, inner: Any, token: str, note: Callable[[str], None]) -> Server:
+    """The server, whose ``run`` takes the sockets it is to listen on."""
     AppStatus.disable_automatic_graceful_drain()  # it would end streams at once
     limits, guard = service.limits, Guard(inner, service, token, note)
     config = uvicorn.Config(
@@ -158,7 +162,12 @@ def serve(service: Service, inner: Any, token: str, listener: Any, note: Callabl
     server = Server(config)
     server.closing = service.engine.close
     guard.connections = lambda: len(server.server_state.connections)
+    return server
+
+
+def serve(service: Service, inner: Any, token: str, listener: Any, note: Callable[[str], None]) -> bool:
+    """Until a signal comes. Returns whether all requests were answered."""
+    server = made(service, inner, token, note)
     service.engine.start()
     server.run(sockets=[listener])
-    seconds = 0.0 if server.force_exit else 1.0
-    return service.engine.stop(seconds) and not server.force_exit
+    return service.engine.stop(0.0 if server.force_exit else 1.0) and not server.force_exit

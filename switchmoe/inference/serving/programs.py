@@ -98,7 +98,8 @@ class Programs:
         self.prompt_layers, self.layers = _layers(settings)
         self.settings, self._params = decoding.laid_out(settings, params)
         self._trace = bool(self.prompt_layers or self.layers)
-        self._state = jax.jit(self._empty)()
+        self._fresh = jax.jit(self._empty)
+        self._state = self._fresh()
         self._prefill = jax.jit(self._prefilled)
         self._insert = jax.jit(_inserted, donate_argnums=0)
         self._step = jax.jit(self._stepped, donate_argnums=1)
@@ -128,7 +129,7 @@ class Programs:
 
     def reset(self) -> None:
         """Empties all slots."""
-        self._state = jax.jit(self._empty)()
+        self._state = self._fresh()
 
     def key(self, seed: int, number: int) -> np.ndarray:
         """The data of the key with which `generation.Generator` draws the answer to prompt ``number``."""

@@ -54,11 +54,12 @@ class TextStream:
         # An EOS that was to be ignored is no end of the text.
         ids = [token for token in self.ids[:count] if token != self._vocabulary.eos_id]
         self.text = self._vocabulary.decode(ids)
+        # The stop that is whole first, wherever tokens end; of those that are whole together the longest.
         longest = max(map(len, self._stops), default=0)
-        found = [self.text.find(stop, max(0, before - longest + 1)) for stop in self._stops]
-        places = [place for place in found if place >= 0]
+        found = [(stop, self.text.find(stop, max(0, before - longest + 1))) for stop in self._stops]
+        places = [(place + len(stop), place) for stop, place in found if place >= 0]
         if places:
-            self.stopped, self._end = True, min(places)
+            self.stopped, self._end = True, min(places)[1]
 
     def _piece(self, end: int) -> Piece:
         text, self._shown = self.text[self._shown : end], end
