@@ -81,6 +81,8 @@ def accept(name, arguments):
     elif name == "bench":
         if arguments[:1] == ["accelerator"]:
             importlib.import_module("experiments.bench.accelerator")._parse(arguments[1:])
+        elif arguments[:1] == ["serving"]:
+            importlib.import_module("experiments.bench.serving").parse(arguments)
         else:
             importlib.import_module("experiments.bench.__main__")._parse(arguments)
     else:
