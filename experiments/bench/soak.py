@@ -97,55 +97,53 @@ class Soak:
 
 
 def main(server: Any, prompts: list[list[int]], options: argparse.Namespace) -> int:
-    from experiments.bench.serving import running
-
+    """Asks a server that is ready, and ends it; see `experiments.bench.serving`."""
     memory: list[tuple[float, float]] = []
-    with running({"server": server}):
-        test = Soak(server, prompts, options.max_tokens)
-        end = time.monotonic() + options.soak
+    test = Soak(server, prompts, options.max_tokens)
+    end = time.monotonic() + options.soak
 
-        def client(action: Callable[[random.Random], None], seed: int) -> None:
-            draw = random.Random(seed)
-            while time.monotonic() < end:
-                try:
-                    action(draw)
-                except Exception as error:
-                    test.note("client failed", False, f"{type(error).__name__}: {error}")
-                    time.sleep(0.2)
+    def client(action: Callable[[random.Random], None], seed: int) -> None:
+        draw = random.Random(seed)
+        while time.monotonic() < end:
+            try:
+                action(draw)
+            except Exception as error:
+                test.note("client failed", False, f"{type(error).__name__}: {error}")
+                time.sleep(0.2)
 
-        actions = [
-            (test.good, options.clients // 2),
-            (test.bad, options.clients // 4 or 1),
-            (test.broken, options.clients // 4 or 1),
-        ]
-        work = [(action, 100 * k + n) for k, (action, count) in enumerate(actions) for n in range(count or 1)]
-        threads = [threading.Thread(target=client, args=one, daemon=True) for one in work]
-        for thread in threads:
-            thread.start()
-        began, told = time.monotonic(), time.monotonic()
-        while time.monotonic() < end and server.process.poll() is None:
-            memory.append((time.monotonic() - began, server.memory()))
-            if time.monotonic() - told > 30:
-                told = time.monotonic()
-                print(
-                    f"{told - began:.0f} s: {sum(test.counts.values())} requests, {memory[-1][1]:.0f} MiB",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            time.sleep(1)
-        for thread in threads:
-            thread.join(60)
-        alive = server.process.poll() is None
-        deadline, idle = time.monotonic() + 60, False
-        while alive and not idle and time.monotonic() < deadline:
-            text = server.ask("GET", "/metrics")[1].decode()
-            idle = not any(
-                float(line.rpartition(" ")[2])
-                for line in text.splitlines()
-                if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting"))
+    actions = [
+        (test.good, options.clients // 2),
+        (test.bad, options.clients // 4 or 1),
+        (test.broken, options.clients // 4 or 1),
+    ]
+    work = [(action, 100 * k + n) for k, (action, count) in enumerate(actions) for n in range(count or 1)]
+    threads = [threading.Thread(target=client, args=one, daemon=True) for one in work]
+    for thread in threads:
+        thread.start()
+    began, told = time.monotonic(), time.monotonic()
+    while time.monotonic() < end and server.process.poll() is None:
+        memory.append((time.monotonic() - began, server.memory()))
+        if time.monotonic() - told > 30:
+            told = time.monotonic()
+            print(
+                f"{told - began:.0f} s: {sum(test.counts.values())} requests, {memory[-1][1]:.0f} MiB",
+                file=sys.stderr,
+                flush=True,
             )
-            time.sleep(0.2)
-        code = server.close() if alive else server.process.returncode
+        time.sleep(1)
+    for thread in threads:
+        thread.join(60)
+    alive = server.process.poll() is None
+    deadline, idle = time.monotonic() + 60, False
+    while alive and not idle and time.monotonic() < deadline:
+        text = server.ask("GET", "/metrics")[1].decode()
+        idle = not any(
+            float(line.rpartition(" ")[2])
+            for line in text.splitlines()
+            if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting"))
+        )
+        time.sleep(0.2)
+    code = server.close() if alive else server.process.returncode
     second = np.array(memory[len(memory) // 2 :])
     slope = float(np.polyfit(second[:, 0], second[:, 1], 1)[0] * 60) if len(second) > 2 else 0.0
     found = {
