@@ -1,4 +1,4 @@
-"""A server in this very process, with random weights, for tests of `experiments.serve`."""
+"""A server in this very process, for tests of `experiments.serve`."""
 
 import functools
 import json
@@ -19,8 +19,9 @@ from experiments.serve.fields import Limits
 from experiments.serve.metrics import Metrics
 from switchmoe.data import vocabulary as vocabularies
 from switchmoe.data.vocabulary import IDENTITY, TRAINER, Vocabulary
+from switchmoe.inference.serving import programs as serving_programs
 from switchmoe.inference.serving.engine import Engine
-from switchmoe.inference.serving.programs import Programs
+from switchmoe.inference.serving.programs import MOST_TOLD, Prefilled, Scores, Stepped
 from switchmoe.training import train_state
 
 TEXT = "The river Main, the city of M\u00fcnchen and the \u6771\u4eac tower; caf\u00e9s \U0001f600 of the old town. "
@@ -43,33 +44,98 @@ def vocabulary():
 
 
 @functools.cache
-def model(kind):
-    """(settings, parameters) whose answers are of some variety."""
+def settings(kind):
     alone = dict(stacks="decoder_only", positions="rotary", num_kv_heads=1, attention_scale=0.0)
     data = dict(
         vocab_size=380, objective="causal_lm" if kind == "decoder" else "span_corruption", input_length=12
     )
-    of = tiny(alone if kind == "decoder" else {}, dict(router="top_k", choices=2), data=data)
+    return tiny(alone if kind == "decoder" else {}, dict(router="top_k", choices=2), data=data)
+
+
+@functools.cache
+def parameters(kind):
+    """With which answers are of some variety."""
     rng = np.random.default_rng(0)
 
     def value(shape):
         mean = 1.0 if len(shape.shape) < 3 else 0.0
         return jnp.asarray(mean + rng.normal(0, 0.3, shape.shape), jnp.float32)
 
-    return of, jax.tree.map(value, train_state.parameter_shapes(of))
+    return jax.tree.map(value, train_state.parameter_shapes(settings(kind)))
+
+
+class Scripted:
+    """What `Programs` has, without a model: a token is drawn by a hash of the prompt, the key and what came before.
+
+    HTTP is tested with it; with real programs in one test, and in those of the engine.
+    """
+
+    def __init__(self, kind):
+        self.slots, self.max_prompt, self.max_tokens = SLOTS, LIMITS.max_prompt, LIMITS.max_tokens
+        self.settings, self.encodes = settings(kind), kind == "switch"
+        self.prompt_layers, self.layers = serving_programs.layer_names(self.settings)
+        self.pause = 0.0  # seconds of a step
+        self._slots = {}
+
+    def warm(self):
+        yield "nothing"
+
+    def reset(self):
+        self._slots = {}
+
+    def key(self, seed, number):
+        return np.array([seed, number], np.uint32)
+
+    def _experts(self, draw, layers, tokens):
+        return np.array([[draw.sample(range(4), 2) for _ in range(tokens)] for _ in range(layers)], np.int32)
+
+    def prefill(self, ids):
+        expert_LPK = self._experts(random.Random(str(ids)), len(self.prompt_layers), len(ids))
+        return Prefilled(None, None, np.array(ids, np.int32), len(ids), expert_LPK)
+
+    def first_position(self, prefilled):
+        return 1 if self.encodes else prefilled.count
+
+    def insert(self, prefilled, slot):
+        self._slots[slot] = prefilled.ids_P.tolist()
+
+    def _best(self, draw):
+        values = sorted((-draw.uniform(1, 9) for _ in range(MOST_TOLD)), reverse=True)
+        return draw.sample(range(2, vocabulary().size), MOST_TOLD), values
+
+    def scores(self, prefilled):
+        best = [
+            self._best(random.Random(str(prefilled.ids_P[:n].tolist()))) for n in range(1, prefilled.count)
+        ]
+        tokens, values = (np.array([one[k] for one in best]) for k in (0, 1))
+        return Scores(values[:, 0] - 0.5, tokens, values)
+
+    def step(self, controls):
+        time.sleep(self.pause)
+        rows = []
+        for slot in range(SLOTS):
+            drawn = controls.temperature_B[slot] > 0
+            key = controls.key_BN[slot].tolist() if drawn else None
+            draw = random.Random(str((self._slots.get(slot), key, int(controls.count_B[slot]))))
+            best = self._best(draw)
+            place = draw.randrange(MOST_TOLD) if drawn else 0
+            byte = int(draw.choice(vocabulary().byte_ids))
+            token = byte if drawn and draw.random() < 0.3 else best[0][place]
+            rows.append((token, best[1][place], *best, self._experts(draw, len(self.layers), 1)[:, 0]))
+        token, value, tokens, values, experts = (np.array(column) for column in zip(*rows, strict=True))
+        return Stepped(token.astype(np.int32), value, tokens, values, experts.swapaxes(0, 1))
 
 
 @functools.cache
-def programs(kind):
-    of, params = model(kind)
-    return Programs(of, params, SLOTS, LIMITS.max_prompt, LIMITS.max_tokens)
+def scripted(kind):
+    return Scripted(kind)
 
 
 class Running:
     """A server on loopback; ``url`` is its address."""
 
     def __init__(self, kind="decoder", token="", chat=True, limits=LIMITS, made=None):
-        made = made or programs(kind)
+        made = made or scripted(kind)
         experts = made.settings.moe.total_experts
         self.metrics = Metrics(kind, made.prompt_layers, made.layers, experts)
         self.notes = []

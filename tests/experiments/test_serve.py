@@ -9,11 +9,12 @@ import httpx
 import pytest
 
 openai = pytest.importorskip("openai")
-from serving import LIMITS, SLOTS, Running, model, programs, vocabulary  # noqa: E402
+from serving import LIMITS, SLOTS, Running, parameters, scripted, settings, vocabulary  # noqa: E402
 
 from experiments.serve import fields  # noqa: E402
 from switchmoe.inference.decoding import Choosing  # noqa: E402
 from switchmoe.inference.generation import Generator, prompt_ids  # noqa: E402
+from switchmoe.inference.serving.programs import Programs  # noqa: E402
 
 PROMPT = "The city of M\u00fcnchen"
 
@@ -48,9 +49,16 @@ def chunks(response):
     return [json.loads(one) for one in data]
 
 
-def test_greedy_answers_are_generates_tokens(either):
-    kind = either.service.name
-    of, params = model(kind)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["decoder", "switch"])
+def test_greedy_answers_are_generates_tokens(kind):
+    of, params = settings(kind), parameters(kind)
+    made = Programs(of, params, SLOTS, LIMITS.max_prompt, LIMITS.max_tokens)
+    with Running(kind, made=made) as either:
+        answers_are_generates(either.ready(), of, params)
+
+
+def answers_are_generates(either, of, params):
     generator = Generator(of, params, 12, Choosing(stop_ids=(vocabulary().eos_id,)))
     prompts = [PROMPT, "old", "the \u6771\u4eac tower"]
     wanted = [answer.ids for answer in generator([prompt_ids(text, of, vocabulary()) for text in prompts])]
@@ -105,7 +113,7 @@ def test_the_official_client(running, client):
         and found.usage.completion_tokens == 5
         and choice.finish_reason == "length"
     )
-    prompt = prompt_ids(PROMPT, *(model("decoder")[0], vocabulary()))
+    prompt = prompt_ids(PROMPT, settings("decoder"), vocabulary())
     assert len(choice.logprobs.tokens) == len(prompt) + 5 and choice.logprobs.token_logprobs[0] is None
     assert all(value < 0 for value in choice.logprobs.token_logprobs[1:])
     greedy = choice.logprobs.token_logprobs[-5:]
@@ -265,7 +273,7 @@ def test_an_encoder_decoders_prompt_is_not_echoed(either):
         )
         layers = either.client().get("/v1/models").json()["data"][0]["switchmoe"]["prompt_layers"]
         found = either.post(prompt="old", max_tokens=2, routed_experts=True).json()["choices"][0]
-        ids = prompt_ids("old", model("switch")[0], vocabulary())
+        ids = prompt_ids("old", settings("switch"), vocabulary())
         assert len(found["prompt_routed_experts"]) == len(ids) and len(
             found["prompt_routed_experts"][0]
         ) == len(layers)
@@ -308,8 +316,7 @@ def test_many_at_once_get_what_each_gets_alone(either):
 def test_readers_that_leave_free_their_slots(running):
     asked = json.dumps(dict(prompt="old", max_tokens=24, n=8, ignore_eos=True, stream=True)).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-    step = running.engine.programs.step
-    running.engine.programs.step = lambda controls: (time.sleep(0.05), step(controls))[1]
+    running.engine.programs.pause = 0.05
     try:
         for body in (asked, asked.replace(b"true}", b"false}")):
             with socket.create_connection(("127.0.0.1", running.port)) as raw:
@@ -323,7 +330,7 @@ def test_readers_that_leave_free_their_slots(running):
             )  # of what it would have taken
         assert running.post(prompt="old", max_tokens=1).status_code == 200
     finally:
-        running.engine.programs.step = step
+        running.engine.programs.pause = 0.0
 
 
 @pytest.fixture
@@ -350,8 +357,7 @@ def test_limits_are_answered_with_their_status(running, strict):
     )
     none = strict.post("/v1/chat/completions", messages=[{"role": "user", "content": "a"}])
     assert none.status_code == 400 and none.json()["error"]["code"] == "no_chat_template"
-    step = strict.engine.programs.step
-    strict.engine.programs.step = lambda controls: (time.sleep(0.2), step(controls))[1]
+    strict.engine.programs.pause = 0.2
     try:
         with concurrent.futures.ThreadPoolExecutor(5) as pool:
             slow = [
@@ -369,7 +375,7 @@ def test_limits_are_answered_with_their_status(running, strict):
         stream = strict.post(prompt="old", max_tokens=24, ignore_eos=True, stream=True)
         assert chunks(stream)[-1]["error"]["code"] == "timeout"
     finally:
-        strict.engine.programs.step = step
+        strict.engine.programs.pause = 0.0
     assert strict.idle()
     lines = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer s3cret\r\ncontent-type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", strict.port), timeout=20) as raw:
@@ -389,18 +395,17 @@ def test_limits_are_answered_with_their_status(running, strict):
 def test_a_server_drains():
     with Running() as found:
         found.ready()
-        step = found.engine.programs.step
-        found.engine.programs.step = lambda controls: (time.sleep(0.03), step(controls))[1]
+        found.engine.programs.pause = 0.03
         try:
             with concurrent.futures.ThreadPoolExecutor(SLOTS + 2) as pool:
                 asked = dict(prompt="old", max_tokens=20, ignore_eos=True)
                 slow = [pool.submit(found.post, **asked, stream=n % 2 == 0) for n in range(SLOTS + 2)]
-                while found.engine.running < SLOTS:
+                while found.engine.running + found.engine.waiting < SLOTS + 2:
                     time.sleep(0.01)
                 found.server.handle_exit(15, None)
                 answers = [one.result() for one in slow]
         finally:
-            found.engine.programs.step = step
+            found.engine.programs.pause = 0.0
         assert [one.status_code for one in answers] == [200] * len(answers)
         assert all(chunks(one)[-1]["choices"][0]["finish_reason"] == "length" for one in answers[::2])
         with pytest.raises(httpx.ConnectError):
@@ -408,7 +413,7 @@ def test_a_server_drains():
 
 
 def test_a_server_that_warms_up_says_so(monkeypatch):
-    made = programs("decoder")
+    made = scripted("decoder")
     monkeypatch.setattr(made, "warm", slowly)
     with Running(made=made) as found:
         answer = found.post(prompt="old", max_tokens=1)

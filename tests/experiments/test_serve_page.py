@@ -53,8 +53,7 @@ def test_the_page_is_one_file_that_may_load_nothing(running):
 def test_tokens_come_in_the_colours_of_their_experts(chromium, running, tmp_path):
     chromium.open(running.url)
     wait(chromium, "document.getElementById('layer').options.length === 1")
-    step = running.engine.programs.step
-    running.engine.programs.step = lambda controls: (time.sleep(0.05), step(controls))[1]
+    running.engine.programs.pause = 0.05
     try:
         chromium.run("document.getElementById('prompt').focus()")
         for letter in "old":
@@ -69,7 +68,7 @@ def test_tokens_come_in_the_colours_of_their_experts(chromium, running, tmp_path
             time.sleep(0.02)
         assert len(seen) > 5  # as it comes, not at the end
     finally:
-        running.engine.programs.step = step
+        running.engine.programs.pause = 0.0
     asked = dict(
         prompt="old", max_tokens=24, temperature=1.5, seed=4, routed_experts=True, return_token_ids=True
     )
@@ -104,8 +103,7 @@ def test_tokens_come_in_the_colours_of_their_experts(chromium, running, tmp_path
 def test_it_stops_says_what_is_wrong_and_shows_text_as_text(chromium, running):
     chromium.open(running.url)
     wait(chromium, "document.getElementById('layer').options.length === 1")
-    step = running.engine.programs.step
-    running.engine.programs.step = lambda controls: (time.sleep(0.2), step(controls))[1]
+    running.engine.programs.pause = 0.2
     try:
         fill(chromium, prompt="old")
         chromium.run("document.getElementById('send').click()")
@@ -114,7 +112,7 @@ def test_it_stops_says_what_is_wrong_and_shows_text_as_text(chromium, running):
         wait(chromium, "document.getElementById('state').textContent.startsWith('stopped after')")
         assert running.idle()
     finally:
-        running.engine.programs.step = step
+        running.engine.programs.pause = 0.0
     before = len(chromium.errors)
     fill(chromium, prompt=EVIL, max_tokens="2")
     chromium.run("document.getElementById('send').click()")

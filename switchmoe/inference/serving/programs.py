@@ -95,7 +95,7 @@ class Programs:
     def __init__(self, settings: Settings, params: Any, slots: int, max_prompt: int, max_tokens: int):
         self.slots, self.max_prompt, self.max_tokens = slots, max_prompt, max_tokens
         self.encodes = "encoder" in settings.stacks
-        self.prompt_layers, self.layers = _layers(settings)
+        self.prompt_layers, self.layers = layer_names(settings)
         self.settings, self._params = decoding.laid_out(settings, params)
         self._trace = bool(self.prompt_layers or self.layers)
         self._fresh = jax.jit(self._empty)
@@ -208,7 +208,7 @@ class Programs:
         return Scores(told_P, *_best(log_prob_PV, jnp.array(True)))
 
 
-def _layers(settings: Settings) -> tuple[list[str], list[str]]:
+def layer_names(settings: Settings) -> tuple[list[str], list[str]]:
     """Names of the sparse layers that route prompts, and that route new tokens; none with soft experts, which choose nothing."""
     if not settings.moe.routed or settings.moe.router == "soft":
         return [], []
