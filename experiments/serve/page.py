@@ -20,7 +20,7 @@ def policy(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
 
     return (
-        f"default-src 'none'; script-src {of('script')}; style-src {of('style')}; connect-src 'self'; base-uri 'none';"
+        f"default-src 'none'; script-src {of('script')}; style-src {of('style')}; img-src data:; connect-src 'self'; base-uri 'none';"
         " form-action 'none'; frame-ancestors 'none'"
     )
 

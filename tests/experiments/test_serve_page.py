@@ -74,7 +74,7 @@ def test_tokens_come_in_the_colours_of_their_experts(chromium, running, tmp_path
     )
     choice = running.post(**asked).json()["choices"][0]
     shown = chromium.run(
-        "[...document.querySelectorAll('.t')].map(t => t.childNodes[0].textContent).join('')"
+        "[...document.querySelectorAll('.t')].flatMap(t => [...t.childNodes]).filter(n => n.nodeType === 3).map(n => n.data).join('')"
     )
     assert shown == choice["text"]
     numbers = chromium.run("[...document.querySelectorAll('.t sub')].map(t => +t.textContent)")
