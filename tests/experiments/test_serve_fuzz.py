@@ -6,6 +6,7 @@ from serving import Running
 schemathesis = pytest.importorskip("schemathesis")
 import httpx  # noqa: E402
 import hypothesis  # noqa: E402
+from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
 
 CALM = dict(
     deadline=None, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate]
@@ -31,10 +32,22 @@ def ask(description, running, examples):
         def one(case):
             answer = case.call(timeout=60)
             seen.add(answer.status_code)
-            case.validate_response(answer)
+            # A schema cannot say how many tokens a text has, and what goes with what: there the answer has to.
+            case.validate_response(answer, excluded_checks=[positive_data_acceptance])
             assert answer.status_code < 500, answer.text
+            assert (
+                answer.status_code < 400
+                or "accepted" in answer.json()["error"]["message"]
+                or answer.status_code == 405
+            )
 
-        for mode in schemathesis.GenerationMode:
+        # What has no fields can't be asked wrongly.
+        modes = (
+            list(schemathesis.GenerationMode)
+            if operation.method == "post"
+            else [schemathesis.GenerationMode.POSITIVE]
+        )
+        for mode in modes:
             strategy = operation.as_strategy(generation_mode=mode)
             hypothesis.settings(max_examples=examples, **CALM)(hypothesis.given(case=strategy)(one))()
     assert 200 in seen and 400 in seen
