@@ -83,8 +83,11 @@ class Served:
                     if self.ask("GET", "/health")[0] == 200:
                         return
             time.sleep(0.2)
+        raise ValueError(f"a server did not get ready: {self.last_line()}")
+
+    def last_line(self) -> str:
         self._log.seek(0)
-        raise ValueError(f"a server did not get ready: {self._log.read().strip().splitlines()[-1:]}")
+        return "".join(self._log.read().strip().splitlines()[-1:])
 
     def ask(self, method: str, path: str, body: Any = None, timeout: float = 600) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
@@ -144,7 +147,11 @@ def running(servers: dict[str, Served]) -> Iterator[dict[str, Served]]:
             server.ready()
         yield servers
     finally:
-        for server in servers.values():
+        for name, server in servers.items():
+            if server.process.poll():
+                print(
+                    f"{name}: ended with {server.process.returncode}: {server.last_line()}", file=sys.stderr
+                )
             server.close()
 
 

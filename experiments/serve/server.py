@@ -1,6 +1,7 @@
 """What is around the application: uvicorn with limits on connections, a token, and signals that drain."""
 
 import hmac
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,11 @@ class Server(uvicorn.Server):
 def made(service: Service, inner: Any, token: str, note: Callable[[str], None]) -> Server:
     """The server, whose ``run`` takes the sockets it is to listen on."""
     AppStatus.disable_automatic_graceful_drain()  # it would end streams at once
+    for name in (
+        "uvicorn",
+        "sse_starlette",
+    ):  # of what is no HTTP, of readers that leave: anybody could fill a log with them
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     limits, guard = service.limits, Guard(inner, service, token, note)
     config = uvicorn.Config(
         guard, http=protocol(limits.timeout), ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False,
