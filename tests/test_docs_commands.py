@@ -59,6 +59,8 @@ def accept(name, arguments):
     elif name in ("evaluate", "generate", "convert", "slim"):
         if arguments:
             importlib.import_module(f"experiments.{name}").parse(arguments)
+    elif name == "serve":
+        importlib.import_module("experiments.serve.__main__").parse(arguments)
     elif name == "analyze":
         command = importlib.import_module("experiments.analyze.command")
         if command._of_routing(arguments):
@@ -79,6 +81,8 @@ def accept(name, arguments):
     elif name == "bench":
         if arguments[:1] == ["accelerator"]:
             importlib.import_module("experiments.bench.accelerator")._parse(arguments[1:])
+        elif arguments[:1] == ["serving"]:
+            importlib.import_module("experiments.bench.serving").parse(arguments)
         else:
             importlib.import_module("experiments.bench.__main__")._parse(arguments)
     else:
@@ -111,6 +115,7 @@ def test_the_commands_are_found():
         ("run", "--config.moe.num_experts=many"),
         ("sweep", "--config.moe.num_expert=1"),
         ("generate", "--source=RUN --heat=1"),
+        ("serve", "--source=RUN --port=many"),
         ("plan", "smallest --devices=4"),
         ("bench", "layer --dispatch=magic"),
         ("paper", "table99"),

@@ -125,10 +125,13 @@ def _joined(params: dict) -> dict:
 
 
 class Decoder:
-    """A model's functions, with settings and parameters of `prepared` or `laid_out`."""
+    """A model's functions, with settings and parameters of `prepared` or `laid_out`.
 
-    def __init__(self, settings: Settings, params: Any):
-        self._settings, self._model, self._params = settings, Transformer(settings), params
+    With ``trace`` a memory tells what the tokens read last chose (`Memory.told`).
+    """
+
+    def __init__(self, settings: Settings, params: Any, trace: bool = False):
+        self._settings, self._model, self._params = settings, Transformer(settings, trace=trace), params
 
     def start(self, prompt_BP: jax.Array, count_B: jax.Array, tokens: int) -> State:
         """Reads prompts: those of an encoder in it, a decoder's own in the decoder.
@@ -137,20 +140,29 @@ class Decoder:
           prompt_BP: 0 after each one's ``count_B`` tokens.
           tokens: how many will be read after them.
         """
+        return self.opened(prompt_BP, count_B, tokens)[0]
+
+    def opened(
+        self, prompt_BP: jax.Array, count_B: jax.Array, tokens: int
+    ) -> tuple[State, jax.Array | None, dict[str, jax.Array] | None]:
+        """(`start`'s state; of a decoder alone what predicts the token after each of the prompts', [B, P, D]; with a trace what
+        the prompts' tokens chose)."""
         batch, length = prompt_BP.shape
         place_BP = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], prompt_BP.shape)
         real_BP = place_BP < count_B[:, None]
         layers, model = self._settings.layers("decoder"), self._settings.model
         if "encoder" in self._settings.stacks:
             inputs_BP = jnp.where(real_BP, prompt_BP, PAD_ID)
-            encoded_BPD, _ = self._apply(inputs_BP, method="encode")
+            encoded_BPD, aux = self._apply(inputs_BP, method="encode")
             memory = empty_memory(model, layers, batch, tokens + 1)
             first_B = jnp.full(batch, self._settings.data.bos_id, jnp.int32)
-            return self._read(first_B, jnp.zeros_like(first_B), memory, (encoded_BPD, inputs_BP != PAD_ID))
+            encoded = encoded_BPD, inputs_BP != PAD_ID
+            state = self._read(first_B, jnp.zeros_like(first_B), memory, encoded)
+            return state, None, aux.get("trace")
         memory = empty_memory(model, layers, batch, length + tokens)
         x_BPD, memory = self._apply(prompt_BP, jnp.where(real_BP, place_BP, -1), memory, method="read")
         x_BD = jnp.take_along_axis(x_BPD, (count_B - 1)[:, None, None], axis=1)[:, 0]
-        return State(x_BD, count_B, memory)
+        return State(x_BD, count_B, memory), x_BPD, memory.told
 
     def read(self, token_B: jax.Array, state: State) -> State:
         """The state after another token."""
@@ -223,13 +235,17 @@ def is_stop(token: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
 
 def _choose(logits_BV: jax.Array, key_B: jax.Array, step: jax.Array, how: Choosing) -> jax.Array:
     if not how.temperature:
-        # The first of the largest. By maxima, of which XLA's CPU back end computes many at once, as it does not argmax.
-        place_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)
-        largest_BV = logits_BV == logits_BV.max(axis=-1, keepdims=True)
-        return jnp.where(largest_BV, place_V[None], len(place_V) - 1).min(axis=-1)
+        return likeliest(logits_BV)
     open_BV = limited(logits_BV / how.temperature, how.top_k, how.top_p)
     draw = jax.vmap(lambda key, logits_V: jax.random.categorical(jax.random.fold_in(key, step), logits_V))
     return draw(key_B, open_BV).astype(jnp.int32)
+
+
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """The first of the largest. By maxima, of which XLA's CPU back end computes many at once, as it does not argmax."""
+    place_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)
+    largest_BV = logits_BV == logits_BV.max(axis=-1, keepdims=True)
+    return jnp.where(largest_BV, place_V[None], len(place_V) - 1).min(axis=-1)
 
 
 def limited(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:

@@ -27,14 +27,18 @@ class Memory:
     """What a decoder keeps of the tokens that it has read.
 
     ``blocks``: of each block ``{"self": KeysValues, "cross": KeysValues}``, the latter of the encoder's output, made at
-    the first call. All sequences fill their slots together; ``position_BM`` is the place of a slot's token in its own
-    sequence, -1 where there is none (yet).
+    the first call. ``position_BM`` is the place of a slot's token in its own sequence, -1 where there is none (yet).
     """
 
     blocks: tuple[dict[str, KeysValues], ...]
     position_BM: jax.Array  # int32
-    used: jax.Array  # int32, slots that are filled
+    used: (
+        jax.Array
+    )  # int32, slots that are filled: a number where all sequences fill theirs together, else [B]
     encoded_BM: jax.Array | None = None  # bool, which of the encoder's tokens are real
+    told: dict[str, jax.Array] | None = (
+        None  # with a trace: `choices.told` of the tokens read last, by sparse layer
+    )
 
 
 def empty_memory(model: ModelSettings, layers: int, batch: int, slots: int) -> Memory:
@@ -42,6 +46,13 @@ def empty_memory(model: ModelSettings, layers: int, batch: int, slots: int) -> M
     shape = (batch, model.kv_heads, slots, model.d_kv)
     blocks = tuple({"self": (jnp.zeros(shape, model.dtype),) * 2} for _ in range(layers))
     return Memory(blocks, jnp.full((batch, slots), -1, jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def filled(old: jax.Array, new: jax.Array, used: jax.Array, axis: int) -> jax.Array:
+    """A memory's array [B, ...] with ``new`` in its slots from ``used`` on."""
+    if used.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, used, axis)
+    return jax.vmap(lambda *row: jax.lax.dynamic_update_slice_in_dim(*row, axis - 1))(old, new, used)
 
 
 def relative_bucket(distance: jax.Array, bidirectional: bool, buckets: int, max_distance: int) -> jax.Array:
@@ -159,8 +170,7 @@ class Attention(nn.Module):
             if kv_BMD is not None:
                 new = parts["key"].swapaxes(1, 2), parts["value"].swapaxes(1, 2)
                 memory = tuple(
-                    jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), used, axis=2)
-                    for old, x in zip(memory, new, strict=True)
+                    filled(old, x.astype(old.dtype), used, axis=2) for old, x in zip(memory, new, strict=True)
                 )
             mixed_BQHK = recall(query_BQHK, *memory, seen, model.logit_scale)
         init = kernel_init(model.init_scale, in_axis=(0, 1), out_axis=2)

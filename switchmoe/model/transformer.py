@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from switchmoe.model import output_loss
 from switchmoe.model.attend import MASKED, Seen
-from switchmoe.model.attention import Attention, KeysValues, Memory, RelativeBias
+from switchmoe.model.attention import Attention, KeysValues, Memory, RelativeBias, filled
 from switchmoe.model.layers import FeedForward, RMSNorm, param
 from switchmoe.model.moe import AttentionExperts, Experts, MoELayer, group_shape
 from switchmoe.settings import MoESettings, Settings
@@ -169,9 +169,7 @@ class Stack(nn.Module):
             seen, distance = self._seen(mask_BL, segment_BL)
             place_BL = jnp.arange(x_BLD.shape[1])[None] if position_BL is None else position_BL
         else:
-            slots_BM = jax.lax.dynamic_update_slice_in_dim(
-                memory.position_BM, position_BL, memory.used, axis=1
-            )
+            slots_BM = filled(memory.position_BM, position_BL, memory.used, axis=1)
             memory = memory.replace(position_BM=slots_BM)
             seen, distance = _remembered(slots_BM, position_BL)
             place_BL, context["used"] = position_BL, memory.used
@@ -192,8 +190,8 @@ class Stack(nn.Module):
         x_BLD = dropout(RMSNorm(model.norm_eps, name="norm")(x_BLD))
         if memory is None:
             return x_BLD, jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), found)
-        used = memory.used + position_BL.shape[1]
-        return x_BLD, memory.replace(blocks=found, used=used, encoded_BM=real_BM)
+        used, (blocks, told) = memory.used + position_BL.shape[1], found
+        return x_BLD, memory.replace(blocks=blocks, used=used, encoded_BM=real_BM, told=told)
 
     def _seen(self, mask_BL: jax.Array, segment_BL: jax.Array | None) -> tuple[Seen, jax.Array]:
         """(which keys each query sees, key minus query)."""
@@ -208,7 +206,7 @@ class Stack(nn.Module):
         return Seen(jnp.where(visible, 0.0, MASKED), causal=True), distance_LL
 
     def _blocks(self, x_BLD: jax.Array, context: dict, memory: Memory | None) -> tuple[jax.Array, Any]:
-        """(x_BLD, aux along an axis of super-blocks), or (x_BLD, what each block attended to)."""
+        """(x_BLD, aux along an axis of super-blocks), or (x_BLD, (what each block attended to, the trace if there is one))."""
         model, period, repeats = (
             self.settings.model,
             self.settings.period(self.stack),
@@ -245,7 +243,9 @@ class Stack(nn.Module):
             )
             found.append(part)
         if memory is not None:
-            return x_BLD, (*firsts, *(kept for _, part in found for kept in part))
+            traces = [aux["trace"] for aux, _ in found if "trace" in aux]
+            told = jax.tree.map(lambda *values: jnp.concatenate(values), *traces) if traces else None
+            return x_BLD, ((*firsts, *(kept for _, part in found for kept in part)), told)
         return x_BLD, jax.tree.map(lambda *values: jnp.stack(values), *found)
 
 

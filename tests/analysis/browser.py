@@ -19,7 +19,7 @@ class Browser:
         # Above those that the shell is to make of them.
         theirs, ours = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs, ours))
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--remote-debugging-pipe",
-                 f"--user-data-dir={profile}", "--window-size=1280,900", "--host-resolver-rules=MAP * ~NOTFOUND"]  # fmt: skip
+                 f"--user-data-dir={profile}", "--window-size=1280,900", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # fmt: skip
         command = ["bash", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{ours}', BINARY, *flags, "about:blank"]
         self._process = subprocess.Popen(
             command, pass_fds=(theirs, ours), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -64,8 +64,9 @@ class Browser:
         elif method == "Network.requestWillBeSent":
             self.requests.append(said["request"]["url"])
 
-    def open(self, path):
-        self.call("Page.navigate", url=path.resolve().as_uri())
+    def open(self, place):
+        """A file, or an address on this machine."""
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.resolve().as_uri())
         for _ in range(300):
             if self.run("document.readyState") == "complete":
                 return

@@ -1,0 +1,1 @@
+"""The parts of `experiments.serve`: see its `__main__`."""
