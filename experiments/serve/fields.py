@@ -202,7 +202,11 @@ def checked(given: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, 
     """A value for each field. Raises `BadRequest`."""
     for name, harmless in UNSUPPORTED.items():
         value = given.get(name)
-        if value is not None and not any(value == other for other in harmless):
+        # In Python False is 0, in JSON it is not.
+        same = any(
+            value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless
+        )
+        if value is not None and not same:
             accepted = " or ".join(_shown(value) for value in (None, *harmless))
             raise BadRequest(f"{name}={_shown(value)}: it is not supported; accepted is {accepted}", name)
     found = {}

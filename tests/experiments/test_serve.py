@@ -177,6 +177,7 @@ BAD = [
     ({"logprobs": 21}, "logprobs", "logprobs=21: accepted is an integer from 0 to 20"),
     ({"stream": "yes"}, "stream", 'stream="yes": accepted is true or false'),
     ({"stream_options": {"include_usage": True}}, "stream_options", "accepted with stream=true"),
+    ({"min_tokens": False}, "min_tokens", "min_tokens=false: it is not supported; accepted is null or 0"),
     ({"best_of": 2}, "best_of", "best_of=2: it is not supported; accepted is null or 1"),
     ({"presence_penalty": 0.5}, "presence_penalty", "it is not supported; accepted is null or 0"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "it is not supported"),
