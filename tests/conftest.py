@@ -75,6 +75,18 @@ def environment(user_environment):
     return user_environment | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
 
 
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """A page in a browser, where there is one."""
+    import browser
+
+    if browser.BINARY is None:
+        pytest.skip("no Chromium (apt-get install chromium)")
+    found = browser.Browser(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
+
+
 @pytest.fixture(scope="session")
 def table():
     """Collects rows of docs/faults.md, which are printed at the end."""

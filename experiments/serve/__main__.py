@@ -122,7 +122,8 @@ def _listener(host: str, port: int) -> socket.socket:
 
 def _service(options: dict[str, Any], overrides: dict[str, Any]) -> Any:
     """The model, ready to be warmed up. Raises ValueError or OSError."""
-    from experiments.serve import application, chat
+    from experiments.serve import chat
+    from experiments.serve.exchange import Service
     from experiments.serve.fields import Limits
     from experiments.serve.metrics import Metrics
     from switchmoe.inference.serving.engine import Engine
@@ -145,7 +146,7 @@ def _service(options: dict[str, Any], overrides: dict[str, Any]) -> Any:
     name = options["name"] or directory.name
     metrics = Metrics(name, programs.prompt_layers, programs.layers, settings.moe.total_experts)
     engine = Engine(programs, limits.queue, metrics, _note)
-    return application.Service(name, engine, model.vocabulary, limits, metrics, template)
+    return Service(name, engine, model.vocabulary, limits, metrics, template)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ unknown are left aside, but for those that would change the answer (`UNSUPPORTED
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -124,6 +125,7 @@ def common(limits: Limits, default_tokens: int) -> dict[str, Field]:
     }  # fmt: skip
 
 
+@functools.cache
 def completion(limits: Limits) -> dict[str, Field]:
     """Of /v1/completions."""
     return {"prompt": PROMPT} | common(limits, min(16, limits.max_tokens)) | {
@@ -132,6 +134,7 @@ def completion(limits: Limits) -> dict[str, Field]:
     }  # fmt: skip
 
 
+@functools.cache
 def chat(limits: Limits) -> dict[str, Field]:
     """Of /v1/chat/completions."""
     return {"messages": MESSAGES} | common(limits, limits.max_tokens) | {

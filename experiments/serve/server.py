@@ -9,7 +9,7 @@ import uvicorn
 from sse_starlette.sse import AppStatus
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from experiments.serve.application import Service, failure
+from experiments.serve.exchange import Service, failure
 
 OPEN = ("/", "/health")  # paths that need no token: the page asks for one itself
 HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))

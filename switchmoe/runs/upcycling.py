@@ -194,10 +194,10 @@ class Plan:
         found: list[Made] = []
         for path, leaf in jax.tree_util.tree_leaves_with_path(like):
             keys = "/".join(path_keys(path))
-            name = max((name for name in self.shapes if f"/{name}/" in f"/{keys}/"), key=len, default="")
+            name = self._named(keys)
             origin, layers = self._origins.get(name, (keys, None))
             if name and not origin:
-                found.append((f"opt_state/{keys}", (), functools.partial(self._first, keys)))
+                found.append((f"opt_state/{keys}", (), lambda keys=keys: self._first[keys]))
                 continue
             saved = f"opt_state/{keys.replace(name, origin, 1) if name else keys}"
             skipped = (layers is not None) + _of_experts(name)
@@ -217,17 +217,23 @@ class Plan:
         """The state of an optimizer that has seen nothing."""
         return train_state.optimizer(self._settings).init(train_state.split(params, self._settings)[0])
 
-    def _first(self, keys: str) -> np.ndarray:
-        """A leaf of it, of a router. The other parameters are zeros in a program that needs none of them."""
+    def _named(self, keys: str) -> str:
+        """Whose leaf it is: a parameter's name; "" of none."""
+        return max((name for name in self.shapes if f"/{name}/" in f"/{keys}/"), key=len, default="")
+
+    @functools.cached_property
+    def _first(self) -> dict[str, np.ndarray]:
+        """The routers' leaves of it. The other parameters are zeros in a program that needs none of them."""
         shapes = flatten_dict(train_state.parameter_shapes(self._settings), sep="/")
-
-        def one(routers: dict[str, jax.Array]) -> jax.Array:
-            given = {n: routers.get(n, jnp.zeros(leaf.shape, leaf.dtype)) for n, leaf in shapes.items()}
-            leaves = jax.tree_util.tree_leaves_with_path(self._fresh(unflatten_dict(given, sep="/")))
-            return next(leaf for path, leaf in leaves if "/".join(path_keys(path)) == keys)
-
         routers = {name: self._whole(name) for name, (origin, _) in self._origins.items() if not origin}
-        return np.asarray(jax.jit(one)(routers))
+
+        def leaves(routers: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            given = {n: routers.get(n, jnp.zeros(leaf.shape, leaf.dtype)) for n, leaf in shapes.items()}
+            found = jax.tree_util.tree_leaves_with_path(self._fresh(unflatten_dict(given, sep="/")))
+            named = {"/".join(path_keys(path)): leaf for path, leaf in found}
+            return {keys: leaf for keys, leaf in named.items() if self._named(keys) in routers}
+
+        return jax.device_get(jax.jit(leaves)(routers))
 
     def _whole(self, name: str) -> np.ndarray:
         return _joined([self.part(name, index) for index in self.parts(name)], self.shapes[name])

@@ -3,7 +3,6 @@
 import json
 import re
 
-import browser
 import numpy as np
 import pytest
 
@@ -64,15 +63,6 @@ def test_twenty_thousand_tokens_of_many_layers_are_below_five_megabytes(tmp_path
     info = arrays.write(tmp_path / "few", expert_TLK[:, :4, :2], sequence_T=np.arange(22_000) // 50)
     data = page.explored(tmp_path / "few", info, [])
     assert data["tokens"] == 20_000 and len(json.dumps(data)) < 4_200_000
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    if browser.BINARY is None:
-        pytest.skip("no Chromium (apt-get install chromium)")
-    found = browser.Browser(tmp_path_factory.mktemp("profile"))
-    yield found
-    found.close()
 
 
 def test_a_browser_opens_it_switches_layers_and_filters(chromium, made, directory, tmp_path):

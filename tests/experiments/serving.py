@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from test_transformer import tiny
 
-from experiments.serve import application, server
+from experiments.serve import application, exchange, server
 from experiments.serve.chat import Template
 from experiments.serve.fields import Limits
 from experiments.serve.metrics import Metrics
@@ -141,7 +141,7 @@ class Running:
         self.notes = []
         self.engine = Engine(made, limits.queue, self.metrics, self.notes.append)
         template = Template.read(json.dumps(TEMPLATE), "chat.json") if chat else None
-        self.service = application.Service(kind, self.engine, vocabulary(), limits, self.metrics, template)
+        self.service = exchange.Service(kind, self.engine, vocabulary(), limits, self.metrics, template)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"

@@ -3,7 +3,6 @@
 import re
 import time
 
-import browser
 import httpx
 import pytest
 from serving import Running
@@ -17,15 +16,6 @@ EVIL = '<img src=x onerror="window.evil=1"><script>window.evil=1</script>'
 def running():
     with Running() as found:
         yield found.ready()
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    if browser.BINARY is None:
-        pytest.skip("no Chromium (apt-get install chromium)")
-    found = browser.Browser(tmp_path_factory.mktemp("profile"))
-    yield found
-    found.close()
 
 
 def wait(chromium, script, seconds=60):
