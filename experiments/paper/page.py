@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments import claims
 from experiments.claims import SCALES, Claim
-from experiments.paper import power, scorecard
+from experiments.paper import ahead, power, scorecard
 from switchmoe.analysis import plots, report, sweep_plots, sweeps, verdicts
 from switchmoe.analysis.verdicts import Finding, Verdict
 
@@ -42,6 +42,7 @@ def write(results: Path) -> Path:
     lines = ["# The papers' claims", ""]
     notes = results / NOTES
     lines += [notes.read_text(encoding="utf-8").strip(), ""] if notes.exists() else []
+    decided: set[str] = set()
     for scale in found:
         directory = results / f"paper_{scale}"
         read = scorecard.read(directory, scale, directory / KEPT)
@@ -51,6 +52,8 @@ def write(results: Path) -> Path:
         judged = scorecard.judged(read)
         report.write_whole(directory / "scorecard.md", scorecard.markdown(read, judged))
         lines += _scale(directory, read, judged)
+        decided |= {name for name, one in judged.items() if one.outcome in (verdicts.HELD, verdicts.NOT_HELD)}
+    lines += ahead.section(found, decided)
     lines += ["## Not run at any scale", ""]
     waiting = [
         [claim.name, claim.source, claim.says, claim.not_run]

@@ -87,7 +87,7 @@ def _seconds(run: sweeps.Run) -> float:
     return run.step_seconds * run.settings.train.num_steps
 
 
-def _flops(settings: Settings) -> float:
+def run_flops(settings: Settings) -> float:
     """Of a run."""
     return flops.train_flops(settings, kinds.of(settings).lengths(settings)) * settings.train.num_steps
 
@@ -95,7 +95,7 @@ def _flops(settings: Settings) -> float:
 def _seconds_a_flop(arms: dict[str, dict[int, sweeps.Run]]) -> float:
     """Of the slower of the two arms, the median over its runs."""
     return max(
-        float(np.median([_seconds(run) / _flops(run.settings) for run in runs.values()]))
+        float(np.median([_seconds(run) / run_flops(run.settings) for run in runs.values()]))
         for runs in arms.values()
     )
 
@@ -169,7 +169,7 @@ def _claim_rows(
         # Figures of a mixture's parts, or of tasks, have another spread.
         if claim.mixture or any(settings.task.names for settings in arms.values()):
             continue
-        hours_a_seed = sum(map(_flops, arms.values())) * seconds / 3600
+        hours_a_seed = sum(map(run_flops, arms.values())) * seconds / 3600
         for check in claim.checks(SCALES[scale]):
             if check.unit != "nats":
                 continue

@@ -287,6 +287,9 @@ def test_runs_that_are_kept_in_a_file_outlive_their_directories(tmp_path, capsys
     assert "+0.1000 nats (+0.1000 to +0.1000) | 3 x 0.0 |" in page and "| table4 | Switch, Table 4 |" in page
     for picture in ("loss_experts.png", "speedups.png"):
         assert f"(paper_tiny/{picture})" in page and (kept.parent / picture).stat().st_size > 10_000
+    ahead = page.partition("## What a larger machine should run next")[2].partition("\n## ")[0]
+    assert "| small: runs | small: FLOPs | small: time | base: runs |" in ahead
+    assert "| table2 |" in ahead and "| z_loss |" not in ahead and "| figure7 |" not in ahead
     assert (
         "What deciding the rest costs" in page
         and "| figure1 | loss of E=2 below dense | smallest worth" in page
