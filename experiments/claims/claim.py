@@ -20,6 +20,7 @@ class Scale:
     large: Overrides  # the dense model with about 3.5 times the FLOPs a token (T5-Large)
     hot: float  # optimizer.learning_rate of ST-MoE's stability runs, well above the base's
     early: Overrides = dataclasses.field(default_factory=dict)  # of what the paper shows early in training
+    many: tuple[int, ...] = ()  # more experts than the figures', of which each sees few tokens
     wide: Overrides = dataclasses.field(
         default_factory=dict
     )  # the dense model of as many parameters as the sparse one
@@ -64,14 +65,17 @@ SMALL_CAUSAL = dict(
     instruct=INSTRUCT | {"data.input_length": 256, "data.target_length": 48},
 )
 SCALES = {
-    "tiny": Scale("configs/paper_tiny.py", counts=(2, 4, 8, 16, 64), **SMALL_CAUSAL),
-    "laptop": Scale("configs/paper_laptop.py", counts=(2, 4, 8, 16, 32, 64, 128), **SMALL_CAUSAL),
+    "tiny": Scale("configs/paper_tiny.py", counts=(2, 4, 8, 16, 64), many=(256, 512), **SMALL_CAUSAL),
+    "laptop": Scale(
+        "configs/paper_laptop.py", counts=(2, 4, 8, 16, 32, 64, 128), many=(256, 512), **SMALL_CAUSAL
+    ),
     "languages": Scale("configs/paper_languages.py", counts=(16,), mixture=True, **SMALL_CAUSAL),
     "small": Scale(
         "configs/paper_small.py",
         experts=32,
         experts_table_1=32,
         counts=(2, 8, 32, 128),
+        many=(512,),
         large={"model.d_model": 512, "model.d_ff": 2048, "model.num_heads": 8, "model.num_layers": 8},
         hot=0.3,
         wide={"model.d_ff": 33 * 1536 // 2},
@@ -83,6 +87,7 @@ SCALES = {
         experts=32,
         experts_table_1=128,
         counts=(2, 4, 8, 16, 32, 64, 128, 256),
+        many=(512,),
         large={
             "model.d_model": 1024,
             "model.d_ff": 4096,

@@ -7,9 +7,10 @@ from pathlib import Path
 from experiments import claims
 from experiments.claims import SCALES, Claim
 from experiments.paper import ahead, power, scorecard
-from switchmoe.analysis import plots, report, sweep_plots, sweeps, verdicts
+from switchmoe.analysis import plots, report, scaling, sweep_plots, sweep_report, sweeps, verdicts
 from switchmoe.analysis.verdicts import Finding, Verdict
 
+SWEPT = ("figure1", "routed_law", "dropless")  # claims whose runs differ in the number of experts
 KEPT = "runs.jsonl"  # of a scale, in paper_SCALE
 PAGE, NOTES = "scorecard.md", "notes.md"
 HEADS = [
@@ -82,8 +83,7 @@ def _scale(directory: Path, results: scorecard.Results, judged: dict[str, Verdic
         f"Every part and arm: [paper_{scale}/scorecard.md](paper_{scale}/scorecard.md). {verdicts.RULE}",
         "",
     ]
-    for name, title in _pictures(directory, results).items():
-        lines += [f"![{title}](paper_{scale}/{name})", ""]
+    lines += _pictures(directory, results)
     return lines + _costs(directory, results, judged)
 
 
@@ -109,21 +109,56 @@ def _deciding(findings: Sequence[Finding]) -> Finding | None:
 
 
 @plots.own_style
-def _pictures(directory: Path, results: scorecard.Results) -> dict[str, str]:
-    """File names and titles: loss and speed-up against experts, where runs of two numbers are there."""
-    runs = [run for arm in results.tables.get("figure1", {}).values() for run in arm.values() if run]
-    groups = sweeps.group(runs) if runs else []
-    if len(groups) != 1 or len(groups[0].cells) < 3:
-        return {}
-    made = {"loss_experts.png": (sweep_plots.loss_experts(groups, [None]), "held-out loss against experts")}
-    if sweeps.speed_ups(groups[0]):
-        made["speedups.png"] = (
-            sweep_plots.speed_ups(groups),
-            "speed-up to the dense model's loss against experts",
+def _pictures(directory: Path, results: scorecard.Results) -> list[str]:
+    """Lines with the pictures of the sweep over experts: loss, speed-up, and its law beside the published one."""
+    by_name = {
+        run.name: run
+        for claim in SWEPT
+        for arm in results.tables.get(claim, {}).values()
+        for run in arm.values()
+        if run
+    }
+    found = sweeps.group([*by_name.values()]) if by_name else []
+    groups = [one for one in found if one.dense and len(one.cells) >= 3]
+    if not groups:
+        return []
+    fits, _ = sweep_report.fit_families(groups)
+    laws = [fits.get(one.family) for one in groups]
+    made = {
+        "loss_experts.png": (
+            sweep_plots.loss_experts(groups, [None] * len(groups)),
+            "held-out loss against experts",
         )
-    for name, (figure, _) in made.items():
+    }
+    if any(map(sweeps.speed_ups, groups)):
+        title = "speed-up to the dense model's loss against experts"
+        made["speedups.png"] = (sweep_plots.speed_ups(groups), title)
+    title = "loss over the dense model's against experts, beside the published law and models"
+    made["published.png"] = (sweep_plots.published(groups, laws), title)
+    lines = []
+    for name, (figure, title) in made.items():
         figure.savefig(directory / name, dpi=plots.DPI)
-    return {name: f"{title}, mean and range over seeds" for name, (_, title) in made.items()}
+        lines += [f"![{title}, mean and range over seeds]({directory.name}/{name})", ""]
+    for one, fit in zip(groups, laws, strict=True):
+        lines += [_sentences(one, fit), ""]
+    return lines
+
+
+def _sentences(one: sweeps.Group, fit: scaling.Fit | None) -> str:
+    """How many tokens an expert sees, and the law that was fitted."""
+    most = max(one.cells)
+    run = one.cells[most][0]
+    seen = power.millions(run) * run.settings.moe.total_choices
+    told = f"{one.label}: of" if one.label else "Of"
+    told += f" {power.millions(run):.1f} M tokens an expert of {most} sees {seen / most:.2f} M on average, one of 2 {seen / 2:.1f} M."
+    if fit is None:
+        return told
+    theirs = scaling.PUBLISHED["S-BASE"].values(one.size)
+    values = ", ".join(
+        f"{name} {sweep_report.value(fit, name)}, S-BASE {theirs[name]:.3g}" for name in fit.values
+    )
+    notes = f" ({'; '.join(fit.notes)})" if fit.notes else ""
+    return f"{told} The routed scaling law fitted to its {fit.runs} runs, beside the published one at this size: {values}{notes}."
 
 
 def _costs(directory: Path, results: scorecard.Results, judged: Sequence[tuple[Claim, Verdict]]) -> list[str]:

@@ -39,9 +39,13 @@ class Law:
 
     def loss(self, size: float | np.ndarray, experts: float | np.ndarray) -> np.ndarray:
         """L(N, E) in nats; sizes and experts broadcast."""
-        shift = 1 / (1 / self.e_start - 1 / self.e_max)
-        log_size, log_e = np.log10(size), _log_saturated(np.asarray(experts, float), shift, self.e_max)
+        log_size, log_e = np.log10(size), np.log10(self.saturated(np.asarray(experts, float)))
         return 10 ** (self.a * log_size + (self.b + self.c * log_size) * log_e + self.d)
+
+    def saturated(self, experts: np.ndarray) -> np.ndarray:
+        """Ê."""
+        shift = 1 / (1 / self.e_start - 1 / self.e_max)
+        return 10 ** _log_saturated(experts, shift, self.e_max)
 
     def values(self, size: float) -> dict[str, float]:
         """The coefficients by the names of `Fit.values`, b' and d' at size N among them."""

@@ -181,7 +181,7 @@ def headline(sweep: Sweep, groups: Sequence[Group], fits: dict[str, Fit]) -> lis
         up = max(ups, key=lambda up: up.step.mean)
         found.append(("Greatest step speed-up", f"{up.step.mean:.2f} at E={up.experts}"))
     for fit in fits.values():
-        found += [(f"Fitted {name}", _value(fit, name)) for name in fit.values if name in ("b'", "E_max")]
+        found += [(f"Fitted {name}", value(fit, name)) for name in fit.values if name in ("b'", "E_max")]
     return found
 
 
@@ -268,7 +268,7 @@ def _fits(groups: Sequence[Group], fits: dict[str, Fit], reasons: dict[str, str]
     for family, fit in fits.items():
         size = next(one.size for one in groups if one.family == family)
         theirs = scaling.PUBLISHED["S-BASE"].values(size)
-        rows = [[name, _value(fit, name), f"{theirs[name]:.4g}"] for name in fit.values]
+        rows = [[name, value(fit, name), f"{theirs[name]:.4g}"] for name in fit.values]
         parts += [f"<h3>{escape(family)}</h3>"] if family else []
         parts.append(report.grid(["", f"fitted, {fit.level:.0%} interval", "S-BASE, published"], rows))
         if fit.residual is not None:
@@ -282,7 +282,8 @@ def _fits(groups: Sequence[Group], fits: dict[str, Fit], reasons: dict[str, str]
     return "".join(parts)
 
 
-def _value(fit: Fit, name: str) -> str:
+def value(fit: Fit, name: str) -> str:
+    """A coefficient with its interval."""
     interval = fit.intervals[name]
     told = f"{fit.values[name]:.4g}"
     return f"{told} ({interval[0]:.4g} to {interval[1]:.4g})" if interval else f"{told} (no interval)"

@@ -20,7 +20,7 @@ from switchmoe.settings import to_dict
 
 LISTED = {
     "table1", "table2", "table3", "table4", "table6", "table7", "table8", "table10", "table11", "figure1", "figure4",
-    "figure5", "figure6", "figure7", "figure9", "figure12", "dropped_tokens", "alpha", "no_token_left_behind", "z_loss",
+    "figure5", "figure6", "figure7", "figure9", "figure12", "dropped_tokens", "alpha", "no_token_left_behind", "z_loss", "routed_law", "dropless",
     "stability", "eval_capacity", "frozen_subsets", "dropped_fine_tuning", "twins", "upcycling", "effective_speed_up",
     "flan_settings", "flan_ablation",
 }  # fmt: skip
@@ -145,7 +145,7 @@ def fabricate(directory, settings, losses, dropped=0.002):
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (directory / "report.html").write_text("")
     rundir.update_run(
-        directory, parameters=9, parameters_active=5, train_seconds=60.0, steps_timed=10, device="1 x cpu",
+        directory, parameters=2_000_000, parameters_active=1_000_000, train_seconds=60.0, steps_timed=10, device="1 x cpu",
         machine="2 x a processor", versions={"jax": "0.10"}, commit="0123abc", documents={"train": 77},
         documents_sha256={"train": "f" * 64},
     )  # fmt: skip
