@@ -43,12 +43,16 @@ class Writer:
         self._files: list[int] = []
         for layer, (raw, places) in zip(layers, self._heads, strict=True):
             path = directory / file_name(layer)
-            self._files.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
             try:
+                self._files.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
                 os.posix_fallocate(self._files[-1], 0, places[-1])
                 os.pwrite(self._files[-1], raw, 0)
             except OSError as error:
-                raise _told(path, error) from error
+                self.close()
+                for other in layers:  # a disk is not left full
+                    (directory / file_name(other)).unlink(missing_ok=True)
+                size = sizes(layers)
+                raise StoreError(f"{path} can't be written: {error.strerror}; the experts take {size:,} bytes") from error
 
     def write(self, layer: int, expert: int, parts: Mapping[str, np.ndarray]) -> None:
         record, (_, places) = self.layers[layer].record(expert), self._heads[layer]
