@@ -20,6 +20,11 @@ A dense model made sparse (2212.05055), of SOURCE any of the above:
   --upcycle.reinit=0         share of each expert's width that is drawn anew (drop-upcycling, 2502.19261)
   --upcycle.optimizer=True   copies the optimizer's state too, where the source has one
 
+A run's experts in files of their own (docs/offload.md), for experiments.generate and experiments.serve with --expert_memory=:
+
+  --experts_on_disk=FORM     own | float32 | bfloat16 | int8 | int4 | FILE of experiments.offload widths, each expert's own; DIR
+                             becomes a run's directory whose checkpoint has all but the experts
+
 A conversion that was killed goes on with the same command. Exit codes: 0 done; 2 bad input; 3 the check found a difference; 4
 a file that can't be written or read.
 """
@@ -38,7 +43,8 @@ EXIT_DIFFERENT = 3
 DTYPES = ("float32", "bfloat16")
 BOOLS = {"True": True, "true": True, "False": False, "false": False}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-OPTIONS = ("source", "target", "dtype", "shard", "revision", "check", "tolerance")
+OPTIONS = ("source", "target", "dtype", "shard", "revision", "check", "tolerance", "experts_on_disk")
+FORMS = ("own", "float32", "bfloat16", "int8", "int4")
 UPCYCLE: dict[str, Any] = {  # option: its type
     "experts": int,
     "every": int,
@@ -64,6 +70,7 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
         "revision": "",
         "check": "",
         "tolerance": "",
+        "experts_on_disk": "",
         "upcycle": {},
     }
     accepted = [f"--{name}=" for name in (*OPTIONS, *(f"upcycle.{name}" for name in UPCYCLE))]
@@ -95,6 +102,15 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
         given, found["tolerance"] = found["tolerance"], _typed("tolerance", found["tolerance"])
         if not 0 < found["tolerance"] < math.inf:
             raise ValueError(f"--tolerance={given}: accepted is a number above 0")
+    form = found["experts_on_disk"]
+    if form:
+        if form not in FORMS and not Path(form).is_file():
+            raise ValueError(
+                f"--experts_on_disk={form}: accepted is one of {', '.join(FORMS)}, or a file of widths"
+            )
+        for name in ("dtype", "check", "tolerance", "upcycle", "revision"):
+            if found[name]:
+                raise ValueError(f"--experts_on_disk={form}: accepted without --{name}")
     for name in ("check", "tolerance"):
         if found["upcycle"] and found[name]:
             raise ValueError(
@@ -127,6 +143,8 @@ def _convert(found: dict[str, Any]) -> int:
         )
         print(f"{target}: {report}")
         return 0
+    if found["experts_on_disk"]:
+        return _experts_on_disk(found, target)
     wanted = BOOLS[found["check"]] if found["check"] else check.available()
     if wanted and not check.available():
         raise ValueError(
@@ -148,6 +166,18 @@ def _convert(found: dict[str, Any]) -> int:
         print("no check: transformers reads no T5X checkpoint")
         return 0
     return _checked(str(run), other, found["tolerance"])
+
+
+def _experts_on_disk(found: dict[str, Any], target: Path) -> int:
+    from switchmoe.interop import expert_store
+    from switchmoe.runs import trained
+
+    form, model = found["experts_on_disk"], trained.find(found["source"])
+    forms: Any = "" if form == "own" else form
+    if form not in FORMS:
+        forms = expert_store.widths(Path(form), model.settings)
+    print(f"{target}: {expert_store.into_run(model, target, forms, told)}")
+    return 0
 
 
 def _checked(run: str, other: Path, tolerance: float) -> int:  # 0: the default

@@ -29,7 +29,14 @@ MOST_APART = 16  # experts up to which each has its own code in a program of dec
 # The jax from which on a CPU multiplies few rows of bfloat16 in less time than of float32.
 FAST_BF16 = (0, 11)
 # Parameters that are used as such
-FLOAT32 = (ON_DISK, "router", "relative_bias", "query_norm", "key_norm", *(name + SCALE for name in INPUT_AXES))
+FLOAT32 = (
+    ON_DISK,
+    "router",
+    "relative_bias",
+    "query_norm",
+    "key_norm",
+    *(name + SCALE for name in INPUT_AXES),
+)
 
 
 @dataclasses.dataclass(frozen=True)

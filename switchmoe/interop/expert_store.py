@@ -5,7 +5,6 @@ of one that training wrote a whole array is read at once, one kernel of all laye
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -21,13 +20,13 @@ from switchmoe.inference.offload import model as offloaded
 from switchmoe.inference.offload.layout import FORMS, Layer, numpy_type
 from switchmoe.inference.offload.model import Paging
 from switchmoe.inference.offload.runtime import Pager
-from switchmoe.inference.offload.store import INDEX, Store, StoreError, Writer, sizes
+from switchmoe.inference.offload.store import Store, Writer, sizes
 from switchmoe.interop import growing, run_files
 from switchmoe.model.transformer import sparse_layer_names
 from switchmoe.quantised import SCALE, quantise
 from switchmoe.runs import buckets, integrity, slimming, start, trained
 from switchmoe.runs.checkpoints import write_json
-from switchmoe.settings import Settings, from_config, to_dict
+from switchmoe.settings import Settings, to_dict
 from switchmoe.training import places
 
 WRITTEN = "written.json"  # which kernels an unfinished store has
@@ -42,7 +41,9 @@ def directory(model: trained.Source) -> Path:
       ValueError: the run is in a bucket.
     """
     if buckets.is_bucket(model.step):
-        raise ValueError(f"--source={model.step}: accepted with experts on disk is a run's directory on this machine")
+        raise ValueError(
+            f"--source={model.step}: accepted with experts on disk is a run's directory on this machine"
+        )
     return Path(model.step).parent.parent / trained.EXPERTS / model.step.name
 
 
@@ -56,16 +57,20 @@ def opened(
       OSError: files that can't be read or written.
     """
     if not settings.sparse:
-        raise ValueError(f"--expert_memory={how.budget}: accepted with a model that has experts; --source is dense")
+        raise ValueError(
+            f"--expert_memory={how.budget}: accepted with a model that has experts; --source is dense"
+        )
     where = directory(model)
     if not where.exists():
         _check(model)
         where.parent.mkdir(exist_ok=True)
         with growing.grown(where, {"of": identity(model)}) as work:
-            _write(model, work, _layers(model.settings, own_forms(model)), identity(model), told)
+            _write(model, work, described(model.settings, own_forms(model)), identity(model), told)
     store = Store(where, way)
     if {name: store.of.get(name) for name in identity(model)} != identity(model):
-        raise ValueError(f"{where}: it is of another checkpoint; accepted is that directory removed, then it is written anew")
+        raise ValueError(
+            f"{where}: it is of another checkpoint; accepted is that directory removed, then it is written anew"
+        )
     return offloaded.paged(settings, trained.without_experts(model, settings), store, how)
 
 
@@ -82,13 +87,13 @@ def into_run(model: trained.Source, target: Path, forms: str | Forms, told: Told
     if not source.sparse:
         raise ValueError("--source: it is dense; accepted is a model with experts")
     _check(model)
-    wanted = own_forms(model) if not forms else _alike(source, forms) if isinstance(forms, str) else forms
+    wanted = own_forms(model) if not forms else alike(source, forms) if isinstance(forms, str) else forms
     if source.moe.expert_bits and wanted != own_forms(model):
         raise ValueError(
             f"--source: its experts are integers of {source.moe.expert_bits} bits; accepted is the model they were made of"
         )
     settings = _settings(source, wanted)
-    layers = _layers(settings, wanted)
+    layers = described(settings, wanted)
     with growing.grown(target, {"source": growing.step_identity(Path(model.step)), "forms": wanted}) as work:
         step = work / buckets.CHECKPOINTS / model.step.name
         _copy_the_rest(model, step)
@@ -104,10 +109,35 @@ def into_run(model: trained.Source, target: Path, forms: str | Forms, told: Told
     return f"{sum(len(layer.forms) for layer in layers)} experts of {len(layers)} layers, {sizes(layers) / 1e6:,.1f} MB"
 
 
+def widths(file: Path, settings: Settings) -> Forms:
+    """Each expert's form, of a file that `experiments.offload widths` wrote: ``{"bits": {layer: [bits of each expert]}}``.
+
+    Raises:
+      ValueError: it is none, or another model's; one line.
+    """
+    accepted, bits = (
+        "accepted is a file of experiments.offload widths of this model",
+        {8: "int8", 4: "int4", 2: "int2"},
+    )
+    try:
+        found = {
+            name: [bits[int(n)] for n in of_layer]
+            for name, of_layer in growing.read_json(file)["bits"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: it has no widths of experts ({error!r}); {accepted}") from error
+    names, experts = sparse_layer_names(settings), settings.moe.total_experts
+    if set(found) != set(names) or any(len(of_layer) != experts for of_layer in found.values()):
+        raise ValueError(
+            f"{file}: its layers are {', '.join(found)}; {accepted}, {', '.join(names)}, {experts} experts each"
+        )
+    return found
+
+
 def own_forms(model: trained.Source) -> Forms:
     """As the run's checkpoint has them."""
     bits, kept = model.settings.moe.expert_bits, trained.dtype(model)
-    return _alike(model.settings, f"int{bits}" if bits else kept if kept in FORMS else "float32")
+    return alike(model.settings, f"int{bits}" if bits else kept if kept in FORMS else "float32")
 
 
 def identity(model: trained.Source) -> dict[str, Any]:
@@ -127,7 +157,7 @@ def _check(model: trained.Source) -> None:
         raise ValueError(f"--source={model.step}: it is damaged: {damage}; accepted is a good one")
 
 
-def _alike(settings: Settings, form: str) -> Forms:
+def alike(settings: Settings, form: str) -> Forms:
     return {name: [form] * settings.moe.total_experts for name in sparse_layer_names(settings)}
 
 
@@ -140,19 +170,21 @@ def _settings(source: Settings, forms: Forms) -> Settings:
     return slimming.settings_of(source, slimming.Slimming(bits=bits), source.train.num_steps)
 
 
-def _layers(settings: Settings, forms: Forms) -> list[Layer]:
+def described(settings: Settings, forms: Forms) -> list[Layer]:
     """Raises ValueError: widths that a form can't have."""
     bits, found = settings.moe.expert_bits, []
     turned = offloaded.is_apart(settings)
     shapes = places.names(settings)
-    for name, parts in _parts(settings).items():
+    for name, parts in kernels_of(settings).items():
         kernels = []
         for kernel, (parameter, index) in parts.items():
             rows, *columns = shapes[parameter][len(index) + 1 :]
             if not kernel.endswith(SCALE):
                 kernels.append((kernel, (rows * (8 // bits if bits else 1), math.prod(columns))))
         used = tuple(forms[name])
-        groups = tuple((form, _group(settings, form, kernels)) for form in FORMS if form in used and FORMS[form])
+        groups = tuple(
+            (form, _group(settings, form, kernels)) for form in FORMS if form in used and FORMS[form]
+        )
         integers = any(FORMS[form] for form in used)
         found.append(Layer(name, tuple(kernels), used, groups, turned and not integers))
     return found
@@ -166,7 +198,7 @@ def _group(settings: Settings, form: str, kernels: list[tuple[str, tuple[int, in
     return group if group >= slimming.LEAST_GROUP else 0
 
 
-def _parts(settings: Settings) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+def kernels_of(settings: Settings) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
     """Of each sparse layer, in the order in which a token meets them: where its experts' kernels are."""
     there = slimming.layers(settings)
     return {
@@ -176,7 +208,7 @@ def _parts(settings: Settings) -> dict[str, dict[str, tuple[str, tuple[int, ...]
 
 
 def _write(model: trained.Source, work: Path, layers: list[Layer], of: dict[str, Any], told: Told) -> None:
-    file, there = work / WRITTEN, _parts(model.settings)
+    file, there = work / WRITTEN, kernels_of(model.settings)
     done = json.loads(file.read_text()) if file.exists() else []
     names = list(dict.fromkeys(name for parts in there.values() for name, _ in parts.values()))
     counter = growing.Counter(sizes(layers))
@@ -193,7 +225,7 @@ def _write(model: trained.Source, work: Path, layers: list[Layer], of: dict[str,
                         counter.add(size, kept=name in done)
                         if name not in done:
                             part = reader.read(f"params/{name}", (*index, expert))
-                            writer.write(number, expert, _lying(layer, expert, kernel, part))
+                            writer.write(number, expert, lying(layer, expert, kernel, part))
             if name not in done:
                 done.append(name)
                 write_json(file, done)
@@ -201,7 +233,7 @@ def _write(model: trained.Source, work: Path, layers: list[Layer], of: dict[str,
     file.unlink()
 
 
-def _lying(layer: Layer, expert: int, kernel: str, part: np.ndarray) -> dict[str, np.ndarray]:
+def lying(layer: Layer, expert: int, kernel: str, part: np.ndarray) -> dict[str, np.ndarray]:
     """A checkpoint's part of an expert, as its record has it."""
     form, part = layer.forms[expert], part.reshape(len(part), -1)
     if not FORMS[form]:

@@ -31,7 +31,9 @@ class Paging:
 
     def __post_init__(self) -> None:
         if self.budget < 1:
-            raise ValueError(f"--expert_memory={self.budget}: accepted is a size such as 512MiB, 2GB or bytes")
+            raise ValueError(
+                f"--expert_memory={self.budget}: accepted is a size such as 512MiB, 2GB or bytes"
+            )
         if self.policy not in POLICIES:
             raise ValueError(f"--expert_policy={self.policy}: accepted is one of {', '.join(POLICIES)}")
 
@@ -70,10 +72,11 @@ def paged(settings: Settings, params: Any, store: Store, how: Paging) -> tuple[S
     if how.predictor not in ("none", ROUTER):
         table = Table.load(how.predictor, len(names), settings.moe.total_experts)
     pager = Pager(store, layers, settings.model.dtype, how.budget, how.policy, table, how.patience)
-    for number in range(len(names)):
-        pager.fits(number, settings.moe.total_choices)
+    pager.holds(settings.moe.total_choices)
     places = [_place(settings, name) for name in names]
-    routers = _next_routers(settings, params, names, places) if how.predictor == ROUTER else [None] * len(names)
+    routers = (
+        _next_routers(settings, params, names, places) if how.predictor == ROUTER else [None] * len(names)
+    )
     for number, (layer, place, router_DE) in enumerate(zip(layers, places, routers, strict=True)):
         memory = _arrays(pager, number, layer, apart)
         shelf = Shelf(memory, router_DE, number, layer, apart, pager, pager.fits)
@@ -101,7 +104,9 @@ def _with(params: Any, place: tuple[str, ...], shelf: Shelf) -> Any:
     return dict(params) | {first: _with(params.get(first, {}), tuple(rest), shelf)}
 
 
-def _next_routers(settings: Settings, params: Any, names: list[str], places: list[tuple[str, ...]]) -> list[Any]:
+def _next_routers(
+    settings: Settings, params: Any, names: list[str], places: list[tuple[str, ...]]
+) -> list[Any]:
     """Of each layer the kernel of the next one's router; None where that is another stack's, or where there is none."""
     for stack in settings.sparse_stacks:
         name = router_name(settings.moe, stack == "decoder")

@@ -42,7 +42,11 @@ class Counts:
 
     def __str__(self) -> str:
         uses = self.hits + self.misses
-        foreseen = f", {self.useful / self.ahead:.0%} of {self.ahead / 1e6:,.1f} MB read ahead used" if self.ahead else ""
+        foreseen = (
+            f", {self.useful / self.ahead:.0%} of {self.ahead / 1e6:,.1f} MB read ahead used"
+            if self.ahead
+            else ""
+        )
         return (
             f"experts: {self.hits:,} of {uses:,} at hand ({self.hits / max(uses, 1):.1%}), {self.misses:,} waited for"
             f" ({self.waited:.1f} s), {self.read / 1e6:,.1f} MB read{foreseen}"
@@ -75,7 +79,13 @@ class Pager:
         patience: float = PATIENCE,
     ):
         self.counts, self.budget = Counts(), budget
-        self._store, self._layers, self._kept, self._table, self._patience = store, layers, kept, table, patience
+        self._store, self._layers, self._kept, self._table, self._patience = (
+            store,
+            layers,
+            kept,
+            table,
+            patience,
+        )
         self.memory = Memory(layers)
         self._cache = Cache(budget, self._size, policy, len(layers))
         self._changed = threading.Condition()
@@ -87,9 +97,13 @@ class Pager:
         self._pinned: frozenset[Key] = frozenset()
         self._failed: OSError | None = None
         self._closed = False
-        self._pass: list[tuple[int, Collection[int]]] = []  # layers and what they chose, of this way through them
+        self._pass: list[
+            tuple[int, Collection[int]]
+        ] = []  # layers and what they chose, of this way through them
         self._follows: dict[int, int] = {}  # which layer came after one, last time
-        self._threads = [threading.Thread(target=self._work, name="experts", daemon=True) for _ in range(READERS)]
+        self._threads = [
+            threading.Thread(target=self._work, name="experts", daemon=True) for _ in range(READERS)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -111,6 +125,11 @@ class Pager:
                 f"--expert_memory={self.budget}: {self._layers[layer].name} may need {experts} experts at once; accepted is"
                 f" {self.least(experts)} bytes or more"
             )
+
+    def holds(self, experts: int) -> None:
+        """Raises ValueError, one line: so many experts of some layer don't fit at once."""
+        for number in range(len(self._layers)):
+            self.fits(number, experts)
 
     def __call__(self, layer: int, rows_E: Any, _: Any = None, likely_E: Any = None) -> np.ndarray:
         """A layer asks for the experts that have rows, and is answered when they are at hand, or never will be (`check`)."""

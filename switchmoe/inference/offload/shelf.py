@@ -125,6 +125,8 @@ class Shelf:
 
         As mixtral-offloading has it (Eliseev and Mazur 2023, 2312.17238, section 3.2).
         """
-        logits_GSE = jnp.einsum("GSD,DE->GSE", x_GSD.astype(jnp.float32), self.next_router_DE.astype(jnp.float32))
+        logits_GSE = jnp.einsum(
+            "GSD,DE->GSE", x_GSD.astype(jnp.float32), self.next_router_DE.astype(jnp.float32)
+        )
         share_GSE = jnp.where(mask_GS[..., None], jax.nn.softmax(logits_GSE, axis=-1), 0.0)
         return share_GSE.sum(axis=(0, 1))

@@ -52,7 +52,9 @@ class Writer:
                 for other in layers:  # a disk is not left full
                     (directory / file_name(other)).unlink(missing_ok=True)
                 size = sizes(layers)
-                raise StoreError(f"{path} can't be written: {error.strerror}; the experts take {size:,} bytes") from error
+                raise StoreError(
+                    f"{path} can't be written: {error.strerror}; the experts take {size:,} bytes"
+                ) from error
 
     def write(self, layer: int, expert: int, parts: Mapping[str, np.ndarray]) -> None:
         record, (_, places) = self.layers[layer].record(expert), self._heads[layer]
@@ -74,7 +76,9 @@ class Writer:
                 for start, end in zip(places, places[1:], strict=False)
             ]
             os.fsync(file)
-            listed.append({"file": file_name(layer), "head": len(raw), "head_sum": _checksum(raw), "sums": sums})
+            listed.append(
+                {"file": file_name(layer), "head": len(raw), "head_sum": _checksum(raw), "sums": sums}
+            )
         path = self._directory / INDEX
         temporary = path.with_name(f"{INDEX}.tmp")
         temporary.write_text(json.dumps({"format": FORMAT, "of": of, "layers": listed}, indent=1))
@@ -108,7 +112,9 @@ class Store:
             self._paths = [directory / entry["file"] for entry in entries]
             heads = [(int(entry["head"]), int(entry["head_sum"])) for entry in entries]
         except FileNotFoundError as error:
-            raise StoreError(f"{path} is not there: the experts' files are unfinished, or moved away") from error
+            raise StoreError(
+                f"{path} is not there: the experts' files are unfinished, or moved away"
+            ) from error
         except OSError as error:
             raise _told(path, error) from error
         except (ValueError, KeyError, TypeError) as error:
@@ -200,7 +206,9 @@ def sizes(layers: Iterable[Layer]) -> int:
 def _head(layer: Layer) -> tuple[bytes, list[int]]:
     """(a file's first pages, where each record begins and the last one ends)."""
     told = dataclasses.asdict(layer) | {"format": FORMAT}
-    told |= {"parts": {form: [part._asdict() for part in record.parts] for form, record in layer.records.items()}}
+    told |= {
+        "parts": {form: [part._asdict() for part in record.parts] for form, record in layer.records.items()}
+    }
     raw = json.dumps(told).encode()
     raw = raw.ljust(rounded(len(raw), PAGE))
     places = [len(raw)]
