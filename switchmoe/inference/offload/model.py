@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from switchmoe.dispatch.dispatchers import DECODING
 from switchmoe.inference import decoding
@@ -40,7 +41,8 @@ class Paging:
 
 def is_apart(settings: Settings) -> bool:
     """Whether a program of decoding has an array for each expert, its kernels turned; on a CPU."""
-    return decoding.as_computed(decoding.prepared(settings, {stack: {"blocks": {}} for stack in settings.stacks})[0]).moe.dispatch == DECODING  # fmt: skip
+    empty = {stack: {"blocks": {}} for stack in settings.stacks}
+    return decoding.as_computed(decoding.prepared(settings, empty)[0]).moe.dispatch == DECODING
 
 
 def paged(settings: Settings, params: Any, store: Store, how: Paging) -> tuple[Settings, Any, Pager]:
@@ -64,24 +66,29 @@ def paged(settings: Settings, params: Any, store: Store, how: Paging) -> tuple[S
     integers = {form for form in forms if FORMS[form]}
     if integers and not settings.moe.expert_bits:  # so that products are those of a model of integers
         settings = dataclasses.replace(settings, moe=dataclasses.replace(settings.moe, expert_bits=8))
-    settings, params = decoding.prepared(settings, params)
-    computed = decoding.as_computed(settings)
-    apart = computed.moe.dispatch == DECODING
-    layers = in_memory(store.layers, computed.model.dtype, apart)
+    prepared, _ = decoding.prepared(settings, params)
+    computed = decoding.as_computed(prepared)
+    layers = in_memory(store.layers, computed.model.dtype, computed.moe.dispatch == DECODING)
     table = None
     if how.predictor not in ("none", ROUTER):
         table = Table.load(how.predictor, len(names), settings.moe.total_experts)
     pager = Pager(store, layers, settings.model.dtype, how.budget, how.policy, table, how.patience)
     pager.holds(settings.moe.total_choices)
+    return *shelved(settings, params, pager, layers, how.predictor == ROUTER), pager
+
+
+def shelved(
+    settings: Settings, params: Any, pager: Any, layers: list[Layer], by_router: bool = False
+) -> tuple[Settings, Any]:
+    """(settings, parameters) with a `Shelf` in each sparse layer, of which ``pager`` has the memory."""
+    names, apart = sparse_layer_names(settings), is_apart(settings)
+    settings, params = decoding.prepared(settings, params)
     places = [_place(settings, name) for name in names]
-    routers = (
-        _next_routers(settings, params, names, places) if how.predictor == ROUTER else [None] * len(names)
-    )
+    routers = _next_routers(settings, params, names, places) if by_router else [None] * len(names)
     for number, (layer, place, router_DE) in enumerate(zip(layers, places, routers, strict=True)):
-        memory = _arrays(pager, number, layer, apart)
-        shelf = Shelf(memory, router_DE, number, layer, apart, pager, pager.fits)
-        params = _with(params, place, shelf)
-    return settings, params, pager
+        memory = _arrays(pager.memory.array(number), layer, apart)
+        params = _with(params, place, Shelf(memory, router_DE, number, layer, apart, pager, pager.fits))
+    return settings, params
 
 
 def _place(settings: Settings, name: str) -> tuple[str, ...]:
@@ -122,9 +129,8 @@ def _next_routers(
     return found
 
 
-def _arrays(pager: Pager, number: int, layer: Layer, apart: bool) -> Any:
-    """The memory of a layer's experts as arrays that are not copies."""
-    raw = pager.memory.array(number)
+def _arrays(raw: np.ndarray, layer: Layer, apart: bool) -> Any:
+    """A layer's memory as arrays that are not copies."""
     alias = lambda array: jax.device_put(array, may_alias=True)  # noqa: E731
     if not apart:
         types = {part.dtype for record in layer.records.values() for part in record.parts}
