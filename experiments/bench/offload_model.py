@@ -22,14 +22,15 @@ from switchmoe.inference.offload.predict import Table
 from switchmoe.inference.offload.runtime import Pager, in_memory
 from switchmoe.inference.offload.store import Store
 from switchmoe.inference.serving.programs import Controls, Programs
-from switchmoe.interop import expert_store, growing, run_files
+from switchmoe.interop import expert_store, growing, run_files, slim
 from switchmoe.model.transformer import sparse_layer_names
-from switchmoe.runs import integrity, trained
+from switchmoe.runs import integrity, slimming, trained
 from switchmoe.runs.checkpoints import write_json
 from switchmoe.settings import Settings, from_config, to_dict
 from switchmoe.training import places
 
 PROMPT = 32  # tokens
+RESIDENT = "int4-resident"  # the form of a model of integers in its checkpoint
 DRAWN = Choosing(temperature=1.0, stop_ids=())
 HEAT = 1 << 20  # numbers of prompts that a table is learnt of, which no case measures
 
@@ -64,6 +65,9 @@ def made(options: argparse.Namespace) -> Path:
         target = _of_form(options.out, run, form)
         if not target.exists():
             expert_store.into_run(model, target, _mixed(model.settings) if form == "mixed" else form, told)
+    resident, how = _of_form(options.out, run, RESIDENT), slimming.Slimming(bits=4)
+    if not resident.exists():
+        slim.make(model, resident, how, slim.asked(model, how, {}), dict)
     return run
 
 
@@ -178,18 +182,16 @@ def learnt(asked: dict[str, Any]) -> dict[str, Any]:
 def measured(asked: dict[str, Any]) -> dict[str, Any]:
     """Tokens a second of one answer at a time, after as many others."""
     run = Path(asked["model"])
-    model = trained.find(str(_of_form(Path(asked["out"]), run, asked["form"])))
+    form = RESIDENT if asked["form"] == "int4" and not asked["predictor"] else asked["form"]
+    model = trained.find(str(_of_form(Path(asked["out"]), run, form)))
     if asked["predictor"] == "accelerate":
         return _accelerate(run, asked)
     pager, settings = None, model.settings
     if not asked["predictor"]:
-        if asked["form"] != "float32":  # resident, of the same integers
-            asked = asked | {"predictor": "none", "way": "direct", "budget": 1 << 40}
-        else:
-            params = trained.on_one_device(model, settings)
-    if asked["predictor"] == "mapped":
+        params = trained.on_one_device(model, settings)
+    elif asked["predictor"] == "mapped":
         settings, params = _mapped(model)
-    elif asked["predictor"]:
+    else:
         named = {
             "predictor": asked["predictor"],
             "expert_memory": str(asked["budget"]),

@@ -18,7 +18,9 @@ PROMPTS = ["--ids", "--prompt=0 5 9", "--prompt=0 7", "--max_tokens=5", "--tempe
 
 
 def synthetic(out, *arguments):
-    options = offload.parse(["offload", f"--out={out}", "--tiny", "--stacks=decoder_only", "--layers=4", *arguments])
+    options = offload.parse(
+        ["offload", f"--out={out}", "--tiny", "--stacks=decoder_only", "--layers=4", *arguments]
+    )
     run = out / "run"
     offload_model._write(run, offload_model.synthetic(options), 0.5)
     return run
