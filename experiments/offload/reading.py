@@ -1,0 +1,55 @@
+"""What the commands that read a trace share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import command_line
+
+
+def values(arguments: Sequence[str], defaults: dict[str, str], needed: str) -> dict[str, str]:
+    """Values of ``--NAME=VALUE`` by name. Raises ValueError: another argument, no value, or without the ``needed`` one."""
+    found, others = command_line.options(arguments, list(defaults))
+    if others or (missing := [name for name in defaults if f"--{name}=" in arguments]):
+        wrong = others[0] if others else f"--{missing[0]}="
+        raise ValueError(
+            f"argument {wrong}: accepted are {', '.join(f'--{name}=VALUE' for name in defaults)}"
+        )
+    if not found[needed]:
+        raise ValueError(
+            f"no {needed}; accepted is --{needed}=TRACE, a trace's directory or a server's .npz or .npy"
+        )
+    return {name: value or defaults[name] for name, value in found.items()}
+
+
+def whole(name: str, text: str, least: int) -> int:
+    if not (text.isascii() and text.isdecimal()) or int(text) < least:
+        raise ValueError(f"--{name}={text}: accepted is an integer >= {least}")
+    return int(text)
+
+
+def beside(place: Path) -> Path:
+    """Where results of a trace go by default."""
+    return (place.with_suffix("") if place.suffix in (".npz", ".npy") else place) / "offload"
+
+
+def trace(place: Path, out: Path) -> Path:
+    """The trace's directory; of arrays that a server gave, one that is made in ``out``.
+
+    Raises:
+      ValueError: it can't be read.
+    """
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "pyarrow: the package is missing, traces are .parquet files; accepted is after pip install 'switchmoe[parquet]'"
+        ) from error
+    from switchmoe.analysis.routing import arrays, traces
+
+    if place.suffix not in arrays.SUFFIXES:
+        traces.read_info(place)
+        return place
+    directory = out / "trace"
+    if not (directory / traces.INFO_FILE).exists():
+        arrays.convert(place, directory)
+    return directory
