@@ -53,3 +53,17 @@ def trace(place: Path, out: Path) -> Path:
     if not (directory / traces.INFO_FILE).exists():
         arrays.convert(place, directory)
     return directory
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table in columns, the first one to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [
+                first.ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)),
+            ]
+        )
+        for first, *rest in lines
+    )

@@ -103,9 +103,6 @@ def run(options: dict[str, Any]) -> int:
     writer.writerows(rows)
     report.write_whole(out / "simulate.csv", text.getvalue())
     caching.picture(points, tokens.layers).savefig(out / "simulate.png", dpi=plots.DPI)
-    lines = caching.table(points)
-    widths = [max(len(line[at]) for line in lines) for at in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(reading.aligned(caching.table(points)))
     print(out / "simulate.png")
     return 0

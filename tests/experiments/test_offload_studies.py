@@ -8,6 +8,7 @@ import pytest
 
 from experiments import exits
 from experiments.offload.__main__ import main
+from switchmoe.inference.offload.predict import Table
 
 
 def run(capsys, *arguments):
@@ -58,6 +59,26 @@ def test_curves_are_printed_and_written(experts, tmp_path, capsys):
     assert code == 0 and again.out.splitlines()[:4] == lines[:4]
 
 
+def test_a_table_is_learnt_and_tried(experts, tmp_path, capsys):
+    """The first layer is chance, those after it are known from the one before."""
+    out = tmp_path / "table.npz"
+    arguments = "predict", f"--trace={experts}", f"--out={out}", "--order=1"
+    code, captured = run(capsys, *arguments)
+    assert code == 0, captured.err
+    table = Table.load(out, layers=3, experts=8)
+    assert table.scores(1, [[0, 3]]).argsort()[-2:].tolist() in ([1, 4], [4, 1])
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert (found["tokens_learnt"], found["tokens_held_out"]) == (200, 40)
+    first, next_ = found["rows"][0], found["rows"][3]
+    assert next_["recall"] == next_["useful"] > 0.9 > 0.6 > next_["recall_of_shares"]
+    assert first["recall"] == first["recall_of_shares"] < 0.6 and first["chance"] == 0.25
+    assert captured.out.splitlines()[4].split()[:3] == ["decoder/1", "1", "K"]
+    code, captured = run(capsys, *arguments)
+    assert (
+        code == exits.EXIT_BAD_INPUT and "accepted is a name that ends in .npz, and is free" in captured.err
+    )
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -71,6 +92,11 @@ def test_curves_are_printed_and_written(experts, tmp_path, capsys):
         (["simulate", "--trace=t", "--policies=lru,magic"], "--policies=magic: accepted are lru, lfu, lfru, least_stale, belady"),
         (["simulate", "--trace=t", "--record=0"], "--record=0: accepted is an integer >= 1"),
         (["simulate", "--trace=t", "--tokens=x"], "--tokens=x: accepted is an integer >= 0"),
+        (["predict"], "no trace; accepted is --trace=TRACE"),
+        (["predict", "--trace=nowhere"], "--trace=nowhere: not a trace"),
+        (["predict", "--trace=t", "--held_out=1"], "--held_out=1: accepted is a number above 0 and below 1"),
+        (["predict", "--trace=t", "--order=4"], "--order=4: accepted is an integer from 0 to 3"),
+        (["predict", "--trace=t", "--out=table"], "--out=table: accepted is a name that ends in .npz"),
         (["simulate", "--trace=t", "--heat=1"], "argument --heat=1: accepted are --trace=VALUE"),
     ],
 )  # fmt: skip
