@@ -12,9 +12,9 @@ Exit codes: 0 done; 2 bad input; 4 a file that can't be written or read.
 from collections.abc import Sequence
 
 from experiments import exits
-from experiments.offload import predict, simulate
+from experiments.offload import predict, simulate, widths
 
-COMMANDS = {"simulate": simulate, "predict": predict}
+COMMANDS = {"simulate": simulate, "predict": predict, "widths": widths}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -30,7 +30,7 @@ DEFAULTS = {"trace": "", "held_out": "0.2", "order": "2", "tokens": "0", "out": 
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
     """The options. Raises ValueError, one line that names the argument, its value and what would be accepted."""
-    found: dict[str, Any] = reading.values(arguments, DEFAULTS, "trace")
+    found: dict[str, Any] = reading.values(arguments, DEFAULTS, {"trace": reading.PLACE})
     for name in ("order", "tokens"):
         found[name] = reading.whole(name, found[name], 0)
     if found["order"] > 3:

@@ -5,19 +5,27 @@ from pathlib import Path
 
 from experiments import command_line
 
+PLACE = "a trace's directory or a server's .npz or .npy"
 
-def values(arguments: Sequence[str], defaults: dict[str, str], needed: str) -> dict[str, str]:
-    """Values of ``--NAME=VALUE`` by name. Raises ValueError: another argument, no value, or without the ``needed`` one."""
+
+def values(arguments: Sequence[str], defaults: dict[str, str], needed: dict[str, str]) -> dict[str, str]:
+    """Values of ``--NAME=VALUE`` by name.
+
+    Args:
+      needed: names that must be given, and what is accepted.
+
+    Raises:
+      ValueError: another argument, no value, or without one that is needed.
+    """
     found, others = command_line.options(arguments, list(defaults))
-    if others or (missing := [name for name in defaults if f"--{name}=" in arguments]):
-        wrong = others[0] if others else f"--{missing[0]}="
+    wrong = others + [f"--{name}=" for name in defaults if f"--{name}=" in arguments]
+    if wrong:
         raise ValueError(
-            f"argument {wrong}: accepted are {', '.join(f'--{name}=VALUE' for name in defaults)}"
+            f"argument {wrong[0]}: accepted are {', '.join(f'--{name}=VALUE' for name in defaults)}"
         )
-    if not found[needed]:
-        raise ValueError(
-            f"no {needed}; accepted is --{needed}=TRACE, a trace's directory or a server's .npz or .npy"
-        )
+    for name, accepted in needed.items():
+        if not found[name]:
+            raise ValueError(f"no {name}; accepted is --{name}=, {accepted}")
     return {name: value or defaults[name] for name, value in found.items()}
 
 

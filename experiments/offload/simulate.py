@@ -44,7 +44,7 @@ UNITS = {
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
     """The options. Raises ValueError, one line that names the argument, its value and what would be accepted."""
-    found: dict[str, Any] = reading.values(arguments, DEFAULTS, "trace")
+    found: dict[str, Any] = reading.values(arguments, DEFAULTS, {"trace": reading.PLACE})
     found["record"] = reading.whole("record", found["record"], 1)
     for name in ("tokens", "shuffles"):
         found[name] = reading.whole(name, found[name], 0)

@@ -82,7 +82,7 @@ def test_a_table_is_learnt_and_tried(experts, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["simulate"], "no trace; accepted is --trace=TRACE"),
+        (["simulate"], "no trace; accepted is --trace=, a trace's directory"),
         (["simulate", "--trace=nowhere"], "--trace=nowhere: not a trace"),
         (["simulate", "--trace=nowhere.npz"], ""),
         (["simulate", "--trace=t", "--budgets=2"], "--budgets=2: accepted are shares from 0 to 1, or sizes with a unit"),
@@ -92,7 +92,7 @@ def test_a_table_is_learnt_and_tried(experts, tmp_path, capsys):
         (["simulate", "--trace=t", "--policies=lru,magic"], "--policies=magic: accepted are lru, lfu, lfru, least_stale, belady"),
         (["simulate", "--trace=t", "--record=0"], "--record=0: accepted is an integer >= 1"),
         (["simulate", "--trace=t", "--tokens=x"], "--tokens=x: accepted is an integer >= 0"),
-        (["predict"], "no trace; accepted is --trace=TRACE"),
+        (["predict"], "no trace; accepted is --trace=, a trace's directory"),
         (["predict", "--trace=nowhere"], "--trace=nowhere: not a trace"),
         (["predict", "--trace=t", "--held_out=1"], "--held_out=1: accepted is a number above 0 and below 1"),
         (["predict", "--trace=t", "--order=4"], "--order=4: accepted is an integer from 0 to 3"),
