@@ -78,6 +78,8 @@ def accept(name, arguments):
         what, _, _, rest = importlib.import_module("experiments.plan.__main__")._own(arguments)
         if what != "layouts":
             parse_config(rest, "configs/switch_base.py")
+    elif name == "offload":
+        importlib.import_module("experiments.offload.__main__").COMMANDS[arguments[0]].parse(arguments[1:])
     elif name == "bench":
         if arguments[:1] == ["accelerator"]:
             importlib.import_module("experiments.bench.accelerator")._parse(arguments[1:])
@@ -119,6 +121,7 @@ def test_the_commands_are_found():
         ("plan", "smallest --devices=4"),
         ("bench", "layer --dispatch=magic"),
         ("paper", "table99"),
+        ("offload", "simulate --trace=TRACE --budgets=2"),
     ],
 )
 def test_a_wrong_one_is_not(name, argument):

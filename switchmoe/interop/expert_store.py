@@ -182,6 +182,12 @@ def described(settings: Settings, forms: Forms) -> list[Layer]:
             if not kernel.endswith(SCALE):
                 kernels.append((kernel, (rows * (8 // bits if bits else 1), math.prod(columns))))
         used = tuple(forms[name])
+        for form in (form for form in FORMS if form in used and FORMS[form]):
+            for kernel, (rows, _) in kernels:
+                if rows % (8 // FORMS[form]):
+                    raise ValueError(
+                        f"{form} of {name}: accepted with kernels of a multiple of {8 // FORMS[form]} rows; {kernel} has {rows}"
+                    )
         groups = tuple(
             (form, _group(settings, form, kernels)) for form in FORMS if form in used and FORMS[form]
         )

@@ -16,8 +16,10 @@ from switchmoe.inference.generation import Generator
 from switchmoe.inference.offload.model import Paging, paged
 from switchmoe.inference.offload.predict import Table
 from switchmoe.inference.offload.runtime import Pager, in_memory
+from switchmoe.inference.offload.shelf import Lying
 from switchmoe.inference.offload.store import Store, StoreError
 from switchmoe.inference.serving.programs import Controls, Programs
+from switchmoe.model.moe import ON_DISK
 
 pytestmark = pytest.mark.usefixtures("one_device")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
@@ -87,23 +89,16 @@ def test_each_expert_of_its_own_width_is_its_own_kernel(tmp_path):
     of = model("top 1, many")
     params, experts = init(of), of.moe.total_experts
     names = [f"{stack}/1" for stack in ("encoder", "decoder")]
-    forms = {name: [("float32", "int8", "int4")[e % 3] for e in range(experts)] for name in names}
+    forms = {name: [("float32", "int8", "int4", "int2")[e % 4] for e in range(experts)] for name in names}
     layers = write(of, params, tmp_path / "mixed", kept_forms=forms)
     own, held, pager = paged(
         of, without_experts(params), Store(tmp_path / "mixed"), Paging(share(layers, 0.5))
     )
-    shelf = held["decoder"]["blocks_0"]["block_1"]["on_disk"]
-    from switchmoe.inference.offload.shelf import Lying
-
+    shelf = held["decoder"]["blocks_0"]["block_1"]["moe"][ON_DISK]
     kernel_EDF = Lying(shelf.memory, None, "wi", shelf.layer, jnp.float32)
-    pager(
-        1,
-        np.eye(experts, dtype=np.int32)[0]
-        + np.eye(experts, dtype=np.int32)[1]
-        + np.eye(experts, dtype=np.int32)[2],
-    )
+    pager(1, asks(0, 1, 2, 3))
     exact_EDF = np.asarray(params["decoder"]["blocks_0"]["block_1"]["moe"]["experts"]["wi"])
-    for expert, most in ((0, 0.0), (1, 0.01), (2, 0.15)):
+    for expert, most in ((0, 0.0), (1, 0.01), (2, 0.15), (3, 0.6)):
         off = np.abs(np.asarray(jax.jit(kernel_EDF.__getitem__)(expert)) - exact_EDF[expert]).max()
         assert off <= most and (off > 0) == (expert > 0)
     pager.check()

@@ -57,8 +57,7 @@ def _lfru(state: _State) -> np.ndarray:
 
 
 def _least_stale(state: _State) -> np.ndarray:
-    stale_N = state.last_N < state.pass_began
-    return np.where(stale_N, state.layer_N * LAYER, LATE // 2) + state.last_N
+    return (state.last_N >= state.pass_began) * (LATE // 2) + state.layer_N * LAYER + state.last_N
 
 
 RANKS = {"lru": _lru, "lfu": _lfu, "lfru": _lfru, "least_stale": _least_stale}

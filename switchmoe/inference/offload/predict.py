@@ -35,14 +35,15 @@ class _Counts(NamedTuple):
 
     def of(self, context_N: np.ndarray, experts: int) -> np.ndarray:
         """[E] Counts summed over contexts."""
-        found_E = np.zeros(experts)
         if not len(self.context_C):
-            return found_E
+            return np.zeros(experts)
         place_N = np.searchsorted(self.context_C, context_N).clip(max=len(self.context_C) - 1)
-        for place in place_N[self.context_C[place_N] == context_N]:
-            entries = slice(self.start_C[place], self.start_C[place + 1])
-            found_E[self.expert_M[entries]] += self.count_M[entries]
-        return found_E
+        place_N = place_N[self.context_C[place_N] == context_N]
+        begin_N, end_N = self.start_C[place_N], self.start_C[place_N + 1]
+        # The entries of all these contexts in a row: each counts on from where its own begin.
+        length_N = end_N - begin_N
+        entry_M = np.arange(length_N.sum()) + np.repeat(end_N - np.cumsum(length_N), length_N)
+        return np.bincount(self.expert_M[entry_M], self.count_M[entry_M], minlength=experts)
 
 
 class Table:
