@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from switchmoe.inference.offload import widths
+from switchmoe.interop import expert_store
+from switchmoe.settings import from_config
 
 BYTES_LW = np.array([[80, 40, 20]])
 
@@ -42,10 +44,14 @@ def test_bytes_of_an_expert(bits, group, wanted):
     assert widths.size([(64, 4), (64, 4)], bits, group) == 2 * wanted
 
 
-def test_the_file(tmp_path):
+def test_the_file_says_what_a_store_takes(tmp_path):
     bits = {"encoder/1": [8, 2], "decoder/1": np.array([4, 4])}
     widths.save(tmp_path / "widths.json", bits)
     assert json.loads((tmp_path / "widths.json").read_text()) == {
         "bits": {"encoder/1": [8, 2], "decoder/1": [4, 4]}
     }
     assert len(list(tmp_path.iterdir())) == 1
+    model = dict(d_model=8, d_ff=16, d_kv=4, num_heads=2, num_layers=2)
+    settings = from_config({"model": model, "moe": dict(num_experts=2)})
+    forms = expert_store.widths(tmp_path / "widths.json", settings)
+    assert forms == {"encoder/1": ["int8", "int2"], "decoder/1": ["int4", "int4"]}
