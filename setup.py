@@ -56,6 +56,7 @@ setup(
         "scipy>=1.13",
         "scikit-learn>=1.4",  # metrics of tasks
         "rouge-score>=0.1.2",
+        "xxhash>=3.4",  # checksums of experts' records
         "pyarrow>=16",  # traces of routing, text in .parquet; tensorflow-datasets brings it
     ],
     extras_require={

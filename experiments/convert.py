@@ -20,6 +20,12 @@ A dense model made sparse (2212.05055), of SOURCE any of the above:
   --upcycle.reinit=0         share of each expert's width that is drawn anew (drop-upcycling, 2502.19261)
   --upcycle.optimizer=True   copies the optimizer's state too, where the source has one
 
+A run's experts in files of their own (docs/offload.md), for experiments.generate and experiments.serve with --expert_memory=:
+
+  --experts_on_disk[=FORM]   float32 | bfloat16 | int8 | int4 (as they are); DIR becomes a run's directory whose checkpoint has all
+                             but the experts
+  --widths=FILE              of experiments.offload widths: each expert's own integers
+
 A conversion that was killed goes on with the same command. Exit codes: 0 done; 2 bad input; 3 the check found a difference; 4
 a file that can't be written or read.
 """
@@ -38,7 +44,19 @@ EXIT_DIFFERENT = 3
 DTYPES = ("float32", "bfloat16")
 BOOLS = {"True": True, "true": True, "False": False, "false": False}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-OPTIONS = ("source", "target", "dtype", "shard", "revision", "check", "tolerance")
+OPTIONS = (
+    "source",
+    "target",
+    "dtype",
+    "shard",
+    "revision",
+    "check",
+    "tolerance",
+    "experts_on_disk",
+    "widths",
+)
+OWN = "own"
+FORMS = (OWN, "float32", "bfloat16", "int8", "int4")
 UPCYCLE: dict[str, Any] = {  # option: its type
     "experts": int,
     "every": int,
@@ -64,11 +82,15 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
         "revision": "",
         "check": "",
         "tolerance": "",
+        "experts_on_disk": "",
+        "widths": "",
         "upcycle": {},
     }
     accepted = [f"--{name}=" for name in (*OPTIONS, *(f"upcycle.{name}" for name in UPCYCLE))]
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
+        if argument == "--experts_on_disk":
+            equals, value = "=", OWN
         if not (argument.startswith("--") and equals and f"--{name}=" in accepted):
             raise ValueError(f"argument {argument}: accepted are {', '.join(accepted)}")
         if name.startswith("upcycle."):
@@ -95,12 +117,26 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
         given, found["tolerance"] = found["tolerance"], _typed("tolerance", found["tolerance"])
         if not 0 < found["tolerance"] < math.inf:
             raise ValueError(f"--tolerance={given}: accepted is a number above 0")
+    _check_on_disk(found)
     for name in ("check", "tolerance"):
         if found["upcycle"] and found[name]:
             raise ValueError(
                 f"--{name}={found[name]}: accepted without --upcycle, after which the models differ"
             )
     return found
+
+
+def _check_on_disk(found: dict[str, Any]) -> None:
+    form, widths = found["experts_on_disk"], found["widths"]
+    if widths and form != OWN:
+        raise ValueError(
+            f"--widths={widths}: accepted with --experts_on_disk, which has no form of its own then"
+        )
+    if form and form not in FORMS:
+        raise ValueError(f"--experts_on_disk={form}: accepted is one of {', '.join(FORMS)}")
+    for name in ("dtype", "check", "tolerance", "upcycle", "revision") if form else ():
+        if found[name]:
+            raise ValueError(f"--experts_on_disk={form}: accepted without --{name}")
 
 
 def _typed(name: str, value: str) -> Any:
@@ -127,6 +163,8 @@ def _convert(found: dict[str, Any]) -> int:
         )
         print(f"{target}: {report}")
         return 0
+    if found["experts_on_disk"]:
+        return _experts_on_disk(found, target)
     wanted = BOOLS[found["check"]] if found["check"] else check.available()
     if wanted and not check.available():
         raise ValueError(
@@ -148,6 +186,18 @@ def _convert(found: dict[str, Any]) -> int:
         print("no check: transformers reads no T5X checkpoint")
         return 0
     return _checked(str(run), other, found["tolerance"])
+
+
+def _experts_on_disk(found: dict[str, Any], target: Path) -> int:
+    from switchmoe.interop import expert_store
+    from switchmoe.runs import trained
+
+    model = trained.find(found["source"])
+    forms: Any = "" if found["experts_on_disk"] == OWN else found["experts_on_disk"]
+    if found["widths"]:
+        forms = expert_store.widths(Path(found["widths"]).expanduser(), model.settings)
+    print(f"{target}: {expert_store.into_run(model, target, forms, told)}")
+    return 0
 
 
 def _checked(run: str, other: Path, tolerance: float) -> int:  # 0: the default

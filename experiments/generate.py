@@ -19,6 +19,12 @@ encoder-decoder answers it: the continuation with prefix_lm; with span_corruptio
   --seed=N               of what is drawn (0)
   --batch_size=N         prompts at once (16)
   --config.model.dtype=  float32 | bfloat16: the kernels' type (the run's)
+  --expert_memory=SIZE   experts stay on disk, but for so many bytes of them (512MiB, 2GB; docs/offload.md); their files are
+                         written into RUN the first time
+  --predictor=none       what the next layer needs is foreseen, and read ahead, by: none | router, the next layer's | FILE of
+                         experiments.offload predict
+  --expert_policy=lru    which experts leave: lru | lfu | lfru | least_stale
+  --expert_reads=direct  direct, past the page cache | pread | mmap
 
 Exit codes: 0 done; 2 bad input; 4 a file that can't be written or read.
 """
@@ -30,7 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import command_line, exits, process
+from experiments import command_line, exits, expert_memory, process
 
 NUMBERS: dict[str, tuple[Callable, str]] = {  # option: its type, and what is accepted
     "max_tokens": (int, "an integer >= 1"),
@@ -62,6 +68,7 @@ class Arguments:
     seed: int = 0
     batch_size: int = 16
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    experts: dict[str, str] = dataclasses.field(default_factory=dict)  # of expert_memory.OPTIONS
 
 
 class Prompt(NamedTuple):
@@ -87,14 +94,17 @@ def parse(arguments: Sequence[str]) -> Arguments:
         elif not (
             argument.startswith("--")
             and equals
-            and name in ("source", "file", "out", "prompt", "stop", *NUMBERS)
+            and name in ("source", "file", "out", "prompt", "stop", *NUMBERS, *expert_memory.OPTIONS)
         ):
             accepted = ", ".join(
-                f"--{option}=" for option in ("source", "prompt", "file", "out", *NUMBERS, "stop")
+                f"--{option}="
+                for option in ("source", "prompt", "file", "out", *NUMBERS, "stop", *expert_memory.OPTIONS)
             )
             raise ValueError(f"argument {argument}: accepted are {accepted}, --ids and --config.GROUP.FIELD=")
         elif name in ("prompt", "stop"):
             getattr(found, name).append(value if name == "prompt" else _number(name, value))
+        elif name in expert_memory.OPTIONS:
+            found.experts[name] = value
         elif name in NUMBERS:
             setattr(found, name, _number(name, value))
         else:
@@ -113,6 +123,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
             raise ValueError(
                 f"--{name}={getattr(found, name)}: accepted with --temperature= above 0, which draws"
             )
+    expert_memory.checked(found.experts)
     if found.file and found.prompt:
         raise ValueError(f"--file={found.file}: accepted is --file= or --prompt=, not both")
     if found.out and (Path(found.out).is_dir() or not Path(found.out).parent.is_dir()):
@@ -135,7 +146,21 @@ def _number(name: str, text: str) -> Any:
 def _generate(arguments: Arguments) -> int:
     asked = _asked(arguments)
     process.check_devices()
-    generator, prompt_of, text_of = _model(arguments)
+    generator, prompt_of, text_of, pager = _model(arguments)
+    try:
+        return _answered(arguments, asked, generator, prompt_of, text_of)
+    finally:
+        if pager:
+            print(pager.counts, file=sys.stderr)
+
+
+def _answered(
+    arguments: Arguments,
+    asked: list[tuple[str, Any]] | None,
+    generator: Any,
+    prompt_of: Callable[[Any], Prompt],
+    text_of: Callable[[list[int]], str] | None,
+) -> int:
     if asked is None and arguments.out:
         raise ValueError(
             f"--out={arguments.out}: accepted with --prompt=, --file= or prompts on standard input"
@@ -182,8 +207,10 @@ def _answers(generator: Any, prompts: list[list[int]]) -> Iterator[Any]:
             yield from answers
 
 
-def _model(arguments: Arguments) -> tuple[Any, Callable[[Any], Prompt], Callable[[list[int]], str] | None]:
-    """(generator, a prompt of what was given, the text of ids if there is a vocabulary)."""
+def _model(
+    arguments: Arguments,
+) -> tuple[Any, Callable[[Any], Prompt], Callable[[list[int]], str] | None, Any]:
+    """(generator, a prompt of what was given, the text of ids if there is a vocabulary, what brings experts in or None)."""
     from switchmoe.inference import generation
     from switchmoe.inference.decoding import Choosing
     from switchmoe.runs import trained
@@ -201,8 +228,15 @@ def _model(arguments: Arguments) -> tuple[Any, Callable[[Any], Prompt], Callable
             raise ValueError(f"--stop={token}: accepted is a token's id, below {settings.embedding_rows}")
     how = Choosing(arguments.temperature, arguments.top_k, arguments.top_p, (eos, *arguments.stop))
     numbers = arguments.max_tokens, how, arguments.beams, arguments.length_penalty
-    params = trained.on_one_device(model, settings)
-    generator = generation.Generator(settings, params, *numbers, arguments.batch_size, arguments.seed)
+    budget, how_paged = expert_memory.checked(arguments.experts)
+    if budget:
+        note = lambda text: print(text, file=sys.stderr)  # noqa: E731
+        settings, params, pager = expert_memory.opened(model, settings, budget, how_paged, note)
+        last = arguments.batch_size, arguments.seed, pager.check
+    else:
+        params, pager = trained.on_one_device(model, settings), None
+        last = arguments.batch_size, arguments.seed
+    generator = generation.Generator(settings, params, *numbers, *last)
 
     def prompt_of(given: Any) -> Prompt:
         if not arguments.ids and not _is_unicode(given):
@@ -211,7 +245,7 @@ def _model(arguments: Arguments) -> tuple[Any, Callable[[Any], Prompt], Callable
         generator.check(ids)
         return Prompt(given, ids)
 
-    return generator, prompt_of, vocabulary.decode if vocabulary else None
+    return generator, prompt_of, vocabulary.decode if vocabulary else None, pager
 
 
 def _is_unicode(text: str) -> bool:

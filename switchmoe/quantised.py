@@ -1,4 +1,4 @@
-"""Kernels of experts as integers of 8 or 4 bits and scales: weights alone; activations stay as they are.
+"""Kernels of experts as integers of 8, 4 or 2 bits and scales: weights alone; activations stay as they are.
 
 Symmetric, ``w = scale * code`` with one scale for the rows of a group and each column, of the group's largest |w| over
 2**(bits - 1) - 1/2: so no weight is off by more than half a scale (qwix has the same). A package such as qwix finds products by
@@ -21,7 +21,8 @@ SCALE = "_scale"  # ends the name of the scales' parameter
 class Quantised:
     """Experts' kernels [E, D, F]. An expert's own is made by ``kernel[e]``, all of them by `jnp.asarray`.
 
-    ``codes`` is int8 [E, D, F]; of 4 bits [E, D / 2, F]: row d lies in a byte's low half, row d + D / 2 in its high half.
+    ``codes`` is int8 [E, D, F]; of 4 bits [E, D / 2, F]: row d lies in a byte's low half, row d + D / 2 in its high half. Of 2
+    bits it is [E, D / 4, F], rows d, d + D / 4, d + D / 2 and d + 3 D / 4 from a byte's lowest bits to its highest.
     """
 
     codes: jax.Array
@@ -46,8 +47,9 @@ class Quantised:
 
 def dequantised(codes: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     """Float32 [..., D, F]."""
-    if bits == 4:
-        codes = jnp.concatenate([(codes << 4) >> 4, codes >> 4], axis=-2)
+    if bits < 8:  # each part's bits to the top, then down with their sign
+        parts = [(codes << (8 - bits - low)) >> (8 - bits) for low in range(0, 8, bits)]
+        codes = jnp.concatenate(parts, axis=-2)
     *lead, rows, columns = codes.shape
     grouped = codes.reshape(*lead, scale.shape[-2], -1, columns).astype(jnp.float32)
     return (grouped * scale[..., None, :]).reshape(*lead, rows, columns)
@@ -68,7 +70,8 @@ def quantise(kernel_EDF: np.ndarray, bits: int, group: int) -> tuple[np.ndarray,
     scale = np.where(scale > 0, scale, 1).astype(np.float32)
     codes = np.rint(grouped / scale[:, :, None]).clip(-limit, limit - 1).astype(np.int8)
     codes = codes.reshape(kernel_EDF.shape)
-    if bits == 4:
-        low, high = np.split(codes, 2, axis=1)
-        codes = (low & 15) | (high << 4)
+    if bits < 8:
+        parts = np.split(codes, 8 // bits, axis=1)
+        codes = sum((part & (2 * limit - 1)) << (bits * place) for place, part in enumerate(parts))
+        codes = codes.astype(np.uint8).view(np.int8)
     return codes, scale

@@ -78,11 +78,15 @@ def accept(name, arguments):
         what, _, _, rest = importlib.import_module("experiments.plan.__main__")._own(arguments)
         if what != "layouts":
             parse_config(rest, "configs/switch_base.py")
+    elif name == "offload":
+        importlib.import_module("experiments.offload.__main__").COMMANDS[arguments[0]].parse(arguments[1:])
     elif name == "bench":
         if arguments[:1] == ["accelerator"]:
             importlib.import_module("experiments.bench.accelerator")._parse(arguments[1:])
         elif arguments[:1] == ["serving"]:
             importlib.import_module("experiments.bench.serving").parse(arguments)
+        elif arguments[:1] == ["offload"]:
+            importlib.import_module("experiments.bench.offload").parse(arguments)
         else:
             importlib.import_module("experiments.bench.__main__")._parse(arguments)
     else:
@@ -119,6 +123,7 @@ def test_the_commands_are_found():
         ("plan", "smallest --devices=4"),
         ("bench", "layer --dispatch=magic"),
         ("paper", "table99"),
+        ("offload", "simulate --trace=TRACE --budgets=2"),
     ],
 )
 def test_a_wrong_one_is_not(name, argument):

@@ -18,7 +18,7 @@ from switchmoe.training import train_state
 KERNEL_EDF = np.random.default_rng(0).standard_normal((3, 16, 10)).astype(np.float32)
 
 
-@pytest.mark.parametrize("bits, group", [(8, 0), (8, 4), (4, 0), (4, 8)])
+@pytest.mark.parametrize("bits, group", [(8, 0), (8, 4), (4, 0), (4, 8), (2, 0), (2, 4)])
 def test_no_weight_is_off_by_more_than_half_a_scale(bits, group):
     codes, scale_ENF = quantise(KERNEL_EDF, bits, group)
     assert (codes.shape, scale_ENF.shape) == quantised.shapes(KERNEL_EDF.shape, bits, group)
@@ -30,7 +30,7 @@ def test_no_weight_is_off_by_more_than_half_a_scale(bits, group):
     assert (off <= scale_EDF / 2 * (1 + 1e-4)).all() and off.max() > scale_EDF.min() / 4
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 def test_what_integers_can_say_comes_back_exactly(bits):
     limit = 2 ** (bits - 1)
     whole = np.random.default_rng(1).integers(1 - limit, limit, (2, 64, 6)).astype(np.float32)
@@ -46,6 +46,15 @@ def test_a_byte_holds_two_numbers_of_four_bits():
     codes = jnp.array([[[(7 << 4) | 8], [(0b1111 << 4) | 1]]], jnp.uint8).astype(jnp.int8)
     found = dequantised(codes, jnp.ones((1, 1, 1)), 4)
     assert found[0, :, 0].tolist() == [-8, 1, 7, -1]
+
+
+def test_a_byte_holds_four_numbers_of_two_bits():
+    """Rows d, d + D / 4, ...: -2, -1, 0 and 1 are bits 10, 11, 00 and 01; the first row is the lowest."""
+    codes = np.array([[[0b01_00_11_10]]], np.uint8).view(np.int8)
+    found = dequantised(jnp.asarray(codes), jnp.ones((1, 1, 1)), 2)
+    assert found[0, :, 0].tolist() == [-2, -1, 0, 1]
+    kernel = np.array([-1.5, -1, 0, 1], np.float32)[None, :, None]  # the scale is 1
+    np.testing.assert_array_equal(quantise(kernel, 2, 0)[0], codes)
 
 
 def test_a_kernel_of_zeros_stays_one():

@@ -1,4 +1,4 @@
-"""Measures the MoE layer and the training step: ``python -m experiments.bench [layer|step|generate|serving|accelerator] [--OPTION=VALUE ...]``
+"""Measures the MoE layer and the training step: ``python -m experiments.bench [layer|step|generate|serving|offload|accelerator] [--OPTION=VALUE ...]``
 
 ``layer``: forward, and forward + backward, of each back end against a dense feed-forward with the same
 FLOPs per token and, with transformers and torch installed (extra `hf`), Hugging Face's Switch layer.
@@ -8,6 +8,7 @@ NAME.json and NAME.png into --out and prints a table.
 ``generate``: 64 new tokens after prompts of 64, width 512, 6 + 6 layers, 32,128 rows, one prompt and 16 at once, float32
 and bfloat16, against Hugging Face's model with the same weights; with more --experts ours alone.
 ``serving``: a server of a run, against batch 1 and a plain loop; or for a while with clients of all kinds (see its --help).
+``offload``: experts on disk under a memory limit, by predictor, form and way of reading (see its --help).
 ``accelerator``: all that is to be known of a GPU or TPU, within ``--budget=480`` seconds (see its --help).
 
 Exit codes: 0 done; 2 bad input.
@@ -77,6 +78,10 @@ def main(argv: list[str]) -> int:
         from experiments.bench import accelerator
 
         return accelerator.main(argv[1:])
+    if argv[:1] == ["offload"]:
+        from experiments.bench import offload
+
+        return offload.main(argv)
     if argv[:1] == ["serving"]:
         from experiments.bench import serving
 

@@ -15,6 +15,8 @@ RUN is a run's directory (its newest step), DIR|STEP or DIR/checkpoints/STEP. PO
   --token_file=FILE      its first line is the token that requests need; or the environment variable SWITCHMOE_TOKEN
   --name=NAME            the model's (its directory's name)
   --config.model.dtype=  float32 | bfloat16: the kernels' type (the run's)
+  --expert_memory=SIZE   experts stay on disk, but for so many bytes of them (docs/offload.md), with --predictor=,
+                         --expert_policy= and --expert_reads= as of experiments.generate
 
 SIGTERM and Ctrl-C: answers those who are there, at most --timeout, then ends; a second one ends at once. A run's `chat.json`
 is its chat template (docs/serving.md). Exit codes: 0 done; 2 bad input; 4 a file that can't be read, an address in use.
@@ -28,7 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import command_line, exits, process
+from experiments import command_line, exits, expert_memory, process
 
 COMMAND, TOKEN = "experiments.serve", "SWITCHMOE_TOKEN"
 NUMBERS = {  # option: default, least, most
@@ -48,8 +50,12 @@ def main(argv: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options, overrides of the config). Raises ValueError, one line that names the argument and what would be accepted."""
-    overrides, given = command_line.values(arguments, dict.fromkeys([*TEXTS, *NUMBERS], ""))
-    found: dict[str, Any] = {name: given[name] or default for name, default in TEXTS.items()}
+    overrides, given = command_line.values(
+        arguments, dict.fromkeys([*TEXTS, *NUMBERS, *expert_memory.OPTIONS], "")
+    )
+    expert_memory.checked(given)
+    found: dict[str, Any] = {name: given[name] for name in expert_memory.OPTIONS}
+    found |= {name: given[name] or default for name, default in TEXTS.items()}
     for name, (default, least, most) in NUMBERS.items():
         kind = type(default)
         what = "an integer" if kind is int else "a number"
@@ -141,8 +147,16 @@ def _service(options: dict[str, Any], overrides: dict[str, Any]) -> Any:
     template = chat.Template.read(file.read_text(), str(file)) if file.exists() else None
     limits = Limits(**{name: options[name] for name in Limits._fields})
     _note(f"reading {model.step}")
-    params = trained.on_one_device(model, settings)
-    programs = Programs(settings, params, options["slots"], limits.max_prompt, limits.max_tokens)
+    budget, how_paged = expert_memory.checked(options)
+    pager = None
+    if budget:
+        settings, params, pager = expert_memory.opened(model, settings, budget, how_paged, _note)
+    else:
+        params = trained.on_one_device(model, settings)
+    sizes = options["slots"], limits.max_prompt, limits.max_tokens
+    programs = Programs(settings, params, *sizes, pager.check if pager else None)
+    if pager:
+        pager.holds(max(programs.slots, programs.lengths[-1]) * settings.moe.total_choices)
     name = options["name"] or directory.name
     metrics = Metrics(name, programs.prompt_layers, programs.layers, settings.moe.total_experts)
     engine = Engine(programs, limits.queue, metrics, _note)

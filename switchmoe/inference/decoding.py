@@ -16,6 +16,7 @@ from flax import struct
 
 from switchmoe.dispatch.dispatchers import DECODING
 from switchmoe.model.attention import JOINED, Memory, empty_memory
+from switchmoe.model.moe import ON_DISK
 from switchmoe.model.transformer import PAD_ID, Transformer, unstacked, without_limits
 from switchmoe.parallel.sharding import path_keys
 from switchmoe.quantised import SCALE
@@ -28,7 +29,14 @@ MOST_APART = 16  # experts up to which each has its own code in a program of dec
 # The jax from which on a CPU multiplies few rows of bfloat16 in less time than of float32.
 FAST_BF16 = (0, 11)
 # Parameters that are used as such
-FLOAT32 = ("router", "relative_bias", "query_norm", "key_norm", *(name + SCALE for name in INPUT_AXES))
+FLOAT32 = (
+    ON_DISK,
+    "router",
+    "relative_bias",
+    "query_norm",
+    "key_norm",
+    *(name + SCALE for name in INPUT_AXES),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +97,8 @@ def laid_out(settings: Settings, params: Any) -> tuple[Settings, Any]:
     A CPU with jax 0.10 decodes a bfloat16 model in float32, with its rounded kernels.
     """
     settings, params = prepared(settings, params)
-    cpu, moe, kept = jax.default_backend() == "cpu", settings.moe, settings.model.dtype
-    if cpu and kept == "bfloat16" and jax.__version_info__ < FAST_BF16:
-        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype="float32"))
-    # Of integers the kernels of experts with rows are made, each where it is used: `grouped.blocked_matmul`.
-    apart = cpu and moe.dropless and moe.total_experts <= MOST_APART and not moe.expert_bits
-    if apart:
-        settings = dataclasses.replace(settings, moe=dataclasses.replace(moe, dispatch=DECODING))
+    kept, settings = settings.model.dtype, as_computed(settings)
+    cpu, apart = jax.default_backend() == "cpu", settings.moe.dispatch == DECODING
 
     def lay(path: tuple, leaf: jax.Array) -> jax.Array | Laid:
         keys = path_keys(path)
@@ -110,6 +113,17 @@ def laid_out(settings: Settings, params: Any) -> tuple[Settings, Any]:
         return Laid(tuple(kernel.reshape(rows, -1).T for kernel in kernels), leaf.shape)
 
     return settings, jax.tree_util.tree_map_with_path(lay, _joined(params))
+
+
+def as_computed(settings: Settings) -> Settings:
+    """The settings of `prepared` as `laid_out` gives them: in what type a CPU computes, and how it multiplies experts."""
+    cpu, moe = jax.default_backend() == "cpu", settings.moe
+    if cpu and settings.model.dtype == "bfloat16" and jax.__version_info__ < FAST_BF16:
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype="float32"))
+    # Of integers the kernels of experts with rows are made, each where it is used: `grouped.blocked_matmul`.
+    if cpu and moe.dropless and moe.total_experts <= MOST_APART and not moe.expert_bits:
+        settings = dataclasses.replace(settings, moe=dataclasses.replace(moe, dispatch=DECODING))
+    return settings
 
 
 def _joined(params: dict) -> dict:

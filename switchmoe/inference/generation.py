@@ -6,7 +6,7 @@ Letters: B batch, P prompt length, N new tokens.
 import copy
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,7 @@ class Generator:
       tokens: new ones, at most.
       beams: 1: as ``how`` says; more: beam search.
       batch_size: prompts at once; a batch that is not full is filled up.
+      check: called when a batch is computed, before it is told; raises where it is nothing (`offload.runtime.Pager.check`).
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Generator:
         length_penalty: float = 1.0,
         batch_size: int = 16,
         seed: int = 0,
+        check: Callable[[], None] = lambda: None,
     ):
         for name, value in (("max_tokens", tokens), ("beams", beams), ("batch_size", batch_size)):
             if value < 1:
@@ -54,7 +56,7 @@ class Generator:
         if beams > 1 and how.temperature:
             raise ValueError(f"beams={beams}: accepted with a temperature is 1")
         self._settings, self._params = decoding.laid_out(settings, params)
-        self._tokens, self._how, self._batch_size = tokens, how, batch_size
+        self._tokens, self._how, self._batch_size, self._check = tokens, how, batch_size, check
         self._key = jax.random.key(seed)
         self._search = beams > 1, beams, length_penalty
         self._program = jax.jit(functools.partial(self._run, search=self._search))
@@ -106,6 +108,7 @@ class Generator:
                 count_B[row] = len(prompt)
             number_B = np.arange(first + start, first + start + rows, dtype=np.int32)
             found = jax.device_get(self._program(self._params, prompt_BP, count_B, number_B))
+            self._check()
             yield start + len(part), [self._answer(*row) for row in zip(*found, strict=True)][: len(part)]
 
     def check(self, prompt: Sequence[int]) -> None:

@@ -7,7 +7,8 @@ C capacity (slots per expert and group), H heads, K width of a head.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,6 +26,8 @@ from switchmoe.settings import LOSS_WEIGHTS, ModelSettings, MoESettings
 Matmul = Callable[
     [jax.Array, jax.Array | Quantised], jax.Array
 ]  # a dispatcher's: rows times their experts' kernels
+ON_DISK = "on_disk"  # a parameter in place of a layer's experts: `inference.offload.shelf.Shelf`
+Kernels = Mapping[str, Any] | None  # of experts that are not parameters, by name
 
 
 def group_shape(batch: int, length: int, group_size: int) -> tuple[int, int]:
@@ -195,19 +198,21 @@ class Experts(nn.Module):
     train: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, matmul: Matmul) -> jax.Array:
+    def __call__(self, x: jax.Array, matmul: Matmul, kernels: Kernels = None) -> jax.Array:
         experts, d, f = self.moe.total_experts, self.model.d_model, expert_width(self.model, self.moe)
         # batch_axis: fan-in is that of one expert, whatever their number.
         init = kernel_init(self.model.init_scale, in_axis=1, out_axis=2, batch_axis=0)
         names = ("expert", "embed", "mlp")
 
+        def kernel(name: str, names: tuple[str, ...], shape: tuple[int, ...]) -> Any:
+            return kernels[name] if kernels else expert_kernel(self, name, init, names, shape, x.dtype)
+
         def up(name: str) -> jax.Array:
-            return matmul(x, expert_kernel(self, name, init, names, (experts, d, f), x.dtype))
+            return matmul(x, kernel(name, names, (experts, d, f)))
 
         h = activate(self.model.activation, up)
         h = nn.Dropout(self.moe.expert_dropout_rate, deterministic=not self.train)(h)
-        names = ("expert", "mlp", "embed")
-        return matmul(h, expert_kernel(self, "wo", init, names, (experts, f, d), x.dtype))
+        return matmul(h, kernel("wo", ("expert", "mlp", "embed"), (experts, f, d)))
 
 
 class AttentionExperts(nn.Module):
@@ -218,14 +223,16 @@ class AttentionExperts(nn.Module):
     train: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, matmul: Matmul) -> jax.Array:
+    def __call__(self, x: jax.Array, matmul: Matmul, kernels: Kernels = None) -> jax.Array:
         experts, inits = self.moe.total_experts, attention_inits(self.model, batch_axis=0)
         names = ("expert", "embed", "heads", "kv")
-        kernels = [
-            expert_kernel(self, name, inits[name], names, (experts, *shape), x.dtype)
+        own = [
+            kernels[name]
+            if kernels
+            else expert_kernel(self, name, inits[name], names, (experts, *shape), x.dtype)
             for name, shape in projections(self.model).items()
         ]
-        return jnp.concatenate([matmul(x, kernel) for kernel in kernels], axis=-1)
+        return jnp.concatenate([matmul(x, kernel) for kernel in own], axis=-1)
 
 
 class MoELayer(nn.Module):
@@ -277,7 +284,11 @@ class MoELayer(nn.Module):
         routing = self._route(x_GSD, mask_GS, ids_GS)
         dispatcher = exchange.dispatcher(dispatch_name(self.moe, self.causal), routing)
         experts = self.experts(self.model, self.moe, self.train, name="experts")
-        y = _by_expert(experts(_by_expert(dispatcher.dispatch(x_GSD)), dispatcher.matmul))
+        rows, kernels = _by_expert(dispatcher.dispatch(x_GSD)), None
+        if self.has_variable("params", ON_DISK):
+            shelf = self.get_variable("params", ON_DISK)
+            dispatcher, kernels = shelf.at_hand(dispatcher, rows, x_GSD, mask_GS)
+        y = _by_expert(experts(rows, dispatcher.matmul, kernels))
         y_GSD = nn.with_logical_constraint(dispatcher.combine(y), ("group", None, None))
         if self.moe.num_shared and self.experts is Experts:
             # Side by side, the shared experts are one feed-forward of all their widths.

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from switchmoe.data.vocabulary import Vocabulary
+from switchmoe.inference.offload.store import INDEX
 from switchmoe.parallel import sharding
 from switchmoe.runs import buckets, integrity, start
 from switchmoe.settings import MeshSettings, Settings, from_config, to_dict
@@ -37,6 +38,10 @@ def dtype(source: "Source") -> str:
 
     found = ocp.PyTreeCheckpointHandler().metadata(source.step / "state").tree["params"]
     return str(next(iter(flatten_dict(found).values())).dtype)
+
+
+EXPERTS = "experts"  # of a run's directory: its experts in files, by step
+ALONE = "alone"  # in such a step's index: the checkpoint does not have them
 
 
 class Source(NamedTuple):
@@ -96,8 +101,14 @@ def parameters(source: Source, settings: Settings, mesh: Mesh) -> Any:
     """The model's parameters, where the layout has them.
 
     Raises:
-      ValueError: the step is damaged.
+      ValueError: the step is damaged, or has its experts on disk alone.
     """
+    index = source.step.parent.parent / EXPERTS / source.step.name / INDEX
+    if index.exists() and json.loads(index.read_text())["of"].get(ALONE):
+        raise ValueError(
+            f"--source={source.step}: its experts are on disk alone; accepted are experiments.generate and experiments.serve with"
+            " --expert_memory=SIZE"
+        )
     damage = integrity.damage(source.step, "state")
     if damage:
         raise ValueError(f"--source={source.step}: it is damaged: {damage}; accepted is a good one")
@@ -116,6 +127,23 @@ def on_one_device(source: Source, settings: Settings) -> Any:
     """
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
     return parameters(source, dataclasses.replace(settings, mesh=MeshSettings()), mesh)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter is an expert's."""
+    return "/experts/" in name
+
+
+def without_experts(source: Source, settings: Settings) -> Any:
+    """The model's parameters but the experts', on the first device."""
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = flatten_dict(train_state.parameter_shapes(settings), sep="/")
+    like = {
+        name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
+        for name, s in shapes.items()
+        if not is_expert(name)
+    }
+    return unflatten_dict(start.read_parameters(source.step, like), sep="/")
 
 
 def mean_parameters(source: Source, settings: Settings, mesh: Mesh, count: int) -> tuple[Any, list[int]]:

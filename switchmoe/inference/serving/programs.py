@@ -10,7 +10,7 @@ alternatives that are told.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,13 +90,24 @@ class Programs:
       params: as they were trained; prepared here, once.
       max_prompt: tokens of a prompt, at most.
       max_tokens: new ones, at most.
+      check: called when a program is done, before what it computed is told; raises where that is nothing. With it one program
+        runs at a time (`offload.runtime.Pager.check`).
     """
 
-    def __init__(self, settings: Settings, params: Any, slots: int, max_prompt: int, max_tokens: int):
+    def __init__(
+        self,
+        settings: Settings,
+        params: Any,
+        slots: int,
+        max_prompt: int,
+        max_tokens: int,
+        check: Callable[[], None] | None = None,
+    ):
         self.slots, self.max_prompt, self.max_tokens = slots, max_prompt, max_tokens
         self.encodes = "encoder" in settings.stacks
         self.prompt_layers, self.layers = layer_names(settings)
         self.settings, self._params = decoding.laid_out(settings, params)
+        self._check = check
         self._trace = bool(self.prompt_layers or self.layers)
         self._fresh = jax.jit(self._empty)
         self._state = self._fresh()
@@ -141,7 +152,8 @@ class Programs:
         length = next(length for length in self.lengths if length >= len(ids))
         ids_P = np.zeros(length, np.int32)
         ids_P[: len(ids)] = ids
-        state, x_1PD, expert_LPK = self._prefill(self._params, ids_P[None], np.array([len(ids)], np.int32))
+        found = self._prefill(self._params, ids_P[None], np.array([len(ids)], np.int32))
+        state, x_1PD, expert_LPK = self._checked(found)
         return Prefilled(state, x_1PD, ids_P, len(ids), expert_LPK)
 
     def first_position(self, prefilled: Prefilled) -> int:
@@ -159,8 +171,14 @@ class Programs:
 
     def step(self, controls: Controls) -> Stepped:
         """A token of each slot in use."""
-        self._state, found = self._step(self._params, self._state, controls)
+        self._state, found = self._checked(self._step(self._params, self._state, controls))
         return jax.device_get(found)
+
+    def _checked(self, found: Any) -> Any:
+        if self._check:
+            jax.block_until_ready(found)
+            self._check()
+        return found
 
     def _decoder(self, params: Any) -> Decoder:
         return Decoder(self.settings, params, self._trace)

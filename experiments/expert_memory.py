@@ -1,0 +1,52 @@
+"""``--expert_memory=SIZE`` and what goes with it, of experiments.generate and experiments.serve: experts on disk (docs/offload.md)."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from switchmoe.inference.offload.cache import POLICIES
+
+WAYS = ("direct", "pread", "mmap")
+OPTIONS = {"expert_memory": "", "predictor": "none", "expert_policy": "lru", "expert_reads": "direct"}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def checked(given: Mapping[str, str]) -> tuple[int, dict[str, str]]:
+    """(bytes, 0: all experts in memory; the other options).
+
+    Raises:
+      ValueError: a value that is not accepted, or one of the others without a size; one line.
+    """
+    found = {name: given.get(name) or default for name, default in OPTIONS.items()}
+    text = found.pop("expert_memory")
+    if not text:
+        for name, value in found.items():
+            if value != OPTIONS[name]:
+                raise ValueError(f"--{name}={value}: accepted with --expert_memory=SIZE")
+        return 0, found
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?I?B)?", text.upper())
+    budget = int(float(size[1]) * UNITS.get(size[2] or "", 0)) if size else 0
+    if not budget:
+        raise ValueError(f"--expert_memory={text}: accepted is a size such as 512MiB, 2GB or bytes")
+    for name, known in (("expert_policy", POLICIES), ("expert_reads", WAYS)):
+        if found[name] not in known:
+            raise ValueError(f"--{name}={found[name]}: accepted is one of {', '.join(known)}")
+    if found["predictor"] not in ("none", "router") and not Path(found["predictor"]).is_file():
+        raise ValueError(
+            f"--predictor={found['predictor']}: accepted is none, router, or a file that experiments.offload predict wrote"
+        )
+    return budget, found
+
+
+def opened(
+    model: Any, settings: Any, budget: int, found: Mapping[str, str], note: Callable[[str], None]
+) -> Any:
+    """(settings, parameters, `Pager`) of a run whose experts stay on disk. Raises ValueError or OSError, one line."""
+    from switchmoe.data import progress
+    from switchmoe.inference.offload.model import Paging
+    from switchmoe.interop import expert_store
+
+    how = Paging(budget, found["expert_policy"], found["predictor"])
+    told = lambda state: progress.told(note, "writing the experts' files", state)  # noqa: E731
+    return expert_store.opened(model, settings, how, found["expert_reads"], told)

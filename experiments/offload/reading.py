@@ -1,0 +1,77 @@
+"""What the commands that read a trace share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import command_line
+
+PLACE = "a trace's directory or a server's .npz or .npy"
+
+
+def values(arguments: Sequence[str], defaults: dict[str, str], needed: dict[str, str]) -> dict[str, str]:
+    """Values of ``--NAME=VALUE`` by name.
+
+    Args:
+      needed: names that must be given, and what is accepted.
+
+    Raises:
+      ValueError: another argument, no value, or without one that is needed.
+    """
+    found, others = command_line.options(arguments, list(defaults))
+    wrong = others + [f"--{name}=" for name in defaults if f"--{name}=" in arguments]
+    if wrong:
+        raise ValueError(
+            f"argument {wrong[0]}: accepted are {', '.join(f'--{name}=VALUE' for name in defaults)}"
+        )
+    for name, accepted in needed.items():
+        if not found[name]:
+            raise ValueError(f"no {name}; accepted is --{name}=, {accepted}")
+    return {name: value or defaults[name] for name, value in found.items()}
+
+
+def whole(name: str, text: str, least: int) -> int:
+    if not (text.isascii() and text.isdecimal()) or int(text) < least:
+        raise ValueError(f"--{name}={text}: accepted is an integer >= {least}")
+    return int(text)
+
+
+def beside(place: Path) -> Path:
+    """Where results of a trace go by default."""
+    return (place.with_suffix("") if place.suffix in (".npz", ".npy") else place) / "offload"
+
+
+def trace(place: Path, out: Path) -> Path:
+    """The trace's directory; of arrays that a server gave, one that is made in ``out``.
+
+    Raises:
+      ValueError: it can't be read.
+    """
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "pyarrow: the package is missing, traces are .parquet files; accepted is after pip install 'switchmoe[parquet]'"
+        ) from error
+    from switchmoe.analysis.routing import arrays, traces
+
+    if place.suffix not in arrays.SUFFIXES:
+        traces.read_info(place)
+        return place
+    directory = out / "trace"
+    if not (directory / traces.INFO_FILE).exists():
+        arrays.convert(place, directory)
+    return directory
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table in columns, the first one to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [
+                first.ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)),
+            ]
+        )
+        for first, *rest in lines
+    )

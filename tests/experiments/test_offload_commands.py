@@ -1,0 +1,158 @@
+"""Experts on disk for a user: `experiments.generate --expert_memory`, `experiments.convert --experts_on_disk`, the benchmark's short form."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import convert, generate
+from experiments.bench import offload, offload_model
+from experiments.expert_memory import checked
+
+pytestmark = pytest.mark.usefixtures("one_device")
+PROMPTS = ["--ids", "--prompt=0 5 9", "--prompt=0 7", "--max_tokens=5", "--temperature=1"]
+
+
+def synthetic(out, *arguments):
+    options = offload.parse(
+        ["offload", f"--out={out}", "--tiny", "--stacks=decoder_only", "--layers=4", *arguments]
+    )
+    run = out / "run"
+    offload_model._write(run, offload_model.synthetic(options), 0.5)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return synthetic(tmp_path_factory.mktemp("offload"))
+
+
+@pytest.fixture(scope="module")
+def resident(run):
+    return answers(generate.main, run)
+
+
+def answers(main, run, *arguments):
+    """What the command prints, by a file."""
+    out = run.parent / "answers.jsonl"
+    assert main(["generate", f"--source={run}", *PROMPTS, f"--out={out}", *arguments]) == 0
+    return out.read_text()
+
+
+def test_generate_within_a_budget_answers_the_same_and_writes_the_store_once(run, resident, capsys):
+    for arguments in (["--predictor=router"], ["--expert_policy=least_stale", "--expert_reads=mmap"]):
+        capsys.readouterr()
+        assert answers(generate.main, run, "--expert_memory=480KiB", *arguments) == resident
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("experts: ") and " MB read" in line
+        files = sorted((run / "experts" / "1").iterdir())
+        assert [file.name for file in files] == ["decoder.1.experts", "decoder.3.experts", "index.json"]
+        times = {file: file.stat().st_mtime_ns for file in files}
+    assert times == {file: file.stat().st_mtime_ns for file in files}
+
+
+def test_what_is_refused_gets_one_line(run, resident, tmp_path, capsys):
+    given = [f"--source={run}", *PROMPTS]
+    for arguments, message in (
+        (["--expert_memory=much"], "--expert_memory=much: accepted is a size such as 512MiB"),
+        (["--predictor=router"], "--predictor=router: accepted with --expert_memory=SIZE"),
+        (
+            ["--expert_memory=1MB", "--expert_policy=fifo"],
+            "--expert_policy=fifo: accepted is one of lru, lfu",
+        ),
+        (
+            ["--expert_memory=1MB", "--predictor=gone.npz"],
+            "--predictor=gone.npz: accepted is none, router, or a file",
+        ),
+        (
+            ["--expert_memory=20KiB"],
+            "decoder/1 may need 20 experts at once; accepted is 327680 bytes or more",
+        ),
+    ):
+        capsys.readouterr()
+        assert generate.main(["generate", *given, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") <= 2, error  # and the counts, where it had begun
+    assert checked({"expert_memory": "1.5GiB"})[0] == 3 << 29 and checked({})[0] == 0
+
+
+def test_integers_on_disk_alone_are_a_run_for_generate_and_for_nobody_else(run, tmp_path, capsys):
+    target = tmp_path / "int8"
+    assert convert.main(["convert", f"--source={run}", f"--target={target}", "--experts_on_disk=int8"]) == 0
+    assert "40 experts of 2 layers" in capsys.readouterr().out
+    assert json.loads((target / "config.json").read_text())["moe"]["expert_bits"] == 8
+    assert not list((target / "checkpoints" / "1" / "state").glob("*experts*"))
+    answers(generate.main, target, "--expert_memory=1MB")
+    assert generate.main(["generate", f"--source={target}", *PROMPTS]) == 2
+    assert "its experts are on disk alone; accepted are experiments.generate" in capsys.readouterr().err
+
+
+def test_damage_is_exit_4_with_the_experts_name(run, resident, tmp_path, capsys):
+    target = tmp_path / "copy"
+    assert convert.main(["convert", f"--source={run}", f"--target={target}", "--experts_on_disk=own"]) == 0
+    assert answers(generate.main, target, "--expert_memory=480KiB") == resident
+    file = target / "experts" / "1" / "decoder.1.experts"
+    raw = bytearray(file.read_bytes())
+    for place in range(4096 + 5, len(raw), 4096):
+        raw[place] ^= 4
+    file.write_bytes(raw)
+    given = ["generate", f"--source={target}", *PROMPTS, "--expert_memory=480KiB"]
+    capsys.readouterr()
+    assert generate.main(given) == 4
+    assert "of decoder/1 in" in (error := capsys.readouterr().err) and "is damaged" in error
+    file.unlink()
+    assert generate.main(given) == 4
+    assert f"{file}: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_store_that_was_killed_is_taken_up_again(tmp_path, environment):
+    run = synthetic(tmp_path, "--experts=64", "--d_model=256", "--d_ff=512")
+    target = tmp_path / "target"
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.convert",
+        f"--source={run}",
+        f"--target={target}",
+        "--experts_on_disk=own",
+    ]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    written = tmp_path / ".target.converting" / "experts" / "1" / "written.json"
+    for _ in range(3000):
+        if written.exists() or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert written.exists() and not target.exists()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole = tmp_path / "whole"
+    assert convert.main(["convert", f"--source={run}", f"--target={whole}", "--experts_on_disk=own"]) == 0
+    for name in ("index.json", "decoder.1.experts"):
+        assert (target / "experts" / "1" / name).read_bytes() == (whole / "experts" / "1" / name).read_bytes()
+    assert not (target / "experts" / "1" / "written.json").exists()
+
+
+def test_the_benchmarks_short_form(tmp_path, capsys, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    cases = ["resident float32", "float32, table, direct", "plain mmap"]
+    given = ["offload", f"--out={tmp_path}", "--tiny", "--stacks=decoder_only", f"--cases={';'.join(cases)}"]
+    assert offload.main(given) == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "offload.json").read_text())
+    assert [row["case"] for row in found["rows"]] == cases
+    for row in found["rows"]:
+        assert row["tokens_per_second"] > 0 and row["same_answers"], row
+    assert 0 < found["rows"][1]["hits"] <= 1 and found["machine"]["processor"]
+    assert "answers the same" in capsys.readouterr().out
+
+
+def test_the_benchmark_refuses_an_unknown_case(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        offload.parse(["offload", f"--out={tmp_path}", "--cases=fast"])
+    assert error.value.code == 2 and "--cases=fast: accepted" in capsys.readouterr().err

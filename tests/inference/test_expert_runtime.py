@@ -1,0 +1,262 @@
+"""Experts on disk: the same bits as with all of them in memory; what is read, what waits, and what can't be."""
+
+import dataclasses
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from expert_files import as_integers, without_experts, write
+from test_decoding import init, settings
+
+from switchmoe.inference.decoding import Choosing
+from switchmoe.inference.generation import Generator
+from switchmoe.inference.offload.model import Paging, paged
+from switchmoe.inference.offload.predict import Table
+from switchmoe.inference.offload.runtime import Pager, in_memory
+from switchmoe.inference.offload.shelf import Lying
+from switchmoe.inference.offload.store import Store, StoreError
+from switchmoe.inference.serving.programs import Controls, Programs
+from switchmoe.model.moe import ON_DISK
+
+pytestmark = pytest.mark.usefixtures("one_device")
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
+HOW = {
+    "greedy": dict(how=Choosing(stop_ids=())),
+    "sampled": dict(how=Choosing(temperature=1.0, top_k=20, stop_ids=())),
+    "beams": dict(beams=2),
+}
+MODELS = {  # kind, router, settings of moe and model, how; at most 16 experts are apart, each an array
+    "top_k, shared, apart": ("decoder_only", "top_k", dict(), dict(), "greedy"),
+    "top 1, many": ("encoder_decoder", "switch", dict(num_experts=20), dict(), "greedy"),
+    "bfloat16, apart": ("encoder_decoder", "switch", dict(), dict(dtype="bfloat16"), "sampled"),
+    "scanned, gated, many": ("decoder_only", "top_k", dict(num_experts=20), dict(scan=True, num_layers=4, activation="swiglu"), "beams"),
+    "attention": ("decoder_only", "switch", dict(attention=True), dict(), "greedy"),
+    "expert choice": ("encoder_decoder", "expert_choice", dict(decoder_router="switch"), dict(), "greedy"),
+    "hash": ("decoder_only", "hash", dict(), dict(), "greedy"),
+}  # fmt: skip
+
+
+def model(name):
+    kind, router, moe, own, _ = MODELS[name]
+    return settings(kind, router, dict(num_layers=2) | own, **moe)
+
+
+def share(layers, part):
+    """A budget: so much of all experts' bytes, and what the largest layer needs at least."""
+    whole = [sum(layer.record(e).size for e in range(len(layer.forms))) for layer in layers]
+    return max(int(part * sum(whole)), max(whole))
+
+
+def on_disk(of, params, directory, part=0.5, predictor="none", form="float32", **how):
+    layers = write(of, params, directory, form)
+    memory = in_memory(layers, of.model.dtype, False)
+    return paged(
+        of, without_experts(params), Store(directory), Paging(share(memory, part), predictor=predictor, **how)
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_those_of_all_experts_in_memory(name, tmp_path):
+    of, how = model(name), HOW[MODELS[name][-1]]
+    params = init(of)
+    predictor = "router" if of.moe.router in ("switch", "top_k") else "none"
+    own, held, pager = on_disk(of, params, tmp_path / "experts", predictor=predictor)
+    found, wanted = Generator(own, held, 6, check=pager.check, **how), Generator(of, params, 6, **how)
+    for prompts in (PROMPTS, PROMPTS[:1])[: 2 if name == "top 1, many" else 1]:
+        assert found(prompts) == wanted(prompts)
+    counts = pager.counts
+    assert counts.misses > 0 and counts.read > 0 and counts.hits > 0, str(counts)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_are_those_of_a_model_of_integers(bits, tmp_path):
+    of = model("top 1, many")
+    params = init(of)
+    group = 8 if bits == 4 else 0
+    slim = dataclasses.replace(of, moe=dataclasses.replace(of.moe, expert_bits=bits, expert_group=group))
+    integers = as_integers(slim, params)
+    wanted = Generator(slim, integers, 6, **HOW["greedy"])(PROMPTS)
+    own, held, pager = on_disk(slim, integers, tmp_path / "own", form=f"int{bits}")
+    assert Generator(own, held, 6, check=pager.check, **HOW["greedy"])(PROMPTS) == wanted
+    assert max(layer.stride for layer in pager._layers) < 4 * 8 * 4096  # they stay integers in memory
+
+
+def test_each_expert_of_its_own_width_is_its_own_kernel(tmp_path):
+    """A layer's experts of several forms: those of float32 are exact, those of integers what their codes say."""
+    of = model("top 1, many")
+    params, experts = init(of), of.moe.total_experts
+    names = [f"{stack}/1" for stack in ("encoder", "decoder")]
+    forms = {name: [("float32", "int8", "int4", "int2")[e % 4] for e in range(experts)] for name in names}
+    layers = write(of, params, tmp_path / "mixed", kept_forms=forms)
+    own, held, pager = paged(
+        of, without_experts(params), Store(tmp_path / "mixed"), Paging(share(layers, 0.5))
+    )
+    shelf = held["decoder"]["blocks_0"]["block_1"]["moe"][ON_DISK]
+    kernel_EDF = Lying(shelf.memory, None, "wi", shelf.layer, jnp.float32)
+    pager(1, asks(0, 1, 2, 3))
+    exact_EDF = np.asarray(params["decoder"]["blocks_0"]["block_1"]["moe"]["experts"]["wi"])
+    for expert, most in ((0, 0.0), (1, 0.01), (2, 0.15), (3, 0.6)):
+        off = np.abs(np.asarray(jax.jit(kernel_EDF.__getitem__)(expert)) - exact_EDF[expert]).max()
+        assert off <= most and (off > 0) == (expert > 0)
+    pager.check()
+    assert len(Generator(own, held, 4, check=pager.check, **HOW["greedy"])(PROMPTS)) == 3
+
+
+def test_a_servers_answers_are_those_of_all_experts_in_memory(tmp_path):
+    of = model("top 1, many")
+    params = init(of)
+    own, held, pager = on_disk(of, params, tmp_path / "experts", predictor="router")
+
+    def answers(programs):
+        controls, found = Controls.empty(2), []
+        for slot, prompt in enumerate(PROMPTS[:2]):
+            prefilled = programs.prefill(prompt)
+            programs.insert(prefilled, slot)
+            controls.position_B[slot] = programs.first_position(prefilled)
+        for _ in range(4):
+            stepped = programs.step(controls)
+            found.append((stepped.token_B.tolist(), stepped.log_prob_B.tolist(), stepped.expert_LBK.tolist()))
+            controls.position_B[:] += 1
+        return found
+
+    limits = 2, 8, 6
+    assert answers(Programs(own, held, *limits, pager.check)) == answers(Programs(of, params, *limits))
+
+
+def test_a_budget_too_small_is_refused_with_the_least_that_works(tmp_path):
+    of = model("top 1, many")
+    params = init(of)
+    layers = write(of, params, tmp_path / "experts")
+    store, size = Store(tmp_path / "experts"), layers[0].record(0).size
+    with pytest.raises(
+        ValueError,
+        match=rf"--expert_memory=10: encoder/1 may need 1 experts at once; accepted is {size} bytes",
+    ):
+        paged(of, without_experts(params), store, Paging(10))
+    own, held, pager = paged(of, without_experts(params), store, Paging(3 * size))
+    with pytest.raises(
+        ValueError, match=f"encoder/1 may need 16 experts at once; accepted is {16 * size} bytes or more"
+    ):
+        Generator(own, held, 4, check=pager.check)(PROMPTS[:1])
+    own, held, pager = paged(of, without_experts(params), store, Paging(16 * size))
+    wanted = Generator(of, params, 4, **HOW["greedy"])(PROMPTS[:1])
+    assert Generator(own, held, 4, check=pager.check, **HOW["greedy"])(PROMPTS[:1]) == wanted
+
+
+class Slow(Store):
+    """A disk that stands still until it is let go on."""
+
+    def __init__(self, directory):
+        super().__init__(directory, "pread")
+        self.on, self.asked = threading.Event(), []
+
+    def read(self, layer, expert, buffer):
+        self.asked.append((layer, expert))
+        self.on.wait(10)
+        super().read(layer, expert, buffer)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("files") / "experts"
+    of = model("top 1, many")
+    return directory, write(of, init(of), directory)
+
+
+def asks(*experts):
+    rows_E = np.zeros(20, np.int32)
+    rows_E[list(experts)] = 1
+    return rows_E
+
+
+def bytes_of(pager, layer, expert):
+    return bytes(pager.memory.place(layer, expert))
+
+
+def made(files, experts, store=None, **how):
+    directory, layers = files
+    return Pager(store or Store(directory), layers, "float32", experts * layers[0].record(0).size, **how)
+
+
+def test_an_expert_that_leaves_gives_its_bytes_to_the_one_that_comes(files):
+    pager, right = made(files, 2), made(files, 40)
+    for layer, expert in ((0, 3), (0, 4), (1, 5), (0, 3), (1, 4), (1, 5)):
+        pager(layer, asks(expert))
+        right(layer, asks(expert))
+        assert bytes_of(pager, layer, expert) == bytes_of(right, layer, expert)
+    pager.check()
+    assert (pager.counts.hits, pager.counts.misses) == (0, 6) and (
+        right.counts.hits,
+        right.counts.misses,
+    ) == (2, 4)
+    held = [bytes_of(pager, layer, e) for layer in (0, 1) for e in range(20)]
+    assert sum(any(record) for record in held) <= 2  # behind the others' addresses there is nothing
+
+
+def test_what_is_foreseen_is_read_ahead_and_forgotten_when_something_else_is_asked(files):
+    pager = made(files, 4)
+    pager(0, asks(1), None, np.eye(20)[7])
+    for _ in range(200):
+        if (1, 7) in pager._ready:
+            break
+        time.sleep(0.01)
+    before = pager.counts.misses
+    pager(1, asks(7))
+    assert pager.counts.misses == before and pager.counts.useful == pager.counts.ahead > 0
+    store = Slow(files[0])
+    pager = made(files, 4, store)
+    store.on.set()
+    pager(0, asks(1, 2))
+    store.on.clear()
+    pager._foresee(0, [1, 2], np.eye(20)[5] * 2 + np.eye(20)[6])  # two; one is begun
+    for _ in range(200):
+        if store.asked[-1] == (1, 5):
+            break
+        time.sleep(0.01)
+    threading.Timer(0.05, store.on.set).start()
+    pager(1, asks(9))  # asked for at once, though the other is still being read
+    pager.check()
+    assert (1, 6) not in store.asked and store.asked[-1] == (1, 9)
+
+
+def test_a_table_foresees(files):
+    chosen = np.array([[[e], [(e + 1) % 20]] for e in range(20)] * 5)
+    pager = made(files, 40, table=Table.learn(chosen, 20))
+    pager(0, asks(3))
+    for _ in range(200):
+        if (1, 4) in pager._ready:
+            break
+        time.sleep(0.01)
+    pager(1, asks(4))
+    assert pager.counts.hits == 1 and pager.counts.useful > 0
+
+
+def test_a_disk_that_is_slow_is_one_line_and_nothing_is_used(files):
+    store = Slow(files[0])
+    pager = made(files, 4, store, patience=0.1)
+    began = time.monotonic()
+    pager(0, asks(1))
+    pager(0, asks(2))  # the program goes on to its end at once
+    assert time.monotonic() - began < 5
+    with pytest.raises(
+        StoreError, match=r"expert 1 of encoder/1 in .* was not read within 0.1 s: the disk is slow, or gone"
+    ):
+        pager.check()
+    store.on.set()
+    pager(0, asks(2))
+    pager.check()  # what is whole again works
+
+
+def test_a_damaged_expert_ends_the_answer_with_its_name(tmp_path):
+    of = model("top 1, many")
+    params = init(of)
+    own, held, pager = on_disk(of, params, tmp_path / "experts")
+    raw = bytearray((tmp_path / "experts" / "decoder.1.experts").read_bytes())
+    for expert in range(20):
+        raw[pager._store.place(1, expert)[0] + 9] ^= 1
+    (tmp_path / "experts" / "decoder.1.experts").write_bytes(raw)
+    with pytest.raises(StoreError, match=r"expert \d+ of decoder/1 in .*decoder\.1\.experts is damaged"):
+        Generator(own, held, 4, check=pager.check)(PROMPTS)
