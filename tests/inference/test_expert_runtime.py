@@ -11,6 +11,7 @@ import pytest
 from expert_files import as_integers, without_experts, write
 from test_decoding import init, settings
 
+from switchmoe.inference import decoding
 from switchmoe.inference.decoding import Choosing
 from switchmoe.inference.generation import Generator
 from switchmoe.inference.offload.model import Paging, paged
@@ -52,7 +53,7 @@ def share(layers, part):
 
 def on_disk(of, params, directory, part=0.5, predictor="none", form="float32", **how):
     layers = write(of, params, directory, form)
-    memory = in_memory(layers, of.model.dtype, False)
+    memory = in_memory(layers, decoding.as_computed(of).model.dtype, False)
     return paged(
         of, without_experts(params), Store(directory), Paging(share(memory, part), predictor=predictor, **how)
     )
