@@ -15,7 +15,7 @@ The synthetic router's columns have lengths of a log-normal distribution, so tha
   --limit=SIZE         (a quarter of the experts in float32)
   --expert_memory=SIZE of which is for experts (the limit without code and other weights, CODE)
   --tokens, --answers, --rounds    new tokens of an answer, answers measured of each case and round, rounds (64, 4, 3)
-  --cases=A,B          those alone
+  --cases="A;B"        those alone
   --tiny               small, without a limit: to see that it runs
 
 Exit codes: 0 done; 2 bad input; 4 a file that can't be written or read.
