@@ -85,6 +85,8 @@ def accept(name, arguments):
             importlib.import_module("experiments.bench.accelerator")._parse(arguments[1:])
         elif arguments[:1] == ["serving"]:
             importlib.import_module("experiments.bench.serving").parse(arguments)
+        elif arguments[:1] == ["offload"]:
+            importlib.import_module("experiments.bench.offload").parse(arguments)
         else:
             importlib.import_module("experiments.bench.__main__")._parse(arguments)
     else:
