@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name not in CASES:
             parser.error(f"--cases={name}: accepted, with ; between them, are {'; '.join(CASES)}")
     if found.tiny:
-        small = dict(d_model=32, d_ff=64, layers=2, experts=20, tokens=6, answers=1, rounds=1)
+        small = dict(d_model=32, d_ff=64, layers=4, experts=20, tokens=6, answers=1, rounds=1)
         for name, value in small.items():
             if getattr(found, name) == parser.get_default(name):
                 setattr(found, name, value)
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
         print(__doc__.strip())
         return 0
     if argv[1:2] and argv[1].startswith(CHILD):
-        return _child(json.loads(argv[1].removeprefix(CHILD)))
+        return exits.guarded(COMMAND, lambda: _child(json.loads(argv[1].removeprefix(CHILD))))
     options = parse(argv)
     return exits.guarded(COMMAND, lambda: _bench(options, argv))
 
@@ -97,7 +97,7 @@ def _bench(options: argparse.Namespace, argv: list[str]) -> int:
     facts = offload_model.facts(model)
     limit = 0 if options.tiny else _size(options.limit) or facts["expert_bytes"] // 4
     budget = checked({"expert_memory": options.expert_memory})[0]
-    budget = budget or (facts["expert_bytes"] // 4 if options.tiny else limit - facts["other_bytes"] - CODE)
+    budget = budget or (facts["expert_bytes"] // 2 if options.tiny else limit - facts["other_bytes"] - CODE)
     if budget < 1:
         raise ValueError(
             f"--limit={limit}: accepted is more than {facts['other_bytes'] + CODE}, for code and the other weights"

@@ -1,1 +1,5 @@
-"""Experts on disk: which of them stay in memory (`cache`), and which a layer will need next (`predict`)."""
+"""Experts on disk (docs/offload.md).
+
+`layout` and `store` are the files, `memory` is where experts lie at hand, `cache` says which stay, `predict` which a layer will need next,
+`widths` how many bits each has. `runtime` brings them in, `shelf` is what a program's layers ask, `model` puts it together.
+"""

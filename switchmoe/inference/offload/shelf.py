@@ -2,9 +2,9 @@
 
 The program is that of the resident model, product for product. Before a layer's products it asks the host, in a callback, for
 the experts that have rows; the answer are the rows' counts, unchanged. What reads kernels is a loop of so many steps as the
-counts say, so none is read before the host has answered. That was compared with the other way, pieces of a block that are
-compiled by themselves with the experts chosen as arguments: a callback takes less than 0.1 ms, as a compiled piece's call does,
-while sampling, beams and the server's steps stay the one program that they are, and with them the bits.
+counts say, so none is read before the host has answered. The other way would be pieces of a block, compiled by themselves, with the
+experts chosen as arguments: they would end sums and products elsewhere than the one program does, and sampling, beams and the
+server's steps would be written again. A call of the host costs 0.2 to 0.4 ms of a core (2 cores of an AMD EPYC, jax 0.12).
 
 Letters: G groups, S tokens per group, D model, F a kernel's columns, E experts, N rows, K choices.
 """
