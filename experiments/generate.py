@@ -89,10 +89,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
             and equals
             and name in ("source", "file", "out", "prompt", "stop", *NUMBERS)
         ):
-            accepted = ", ".join(
-                f"--{option}=" for option in ("source", "prompt", "file", "out", *NUMBERS, "stop")
-            )
-            raise ValueError(f"argument {argument}: accepted are {accepted}, --ids and --config.GROUP.FIELD=")
+            names = ("source", "prompt", "file", "out", *NUMBERS, "stop")
+            raise ValueError(command_line.unknown(argument, [*(f"--{one}=" for one in names), "--ids"]))
         elif name in ("prompt", "stop"):
             getattr(found, name).append(value if name == "prompt" else _number(name, value))
         elif name in NUMBERS:
