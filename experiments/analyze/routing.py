@@ -114,7 +114,7 @@ def _analyse(arguments: Arguments) -> int:
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "pyarrow: the package is missing, traces are .parquet files; accepted is after pip install 'switchmoe[parquet]'"
+            "pyarrow: the package is missing, traces are .parquet files; accepted is after pip install '.[parquet]'"
         ) from error
     from switchmoe.analysis.routing import traces
 
