@@ -8,7 +8,7 @@ import io
 import shutil
 import textwrap
 import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,13 @@ GROUPS = {
 }
 
 
-def parse(argv: Sequence[str], default_config: str, doc: str, buckets: bool = False) -> tuple[Settings, str]:
+def parse(
+    argv: Sequence[str], default_config: str, doc: str, buckets: bool = False, own: Sequence[str] = ()
+) -> tuple[Settings, str]:
     """Settings and ``--workdir`` (default: runs/NAME for configs/NAME.py), which may be in a bucket if so said.
+
+    Args:
+      own: the command's other flags (``--NAME=``, ``--NAME``), which it has taken out of ``argv``.
 
     Raises:
       ValueError: one line that names the argument, its value and what would be accepted.
@@ -35,12 +40,16 @@ def parse(argv: Sequence[str], default_config: str, doc: str, buckets: bool = Fa
         print(_help(doc))
         raise SystemExit(0)
     argv = [argv[0], *(_check(argument) for argument in joined(argv[1:]))]
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if name not in ("config", "workdir") and not name.startswith(("config.", "noconfig.")):
+            raise ValueError(unknown(argument, ["--config=", "--workdir=", *own]))
     values = flags.FlagValues()
     path = resolve(default_config)
     config = config_flags.DEFINE_config_file("config", path, flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", "", "the run's directory", flag_values=values)
     try:
-        rest = values(argv)[1:]
+        values(argv)
         found = config.value
     except flags.IllegalFlagValueError as error:
         raise ValueError(_wrong_type(argv, error)) from error
@@ -48,8 +57,6 @@ def parse(argv: Sequence[str], default_config: str, doc: str, buckets: bool = Fa
         raise ValueError(f"{str(error).splitlines()[0]}; see --help") from error
     except Exception as error:
         raise ValueError(f"--config: {_last_line(error)}") from error
-    if rest:
-        raise ValueError(f"argument {rest[0]}: accepted are --config=, --workdir= and --config.GROUP.FIELD=")
     if not isinstance(found, ConfigDict):
         raise ValueError(f"--config: get_config() returned {found!r}; accepted is a ConfigDict")
     if "://" in values.workdir and not (buckets and values.workdir.startswith(("gs://", "s3://"))):
@@ -105,9 +112,25 @@ def values(
         elif argument.startswith("--") and name in defaults and value:
             own[name] = value
         else:
-            accepted = ", ".join([f"--{option}=" for option in defaults] + [f"--{flag}" for flag in flags])
-            raise ValueError(f"argument {argument}: accepted are {accepted} and --config.GROUP.FIELD=")
+            raise ValueError(
+                unknown(argument, [f"--{option}=" for option in defaults] + [f"--{flag}" for flag in flags])
+            )
     return found, own
+
+
+def unknown(argument: str, flags: Sequence[str]) -> str:
+    """One line on an argument that a command of these flags (``--NAME=``, ``--NAME``) does not take: what may be meant, and what is accepted."""
+    names = {flag.strip("-="): flag for flag in flags}
+    names |= {
+        field: f"--config.{group}.{field}="
+        for group, fields in GROUPS.items()
+        for field in fields
+        if field not in names
+    }
+    meant = _meant(argument.lstrip("-").partition("=")[0], names, names.get)
+    return (
+        f"argument {argument}{meant}: accepted are {', '.join(flags)} and --config.GROUP.FIELD= (see --help)"
+    )
 
 
 def free_lengths(arguments: Sequence[str]) -> list[str]:
@@ -123,8 +146,6 @@ def _check(argument: str) -> str:
         return argument
     if name == "config" and equals:
         return f"--config={resolve(value)}"
-    if name == "flagfile":
-        raise ValueError(f"{argument}: accepted are --config=, --workdir= and --config.GROUP.FIELD=")
     if not name.startswith(("config.", "noconfig.")):
         return argument
     group, _, field = name.partition(".")[2].partition(".")
@@ -137,9 +158,11 @@ def _check(argument: str) -> str:
             f"--{name}={value}: a whole group can't be overwritten; accepted is --{name}.FIELD=VALUE"
         )
     if field not in GROUPS[group]:
+        elsewhere = [f"config.{other}.{field}" for other in GROUPS if field in GROUPS[other]]
+        meant = f" (did you mean {elsewhere[0]}?)" if elsewhere else _meant(field, GROUPS[group])
         raise ValueError(
-            f"--{name}: config.{group} has no field {field}{_meant(field, GROUPS[group])};"
-            f" accepted are {', '.join(GROUPS[group])}"
+            f"--{name}: config.{group} has no field {field}{meant}; accepted is one of its {len(GROUPS[group])} fields (see"
+            " --help)"
         )
     return argument
 
@@ -199,9 +222,13 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _meant(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+def _meant(name: str, known: Any, shown: Callable[[str], str] = str) -> str:
+    """The nearest name, and the second where it is near, too."""
+    close = (
+        difflib.get_close_matches(name, known, n=1)
+        + difflib.get_close_matches(name, known, n=2, cutoff=0.75)[1:]
+    )
+    return f" (did you mean {' or '.join(map(shown, close))}?)" if close else ""
 
 
 def _help(doc: str) -> str:

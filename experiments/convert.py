@@ -168,7 +168,7 @@ def _convert(found: dict[str, Any]) -> int:
     wanted = BOOLS[found["check"]] if found["check"] else check.available()
     if wanted and not check.available():
         raise ValueError(
-            "--check=True: accepted with transformers 5.18 or newer and torch (pip install 'switchmoe[hf]')"
+            "--check=True: accepted with transformers 5.18 or newer and torch (pip install '.[hf]')"
         )
     source = _source(found)
     if convert.is_run(source):
@@ -247,7 +247,7 @@ def _source(found: dict[str, Any]) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ValueError(
-            f"--source={text}: nothing is there, and to fetch it takes pip install 'switchmoe[hf]'"
+            f"--source={text}: nothing is there, and to fetch it takes pip install '.[hf]'"
         ) from error
     patterns = ["*.json", "*.safetensors", "spiece.model", "tokenizer.model"]
     try:

@@ -34,7 +34,9 @@ def _distill(argv: list[str]) -> int:
     task = ["", "task:"][bool(own["task"])]
     given = [f"--config={CONFIG}:{task}{own['teacher']}"]
     given += [f"--config.task.names={own['task']}"] if own["task"] else []
-    settings, workdir = command_line.parse(["distill", *given, *rest], CONFIG, __doc__, buckets=True)
+    settings, workdir = command_line.parse(
+        ["distill", *given, *rest], CONFIG, __doc__, True, ("--teacher=", "--task=")
+    )
     if own["task"]:
         process.keep_quiet()
         process.check_devices()

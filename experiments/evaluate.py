@@ -119,7 +119,8 @@ def measure(
     with jax.set_mesh(mesh), sharding.rules(settings):
         params, steps = trained.mean_parameters(model, settings, mesh, average)
         judge = judges.HeldOut("text", held_out, objective.CROSS_ENTROPY, settings, mesh)
-        with telling(note, "measuring", lambda: f"{judge.done} of {len(held_out)} batches"):
+        state = lambda: f"{judge.done} of {len(held_out)} batches"  # noqa: E731
+        with telling(note, "compiling and measuring", state, at_once=True):
             judge.compile(params)
             found = judge.figures(params)
     found = {name: np.asarray(value).tolist() for name, value in found.items()}

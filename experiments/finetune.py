@@ -39,7 +39,9 @@ def _finetune(argv: list[str]) -> int:
     trains = own["steps"] == "" or int(own["steps"]) > 0
     given = [f"--config={CONFIG}:{own['init']}", f"--config.task.names={own['task']}"]
     given += [f"--config.train.num_steps={own['steps']}"] if own["steps"] and trains else []
-    settings, workdir = command_line.parse(["finetune", *given, *rest], CONFIG, __doc__, buckets=True)
+    settings, workdir = command_line.parse(
+        ["finetune", *given, *rest], CONFIG, __doc__, True, ("--init=", "--task=", "--steps=")
+    )
     process.keep_quiet()
     process.check_devices()
     from switchmoe.runs import finetuning

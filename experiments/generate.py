@@ -96,11 +96,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
             and equals
             and name in ("source", "file", "out", "prompt", "stop", *NUMBERS, *expert_memory.OPTIONS)
         ):
-            accepted = ", ".join(
-                f"--{option}="
-                for option in ("source", "prompt", "file", "out", *NUMBERS, "stop", *expert_memory.OPTIONS)
-            )
-            raise ValueError(f"argument {argument}: accepted are {accepted}, --ids and --config.GROUP.FIELD=")
+            names = ("source", "prompt", "file", "out", *NUMBERS, "stop", *expert_memory.OPTIONS)
+            raise ValueError(command_line.unknown(argument, [*(f"--{one}=" for one in names), "--ids"]))
         elif name in ("prompt", "stop"):
             getattr(found, name).append(value if name == "prompt" else _number(name, value))
         elif name in expert_memory.OPTIONS:
@@ -196,13 +193,17 @@ def _record(prompt: Prompt, answer: Any, text_of: Callable | None) -> dict[str, 
     return {"prompt": prompt.shown, "text": text, "ids": answer.ids, "score": answer.score}
 
 
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _answers(generator: Any, prompts: list[list[int]]) -> Iterator[Any]:
     """One for each prompt, as they come, with a sign of life where it takes long."""
     from switchmoe.data.progress import told
 
     done = [0]
-    note = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    with told(note, "generating", lambda: f"{done[0]} of {len(prompts)} prompts"):
+    state = lambda: f"{done[0]} of {len(prompts)} prompts"  # noqa: E731
+    with told(_note, "compiling and generating", state, at_once=True):
         for done[0], answers in generator.batches(prompts):
             yield from answers
 
@@ -211,6 +212,7 @@ def _model(
     arguments: Arguments,
 ) -> tuple[Any, Callable[[Any], Prompt], Callable[[list[int]], str] | None, Any]:
     """(generator, a prompt of what was given, the text of ids if there is a vocabulary, what brings experts in or None)."""
+    from switchmoe.data.progress import told
     from switchmoe.inference import generation
     from switchmoe.inference.decoding import Choosing
     from switchmoe.runs import trained
@@ -229,13 +231,14 @@ def _model(
     how = Choosing(arguments.temperature, arguments.top_k, arguments.top_p, (eos, *arguments.stop))
     numbers = arguments.max_tokens, how, arguments.beams, arguments.length_penalty
     budget, how_paged = expert_memory.checked(arguments.experts)
+    last = arguments.batch_size, arguments.seed
+    pager = None
     if budget:
-        note = lambda text: print(text, file=sys.stderr)  # noqa: E731
-        settings, params, pager = expert_memory.opened(model, settings, budget, how_paged, note)
-        last = arguments.batch_size, arguments.seed, pager.check
+        settings, params, pager = expert_memory.opened(model, settings, budget, how_paged, _note)
+        last += (pager.check,)
     else:
-        params, pager = trained.on_one_device(model, settings), None
-        last = arguments.batch_size, arguments.seed
+        with told(_note, f"reading {model.step}"):
+            params = trained.on_one_device(model, settings)
     generator = generation.Generator(settings, params, *numbers, *last)
 
     def prompt_of(given: Any) -> Prompt:
@@ -302,7 +305,9 @@ def _ids(where: str, text: str) -> list[int]:
 
 def _converse(generator: Any, prompt_of: Callable, text_of: Callable | None) -> int:
     """Answers lines of the terminal until it ends."""
-    print("a prompt a line; Ctrl-D to end", file=sys.stderr)
+    from switchmoe.data.progress import told
+
+    _note("a prompt a line; Ctrl-D to end")
     number = 0
     while True:
         try:
@@ -314,9 +319,10 @@ def _converse(generator: Any, prompt_of: Callable, text_of: Callable | None) -> 
         try:
             prompt = prompt_of(line if text_of else _ids("prompt", line))
         except ValueError as error:
-            print(error, file=sys.stderr)
+            _note(str(error))
             continue
-        (answer,) = generator([prompt.ids], number)
+        with told(_note, "answering" if number else "compiling and answering", at_once=not number):
+            (answer,) = generator([prompt.ids], number)
         print(text_of(answer.ids) if text_of else answer.ids, flush=True)
         number += 1
 

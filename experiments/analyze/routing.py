@@ -39,6 +39,9 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+SHOWN = ("busiest", "dropped", "entropy", "token_information", "first_repeats", "matched_agreement")
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     source: str
@@ -111,7 +114,7 @@ def _analyse(arguments: Arguments) -> int:
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "pyarrow: the package is missing, traces are .parquet files; accepted is after pip install 'switchmoe[parquet]'"
+            "pyarrow: the package is missing, traces are .parquet files; accepted is after pip install '.[parquet]'"
         ) from error
     from switchmoe.analysis.routing import traces
 
@@ -204,14 +207,24 @@ def _write(directory: Path, against: Path | None, saturation: dict | None, out: 
     figures |= {"saturation": saturation} if saturation else {}
     report.write_whole(out / "figures.json", json.dumps(summary.plain(figures), indent=1) + "\n")
     report.write_whole(out / "routing.html", page.page(directory, found, drawn, saturation))
-    for layer, of in found["layers"].items():
-        units = {name: found["units"][name] for name in of}
-        shown = ("busiest", "dropped", "entropy", "token_information", "first_repeats", "matched_agreement")
-        told = "; ".join(
-            f"{summary.shown(name)} {summary.written(of[name], units[name])}" for name in shown if name in of
-        )
-        print(f"{layer}: {told}")
+    for line in table(found):
+        print(line)
     print(out / "routing.html")
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """The figures that say most, a line a layer: of each its value and, in parentheses, that of shuffled tokens."""
+    from switchmoe.analysis.routing import summary
+
+    names = [name for name in SHOWN if any(name in of for of in found["layers"].values())]
+    rows = [["layer", *map(summary.shown, names)], ["", *(found["units"][name] for name in names)]]
+    for layer, of in found["layers"].items():
+        rows.append([layer, *(summary.brief(of.get(name)) for name in names)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return [*lines, "in parentheses: tokens shuffled; 95 % intervals and the other figures are on the page"]
 
 
 class Bar:

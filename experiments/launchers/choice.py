@@ -85,7 +85,7 @@ def create(options: Options, workdir: Path) -> Any:
     """
     needed = NEEDS.get(options.launcher)
     if needed and importlib.util.find_spec(needed) is None:
-        extra = f"pip install 'switchmoe[{options.launcher}]'"
+        extra = f"pip install '.[{options.launcher}]'"
         raise ValueError(
             f"--launcher={options.launcher}: {needed} is not installed; accepted is after {extra}"
         )

@@ -47,7 +47,9 @@ def _run(argv: Sequence[str]) -> int:
     what, options, compiles, rest = _own(argv[1:])
     if what == "layouts":
         return _draw(Path(options["out"]))
-    settings, _ = command_line.parse([argv[0], *rest], DEFAULT_CONFIG, __doc__)
+    settings, _ = command_line.parse(
+        [argv[0], *rest], DEFAULT_CONFIG, __doc__, own=[f"--{one}=" for one in TAKES[what]]
+    )
     return _plan(what, settings, options, compiles)
 
 

@@ -75,9 +75,7 @@ def _serve(options: dict[str, Any], overrides: dict[str, Any]) -> int:
         for package in PACKAGES:
             __import__(package)
     except ImportError as error:
-        raise ValueError(
-            f"{error}; accepted is an environment with pip install 'switchmoe[serve]'"
-        ) from error
+        raise ValueError(f"{error}; accepted is an environment with pip install '.[serve]'") from error
     token = _token(options["token_file"])
     listener = _listener(options["host"], options["port"])
     process.check_devices()

@@ -66,7 +66,9 @@ def read(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None = 
     Raises:
       ValueError: one line; where a run is at fault, its name, field, value and what would be accepted.
     """
-    base, workdir = command_line.parse(argv, DEFAULT_CONFIG, doc)
+    base, workdir = command_line.parse(
+        argv, DEFAULT_CONFIG, doc, own=("--launcher=", "--resources=", "--dry_run")
+    )
     arguments = command_line.joined(argv[1:])
     chosen = [a.lstrip("-").partition("=")[2] for a in arguments if a.lstrip("-").startswith("config=")]
     config = command_line.resolve(chosen[-1] if chosen else DEFAULT_CONFIG)

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from switchmoe.analysis import plots
@@ -54,19 +52,15 @@ def loads(records: Sequence[Record]) -> Figure:
     load_PLE = np.stack(found) * found[0].shape[-1]
     figure = Figure(figsize=(8, max(2.8, 1.2 + 0.24 * len(parts))), layout="constrained")
     panels = figure.subplots(1, len(last), sharey=True, squeeze=False)[0]
-    norm = LogNorm(1 / plots.LOAD_RANGE, plots.LOAD_RANGE)
-    for axes, (stack, place) in zip(panels, last.items(), strict=True):
+    for axes, place in zip(panels, last.values(), strict=True):
         load_PE = load_PLE[:, place]
         order = np.lexsort((-load_PE.max(0), load_PE.argmax(0)))
-        colours = plots.LOAD_COLOURS.with_extremes(under="black")
-        axes.pcolormesh(np.maximum(load_PE[:, order], 1e-6), cmap=colours, norm=norm, rasterized=True)
-        axes.set_title(f"{stack}, block {layers[place].split('/')[1]}", fontsize=9, loc="left")
+        plots.load_cells(axes, load_PE[:, order])
+        axes.set_title(layers[place], fontsize=9, loc="left")
         axes.set_xlabel("expert, by the part that uses it most", fontsize=9)
-        axes.set_yticks(np.arange(len(parts)) + 0.5, labels=parts, fontsize=8, parse_math=False)
+        axes.set_xticks(*plots.expert_ticks(order), fontsize=8)
+        axes.set_yticks(np.arange(len(parts)), labels=parts, fontsize=8, parse_math=False)
         axes.tick_params(labelsize=8)
     panels[0].invert_yaxis()
-    bar = figure.colorbar(ScalarMappable(norm, plots.LOAD_COLOURS), ax=panels, extend="both", aspect=30)
-    bar.set_ticks([1 / 4, 1 / 2, 1, 2, 4], labels=["1/4", "1/2", "fair", "2", "4"], fontsize=8)
-    bar.minorticks_off()
-    bar.set_label("load / fair share (black: < 1/4)", fontsize=9)
+    plots.load_bar(figure, panels, "load / fair share")
     return figure

@@ -27,6 +27,8 @@ LOAD_COLOURS = LinearSegmentedColormap.from_list(
 )
 DEPTH_COLOURS = LinearSegmentedColormap.from_list("depth", colormaps["viridis"](np.linspace(0, 0.88, 256)))
 LOAD_RANGE = 4.0  # the colours run from 1/4 of the fair share to 4 times it
+LOAD_CELLS = LOAD_COLOURS.with_extremes(under="#04203f", bad="#bbbbbb")
+LOAD_NORM = LogNorm(1 / LOAD_RANGE, LOAD_RANGE)
 MAX_COLUMNS = 200  # time bins of a load panel
 NAMED_EXPERTS = 16  # up to so many experts keep their numbers; more are sorted by load
 LEGEND_DEPTHS = 7  # up to so many depths are named in a legend; more get a colour bar
@@ -101,8 +103,6 @@ def expert_load(records: Sequence[Record]) -> Figure:
     rows = math.ceil(len(layers) / columns)
     figure = Figure(figsize=(8, 0.9 + rows * (2.1 if rows < 3 else 1.5)), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    colours = LOAD_COLOURS.with_extremes(bad="#bbbbbb", under="black")
-    norm = LogNorm(1 / LOAD_RANGE, LOAD_RANGE)
     binned_steps, binned_TLE = _binned(steps, load_TLE)
     edges = _edges(binned_steps)
     for index, axes in enumerate(panels.flat):
@@ -110,10 +110,7 @@ def expert_load(records: Sequence[Record]) -> Figure:
             axes.set_visible(False)
             continue
         order = np.arange(num_experts) if num_experts <= NAMED_EXPERTS else np.argsort(final_LE[index])
-        image = np.maximum(binned_TLE[:, index, order].T, 1e-6)
-        axes.pcolormesh(
-            edges, np.arange(num_experts + 1) - 0.5, image, cmap=colours, norm=norm, rasterized=True
-        )
+        load_cells(axes, binned_TLE[:, index, order].T, edges)
         low, high = final_LE[index].min(), final_LE[index].max()
         size = 9 if columns < 4 else 7.5
         axes.set_title(layers[index], fontsize=size, loc="left")
@@ -124,14 +121,36 @@ def expert_load(records: Sequence[Record]) -> Figure:
         panels[0, 0].set_yticks(range(0, num_experts, 1 if num_experts <= 8 else 2))
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("expert" if num_experts <= NAMED_EXPERTS else "expert, sorted by load", fontsize=9)
-    bar = figure.colorbar(
-        ScalarMappable(norm, colours), ax=panels, extend="both", aspect=30, shrink=min(1.0, 4 / rows)
-    )
-    ticks = [1 / 4, 1 / 2, 1, 2, 4]
-    bar.set_ticks(ticks, labels=["1/4", "1/2", "fair", "2", "4"], fontsize=8)
-    bar.minorticks_off()
-    bar.set_label("load / fair share (black: < 1/4)", fontsize=9)
+    load_bar(figure, panels, "load / fair share", shrink=min(1.0, 4 / rows))
     return figure
+
+
+def load_cells(axes: Axes, load_YX: np.ndarray, edges: np.ndarray | None = None) -> None:
+    """A cell for each load, a multiple of the fair share, around whole numbers from 0; grey where there is none.
+
+    Args:
+      edges: of the columns, if they are not around whole numbers.
+    """
+    rows, columns = (np.arange(size + 1) - 0.5 for size in load_YX.shape)
+    shown = np.ma.masked_where(~(load_YX > 0), load_YX)
+    edges = columns if edges is None else edges
+    axes.pcolormesh(edges, rows, shown, cmap=LOAD_CELLS, norm=LOAD_NORM, rasterized=True)
+
+
+def expert_ticks(experts: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """(places, numbers) of the columns of `load_cells` that are of these experts; of many some."""
+    places = np.arange(0, len(experts), max(1, math.ceil(len(experts) / NAMED_EXPERTS)))
+    return places, [str(experts[place]) for place in places]
+
+
+def load_bar(figure: Figure, panels: Any, says: str, shrink: float = 1.0) -> None:
+    """What the colours of `load_cells` mean."""
+    bar = figure.colorbar(
+        ScalarMappable(LOAD_NORM, LOAD_CELLS), ax=panels, extend="both", aspect=30, shrink=shrink
+    )
+    bar.set_ticks([1 / 4, 1 / 2, 1, 2, 4], labels=["1/4", "1/2", "fair", "2", "4"], fontsize=8)
+    bar.minorticks_off()
+    bar.set_label(f"{says} (grey: none)", fontsize=9)
 
 
 def drop_and_entropy(records: Sequence[Record]) -> Figure:
@@ -139,7 +158,8 @@ def drop_and_entropy(records: Sequence[Record]) -> Figure:
 
     A column per stack; colours go with depth, and a block's experts in its attention are dotted. At least one layer is needed.
     """
-    layers = [_parted(layer) for layer in layer_names(records)]
+    names = layer_names(records)
+    layers = [_parted(layer) for layer in names]
     stacks = list(dict.fromkeys(stack for stack, *_ in layers))
     depths = sorted({depth for _, depth, _ in layers})
     steps, dropped_TL = layer_series(records, "train", "layer_fraction_dropped")
@@ -148,15 +168,16 @@ def drop_and_entropy(records: Sequence[Record]) -> Figure:
     shade = ScalarMappable(Normalize(depths[0], max(depths[-1], depths[0] + 1)), DEPTH_COLOURS)
     figure = Figure(figsize=(8, 5.8), layout="constrained")
     panels = figure.subplots(2, len(stacks), sharex=True, sharey="row", squeeze=False)
-    lines = {}
+    lines: dict[
+        tuple[int, str], tuple[list[str], Any]
+    ] = {}  # by depth and part: names, and a line that looks so
     for index, (stack, depth, part) in enumerate(layers):
         upper, lower = panels[:, stacks.index(stack)]
         look = dict(linewidth=1.4, linestyle=":" if part else "-")
         style = dict(color=shade.to_rgba(depth), **look, **_marker(steps))
         upper.plot(steps, 100 * smoothed(dropped_TL[:, index]), **style)
-        (lines[f"block {depth}{f', {part}' if part else ''}"],) = lower.plot(
-            steps, smoothed(entropy_TL[:, index]), **style
-        )
+        (line,) = lower.plot(steps, smoothed(entropy_TL[:, index]), **style)
+        lines.setdefault((depth, part), ([], line))[0].append(names[index])
     for column, stack in enumerate(stacks):
         panels[0, column].set_title(stack, fontsize=10)
         panels[1, column].set_xlabel("step")
@@ -167,11 +188,13 @@ def drop_and_entropy(records: Sequence[Record]) -> Figure:
     if len(depths) > LEGEND_DEPTHS:
         bar = figure.colorbar(shade, ax=panels, aspect=40)
         bar.set_ticks(depths[:: math.ceil(len(depths) / 12)])
-        bar.set_label("block")
+        bar.set_label(f"N of {', '.join(f'{stack}/N' for stack in stacks)}")
         lines = {}
-    lines[f"greatest entropy, ln {num_experts} = {math.log(num_experts):.2f}"] = maximum
+    named = {", ".join(of): line for of, line in lines.values()}
+    named[f"greatest entropy, ln {num_experts} = {math.log(num_experts):.2f}"] = maximum
+    columns = 4 if max(map(len, named)) < 32 else 2
     figure.legend(
-        lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+        named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
     )
     return figure
 
@@ -187,8 +210,9 @@ def speed(records: Sequence[Record]) -> Figure:
         steps, values = series(records, "train", key)
         if len(steps):
             axes.plot(steps, scale * values, color=BLUE, linewidth=1.2, **_marker(steps))
-        if np.isfinite(values).any():
-            median = scale * np.nanmedian(values)
+        median = median_of(values)
+        if median is not None:
+            median *= scale
             text = f"median {median:,.0f}" if scale == 1 else f"median {median:.2f}%"
             axes.axhline(median, color=ORANGE, linestyle="--", linewidth=1.2, label=text)
         finish(axes, label)
@@ -215,6 +239,13 @@ def series(records: Sequence[Record], split: str, key: str) -> tuple[np.ndarray,
 def layer_series(records: Sequence[Record], split: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps [T] and values [T, layers] (of loads [T, layers, E]) of one per-layer list of a split."""
     return series([record for record in records if record.get("layers")], split, key)
+
+
+def median_of(values: np.ndarray) -> float | None:
+    """The median over a run's records without the first, whose step waits for what is done once; of one record that."""
+    found = values[1:] if len(values) > 1 else values
+    found = found[np.isfinite(found)]
+    return float(np.median(found)) if len(found) else None
 
 
 def last_tenth(values: np.ndarray) -> np.ndarray:

@@ -11,8 +11,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from switchmoe.analysis import answers, distilled, parts, plots
 from switchmoe.runs.reporting import METRICS_FILE, Record, duration, read_metrics
 from switchmoe.runs.rundir import REPORT_FILE
@@ -146,7 +144,7 @@ def _early(run: dict[str, Any]) -> str:
 
 
 def headline(records: Sequence[Record], run: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and values (with units) of the figures that sum a run up; medians are over training records."""
+    """Names and values (with units) of the figures that sum a run up; medians are over training records (`plots.median_of`)."""
     validation = next((record for record in reversed(records) if record["split"] == "validation"), {})
     steps = max((record["step"] for record in records), default=0)
     asked = config.get("train", {}).get("num_steps")
@@ -371,8 +369,7 @@ def _seconds(seconds: float) -> str:
 
 def _median(records: Sequence[Record], key: str) -> float | None:
     _, values = plots.series(records, "train", key)
-    found = values[np.isfinite(values)]
-    return float(np.median(found)) if len(found) else None
+    return plots.median_of(values)
 
 
 def _input_wait(records: Sequence[Record], run: dict[str, Any]) -> float | None:

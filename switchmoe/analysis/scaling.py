@@ -74,6 +74,9 @@ class Fit:
     residual: float | None  # standard deviation in log10 L; None where no run is left over
     runs: int
     notes: tuple[str, ...]
+    falls: bool = (
+        True  # whether the loss falls with the experts, as the law has it; of one size b' < 0 for sure
+    )
 
 
 def fit(
@@ -138,7 +141,7 @@ def fit(
     a, b, c, d = (0.0, values["b'"], 0.0, values["d'"]) if sizes == 1 else linear.tolist()
     falls = sizes > 1 or intervals["b'"] is None or intervals["b'"][1] < 0
     notes = _notes(sizes, at_edge, residual, falls)
-    return Fit(Law(a, b, c, d, e_start, e_max), values, intervals, level, residual, len(loss_R), notes)
+    return Fit(Law(a, b, c, d, e_start, e_max), values, intervals, level, residual, len(loss_R), notes, falls)
 
 
 def _columns(log_size_R: np.ndarray, log_e_R: np.ndarray, sizes: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from switchmoe.analysis import plots, scaling, sweeps
 from switchmoe.analysis.plots import BLUE, GREY, ORANGE
@@ -164,18 +164,13 @@ def speed_ups(groups: Sequence[Group]) -> Figure:
         )
         axes.axhline(1, color=GREY, linestyle="--", linewidth=1)
         _experts_axis(axes, groups)
+        low = dict(transform=axes.get_xaxis_transform(), clip_on=False)  # at the axis
         for experts, colour in missing:
-            axes.plot(
-                experts,
-                0.03,
-                "x",
-                color=colour,
-                markersize=7,
-                transform=axes.get_xaxis_transform(),
-                clip_on=False,
-            )
+            axes.plot(experts, 0.03, "x", color=colour, markersize=7, **low)
         if missing:
-            axes.text(0.02, 0.08, "x: not reached", transform=axes.transAxes, fontsize=9, color=GREY)
+            axes.text(
+                0.98, 0.08, "x: not reached", transform=axes.transAxes, fontsize=9, color=GREY, ha="right"
+            )
         if name == "time":
             _log_axis(axes, "{:g}x")
             axes.margins(y=0.15)
@@ -303,8 +298,10 @@ def _values(axes: Axes, told: dict[int, tuple[float, str]]) -> None:
         return
     heights = [y for y, _ in told.values()]
     for n, (experts, (y, text)) in enumerate(told.items()):
-        rises = y >= heights[n - 1] if n else heights[-1] > y
+        rises = y >= heights[n - 1] if n else heights[min(1, len(heights) - 1)] > y
         offset, side = ((-3, 5), "right") if rises else ((3, 5), "left")
+        if y < min(heights[max(n - 1, 0) : n] + heights[n + 1 : n + 2], default=y):  # a valley
+            offset, side = (0, -12), "center"
         axes.annotate(text, (experts, y), offset, textcoords="offset points", ha=side, fontsize=8)
 
 
@@ -322,7 +319,10 @@ def _log_axis(axes: Axes, form: str) -> None:
     low, high = axes.get_ylim()
     axes.set_yscale("log", base=2)
     powers = range(math.floor(math.log2(max(low, 1 / 64))), math.ceil(math.log2(max(high, 1))) + 1)
-    axes.yaxis.set_major_locator(FixedLocator([2.0**n for n in powers]))
+    ticks = [2.0**n for n in powers]
+    if sum(low <= tick <= high for tick in ticks) < 3:
+        ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if tick > 0]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: form.format(y)))
 

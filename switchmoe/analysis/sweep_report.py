@@ -19,7 +19,7 @@ from switchmoe.runs.rundir import REPORT_FILE
 POINTS_FILE, SPEED_UPS_FILE, FIT_FILE = "points.csv", "speedups.csv", "fit.json"
 CAPTIONS = {
     "loss_experts": "Held-out loss at the end of training against the number of experts: mean over the seeds, and bars from the least "
-    "to the greatest where there are several. Dashed: the fitted scaling law. (The paper's figures 1, left, and 4.)",
+    "to the greatest where there are several. Dashed: the fitted scaling law, where the loss falls as it has it. (The paper's figures 1, left, and 4.)",
     "loss_steps": "Held-out loss over the steps, a line for each number of experts; dashed the dense model's final loss. "
     "Bands go from the least to the greatest seed. (The paper's figure 4, right.)",
     "loss_time": "Held-out loss over the time spent in training steps, on the device named below; evaluations, checkpoints and "
@@ -53,7 +53,10 @@ def write(sweep: Sweep, out_dir: str | os.PathLike, title: str) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     groups = sweeps.group(sweep.runs)
     fits, reasons = fit_families(groups)
-    pictures = sweep_plots.save_all(groups, [fits.get(one.family) for one in groups], directory / "plots")
+    drawn = {
+        family: fit for family, fit in fits.items() if fit.falls
+    }  # a law that the runs reject is no picture of them
+    pictures = sweep_plots.save_all(groups, [drawn.get(one.family) for one in groups], directory / "plots")
     report.write_whole(directory / POINTS_FILE, _csv(point(one, run) for one, run in _members(groups)))
     lines = [speed_up_line(one, up) for one in groups for up in sweeps.speed_ups(one)]
     report.write_whole(directory / SPEED_UPS_FILE, _csv(lines))

@@ -169,7 +169,7 @@ def _needed(package: str, extra: str, asked: str, path: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise DataError(
-            f"{asked}: {path} needs the package {package}; accepted is after pip install 'switchmoe[{extra}]'"
+            f"{asked}: {path} needs the package {package}; accepted is after pip install '.[{extra}]'"
         ) from error
 
 

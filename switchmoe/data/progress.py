@@ -10,13 +10,18 @@ EVERY = 10.0  # seconds
 
 
 @contextlib.contextmanager
-def told(note: Note, what: str, state: Callable[[], str] = lambda: "") -> Iterator[None]:
+def told(
+    note: Note, what: str, state: Callable[[], str] = lambda: "", at_once: bool = False
+) -> Iterator[None]:
     """While inside, a line every `EVERY` seconds; nothing for what is done sooner.
 
     Args:
       state: how far it has got, in a few words.
+      at_once: a line before the first of these as well, of work that always takes some seconds.
     """
     over, began = threading.Event(), time.monotonic()
+    if at_once:
+        note(f"{what} ...")
 
     def tell() -> None:
         while not over.wait(EVERY):

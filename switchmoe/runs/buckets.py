@@ -78,7 +78,7 @@ class Place:
             self._probe()
         except ImportError as error:
             raise ValueError(
-                f"--workdir={self.name}: {package} is not installed; accepted is after pip install 'switchmoe[{extra}]'"
+                f"--workdir={self.name}: {package} is not installed; accepted is after pip install '.[{extra}]'"
             ) from error
         except Exception as error:
             raise ValueError(

@@ -224,7 +224,11 @@ def measured(settings: Settings, workdir: Path, note: Callable[[str], None]) -> 
     for line in data.tell_cut():
         note(line)
     answers = Answers(data, settings, mesh)
-    with jax.set_mesh(mesh), sharding.rules(settings), progress.told(note, "answering"):
+    with (
+        jax.set_mesh(mesh),
+        sharding.rules(settings),
+        progress.told(note, "compiling and answering", at_once=True),
+    ):
         params, _ = trained.mean_parameters(trained.find(settings.init.checkpoint), settings, mesh, 1)
         answers.compile(params)
         found = answers.figures(params)

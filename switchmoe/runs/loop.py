@@ -14,16 +14,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from switchmoe.data.progress import told
 from switchmoe.parallel import distributed, sharding
 from switchmoe.planning import flops
 from switchmoe.runs import buckets, checkpoints, text
+from switchmoe.runs.integrity import damage
 from switchmoe.runs.lock import Lock
 from switchmoe.runs.parts import Context, Kind, Parts
 from switchmoe.runs.placing import Rows
 from switchmoe.runs.programs import Programs
 from switchmoe.runs.reporting import Clock, Progress
 from switchmoe.runs.resuming import Differences, flat
-from switchmoe.runs.rundir import REPORT_FILE, check, claim, read_run
+from switchmoe.runs.rundir import REPORT_FILE, check, claim, last_step, read_run
 from switchmoe.runs.signals import Stop, Stopped, stop_signals
 from switchmoe.runs.skipping import Skips
 from switchmoe.runs.stopping import Patience, patience
@@ -62,6 +64,10 @@ def run(
     place = buckets.Place(workdir)
     with contextlib.ExitStack() as held, place.named():
         lock, differences = _open(settings, place, progress, held)
+        if ended := _ended(settings, place, differences):
+            if distributed.is_main():
+                progress.note(f"nothing to do: the run in {place.name} ended at step {ended}")
+            return f"{place.name}/{REPORT_FILE}"
         stop = held.enter_context(stop_signals())
         teller = Teller(settings, place, progress)
         mesh, lengths = sharding.make_mesh(settings.mesh), kind.lengths(settings)
@@ -75,7 +81,8 @@ def run(
         held.enter_context(sharding.rules(settings))
         saved = checkpoints.Checkpoints(place.checkpoints, settings.checkpoint, teller.note)
         held.enter_context(contextlib.closing(saved))
-        programs = Programs(settings, tx, parts, mesh, rows.shapes(parts.data.lengths))
+        with told(teller.note, "compiling the step and the evaluations", at_once=True):
+            programs = Programs(settings, tx, parts, mesh, rows.shapes(parts.data.lengths))
         goes_on = saved.latest() is not None
         state = saved.restore(programs.abstract, iterator) if goes_on else parts.start.load(programs.init())
         start, peak = int(state.step), flops.matmul_peak(settings.model.dtype)
@@ -93,7 +100,8 @@ def run(
         )
         with teller.recording(start):
             state = loop.steps(state)
-        finished = parts.finish(state.params)
+        with told(teller.note, "measuring what the report shows", at_once=True):
+            finished = parts.finish(state.params)
         if teller.main:
             teller.update(**finished)
             write_report(place.local)
@@ -114,6 +122,19 @@ def _open(
             lock.take()  # before anything of another run's is read or deleted
             place.take()
         return lock, check(place.local, settings, place.checkpoints)
+
+
+def _ended(settings: Settings, place: buckets.Place, differences: Differences) -> int | None:
+    """The step at which a run with these very settings ended with a good checkpoint and a report; None if it is not done.
+
+    A run without all of them goes the long way, which makes good what is missing, or says what is wrong.
+    """
+    step = None
+    if distributed.is_main() and not differences.changed and (place.local / REPORT_FILE).exists():
+        last = last_step(settings, read_run(place.local))
+        newest = max(buckets.complete_steps(place.checkpoints), default=None)
+        step = last if newest == last and not damage(place.checkpoints / str(last)) else None
+    return distributed.gathered(step)[0]
 
 
 def _make(
@@ -250,7 +271,8 @@ class _Loop:
         found = {}
         for judge in self.parts.judges:
             started = time.monotonic()
-            figures = judge.figures(params)
+            with told(self.teller.note, f"step {step}, measuring {judge.name}"):
+                figures = judge.figures(params)
             figures["seconds"] = time.monotonic() - started
             found[judge.name] = self.teller.record(step, judge.name, figures)
         judge, figure = self.parts.best

@@ -139,7 +139,7 @@ def test_headline_figures():
     assert figures["Against the baseline"] == "2.500 nats below"
     assert figures["Parameters"] == "21.35 M" and figures["Parameters a token uses"] == "8,123"
     assert figures["Steps"] == "5 of 10,000"
-    assert figures["Median speed"] == "10,003 tokens/s" and figures["Median step time"] == "400 ms"
+    assert figures["Median speed"] == "10,004 tokens/s" and figures["Median step time"] == "400 ms"
     assert figures["Share of that peak, median"] == "50.0%"
     assert figures["Waiting for input"] == "0.80% of the time"
     assert figures["Training time"] == "6m40s" and figures["Compile time"] == "21.2 s"
@@ -289,6 +289,25 @@ def test_load_panels_show_multiples_of_the_fair_share(num_experts):
         assert axes.get_title(loc="right") == f"{expected_TE[-1].min():.2f}–{expected_TE[-1].max():.2f}"
 
 
+def test_an_expert_without_tokens_is_not_shown_as_a_small_load():
+    records = records_of(["encoder/1"], 4, 2)[:-1]
+    for record in records:
+        record["layer_expert_load"] = [[0.0, 0.01, 0.49, 0.5]]
+    (shown,) = plots.expert_load(records).axes[0].collections
+    assert np.ma.getmaskarray(shown.get_array()).reshape(4, -1).all(axis=1).tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_the_median_speed_leaves_the_first_record_out():
+    assert plots.median_of(np.array([100.0, 2.0, 4.0, np.nan, 3.0])) == 3.0
+    assert plots.median_of(np.array([5.0])) == 5.0
+    assert plots.median_of(np.array([])) is None and plots.median_of(np.array([1.0, np.nan])) is None
+
+
 def test_time_is_binned_to_what_a_panel_can_show():
     num_steps = 3 * plots.MAX_COLUMNS
     records = records_of(["encoder/1"], 2, num_steps)[:-1]
@@ -301,7 +320,10 @@ def test_time_is_binned_to_what_a_panel_can_show():
 def test_entropy_is_shown_with_its_greatest_value():
     figure = plots.drop_and_entropy(records_of(["encoder/1", "decoder/1"], 8, 5))
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["block 1", "greatest entropy, ln 8 = 2.08"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "encoder/1, decoder/1",
+        "greatest entropy, ln 8 = 2.08",
+    ]
     for axes in figure.axes[2:]:
         assert set(axes.lines[-1].get_ydata()) == {math.log(8)}
 

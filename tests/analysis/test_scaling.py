@@ -87,11 +87,9 @@ def test_a_saturation_that_is_not_seen_is_not_told():
 def test_a_loss_that_rises_again_is_said_not_to_follow_the_law():
     falling = S_BASE.loss(2e6, EXPERTS) * np.exp(np.random.default_rng(0).normal(0, 0.002, len(EXPERTS)))
     rising = np.where(EXPERTS > 64, falling[0] * 1.02, falling)
-    noted = [
-        "b' is not below 0" in " ".join(fit([2e6] * len(EXPERTS), EXPERTS, loss).notes)
-        for loss in (falling, rising)
-    ]
-    assert noted == [False, True]
+    fits = [fit([2e6] * len(EXPERTS), EXPERTS, loss) for loss in (falling, rising)]
+    assert ["b' is not below 0" in " ".join(one.notes) for one in fits] == [False, True]
+    assert [one.falls for one in fits] == [True, False]
 
 
 def test_as_many_coefficients_as_runs_leave_no_intervals():

@@ -441,7 +441,7 @@ def test_a_truncated_file_is_named(tmp_path, packing):
 def test_a_package_that_a_file_needs_is_named(tmp_path, monkeypatch, package, name, extra):
     (tmp_path / name).write_bytes(b"whatever")
     monkeypatch.setitem(sys.modules, package, None)
-    assert f"pip install 'switchmoe[{extra}]'" in refusal(DataSettings(source=str(tmp_path / name)))
+    assert f"pip install '.[{extra}]'" in refusal(DataSettings(source=str(tmp_path / name)))
 
 
 @pytest.mark.parametrize(

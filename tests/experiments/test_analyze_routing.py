@@ -40,7 +40,12 @@ def test_a_run_its_checkpoints_and_another_step_beside_it(tmp_path, environment,
         )
         # The checkpoint of step 5 is what it is against, and what saturation is of.
         assert of["agreement"]["value"] == pytest.approx(found["saturation"][name]["5"]["value"])
-        assert f"{name}: busiest" in captured.out
+    heads, units, *rows = captured.out.splitlines()[:-2]
+    assert heads.split()[:4] == ["layer", "busiest", "dropped", "entropy"]
+    assert units.split()[:2] == ["fair", "shares"]
+    assert [row.split()[0] for row in rows] == list(found["layers"])
+    columns = [heads.index(head) for head in ("busiest", "dropped", "token", "matched")]
+    assert all(row[at - 1] == " " and row[at].isdigit() for row in rows for at in columns), "in columns"
     assert "Saturation" in (out / "routing.html").read_text() and list((out / "plots").glob("*.png"))
     code, captured = run(capsys, f"--source={workdir}", "--text=wiki_vital_en")
     assert code == exits.EXIT_BAD_INPUT and "another model, text or setting" in captured.err
@@ -52,10 +57,9 @@ def test_experts_that_a_server_told_of(tmp_path, capsys):
     np.savez(file, experts=rng.integers(0, 8, (400, 2, 2)), sequences=np.arange(400) // 20)
     code, captured = run(capsys, f"--trace={file}")
     assert code == 0, captured.err
-    assert (
-        captured.out.count("first repeats 0.1") == 2
-        and (tmp_path / "experts" / "routing" / "routing.html").exists()
-    )
+    heads, _, *rows = captured.out.splitlines()[:-2]
+    assert [row[heads.index("first repeats") :][:3] for row in rows] == ["0.1", "0.1"]
+    assert (tmp_path / "experts" / "routing" / "routing.html").exists()
     again, other = tmp_path / "experts" / "routing" / "trace", tmp_path / "again"
     code, captured = run(capsys, f"--trace={again}", f"--against={again}", f"--out={other}")
     assert code == 0, captured.err

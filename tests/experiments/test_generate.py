@@ -41,6 +41,7 @@ def test_prompts_in_answers_out_in_the_order_asked(trained, tmp_path, capsys):
     assert all(answer["score"] < 0 for answer in answers) and not list(tmp_path.glob("*.part"))
     code, captured = run(capsys, *given, *(f"--prompt={text}" for text in prompts))
     assert code == 0 and captured.out.splitlines() == [answer["text"] for answer in answers]
+    assert captured.err.startswith("compiling and generating ...\n"), "said before, not after, the wait"
 
 
 def test_ids_in_ids_out_and_beams(trained, tmp_path, capsys, monkeypatch):

@@ -109,7 +109,7 @@ def test_a_dense_run_does_not_depend_on_what_routers_do():
         (["table3", "--config.moe.num_expert=4"], "did you mean num_experts?"),
         (["table3", "--config.data.batch_size=-1"], "data.batch_size=-1"),
         (["table3", "--config.train.seed=4"], "accepted are fields that the sweep does not vary"),
-        (["table3", "--dryrun"], "Unknown command line flag 'dryrun'"),
+        (["table3", "--dryrun"], "argument --dryrun (did you mean --dry_run?): accepted are"),
         (["report", "--config.train.num_steps=4"], "accepted with report are --scale=, --workdir= and --kept="),
         (["report"], "no runs; accepted is a directory of this command's"),
     ],

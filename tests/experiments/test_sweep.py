@@ -101,7 +101,7 @@ def test_fields_of_one_name_are_told_apart_by_their_groups(config):
         (TWO, ["--config.moe.num_expert=2"], "did you mean num_experts?"),
         (TWO, ["--config=configs/quickstart.py"], "no sweep; accepted is a config with get_sweep()"),
         (TWO, ["--config=configs/sweeps/nothing.py"], "no such file"),
-        (TWO, ["--dryrun"], "Unknown command line flag 'dryrun'"),
+        (TWO, ["--dryrun"], "argument --dryrun (did you mean --dry_run?): accepted are"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("here")

@@ -38,8 +38,8 @@ config, here = test_sweep.config, test_sweep.here  # fixtures
         (["--resources=CPU=0.5"], "--resources=CPU=0.5: accepted with --launcher=local are CPU=1 to CPU="),
         (["--resources=CPU=1,GPU=1"], "--resources=CPU=1,GPU=1: accepted with --launcher=local are CPU=1 to CPU="),
         (["--resources=CPU=99999"], "--resources=CPU=99999: accepted with --launcher=local are CPU=1 to CPU="),
-        (["--launcher=ray"], "--launcher=ray: ray is not installed; accepted is after pip install 'switchmoe[ray]'"),
-        (["--launcher", "slurm"], "submitit is not installed; accepted is after pip install 'switchmoe[slurm]'"),
+        (["--launcher=ray"], "--launcher=ray: ray is not installed; accepted is after pip install '.[ray]'"),
+        (["--launcher", "slurm"], "submitit is not installed; accepted is after pip install '.[slurm]'"),
     ],
 )  # fmt: skip
 def test_mistakes_get_one_line(config, tmp_path, capsys, monkeypatch, arguments, message):

@@ -297,7 +297,7 @@ def test_smallest_is_the_first_that_fits(capsys):
         (["--compile"], "--compile: accepted with one --layout"),
         (["--config.mesh.layout=data"], "--config.mesh.layout=data: accepted by a plan is --layout=NAME"),
         (["--workdir=runs/plan"], "--workdir=runs/plan: accepted by a plan is --layout=NAME"),
-        (["--slice=2"], "Unknown command line flag 'slice'"),
+        (["--slice=2"], "argument --slice=2 (did you mean --slices=?): accepted are"),
         (["fastest"], "argument fastest: accepted are smallest, layouts"),
         (["smallest", "--devices=8"], "--devices=8: smallest takes --device=, --hbm=, --layout="),
         (["layouts"], "accepted by layouts is --out=DIR"),

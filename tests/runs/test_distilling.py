@@ -25,12 +25,12 @@ FEW = ["--config.train.num_steps=4", "--config.train.eval_every=4", "--config.tr
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def teacher(request, tmp_path_factory, user_environment):
+def teacher(request, tmp_path_factory, environment):
     workdir = tmp_path_factory.mktemp("teacher") / "run"
     arguments = [f"--workdir={workdir}", *TINY, "--config.moe.every=2", *KINDS[request.param], *FEW]
     subprocess.run(
         [sys.executable, "-m", "experiments.run", *arguments],
-        env=user_environment,
+        env=environment,
         check=True,
         capture_output=True,
     )

@@ -21,11 +21,11 @@ KINDS = {"encoder_decoder": [], "decoder_only": DECODER_ONLY}
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def pretrained(request, tmp_path_factory, user_environment):
+def pretrained(request, tmp_path_factory, environment):
     workdir = tmp_path_factory.mktemp("before") / "run"
     more = [*KINDS[request.param], "--config.train.num_steps=2", "--config.train.eval_every=2"]
     arguments = [sys.executable, "-m", "experiments.run", f"--workdir={workdir}", *TINY, *more]
-    subprocess.run(arguments, env=user_environment, check=True, capture_output=True)
+    subprocess.run(arguments, env=environment, check=True, capture_output=True)
     return workdir
 
 

@@ -27,11 +27,11 @@ STILL = [*STEPS, "--config.optimizer.learning_rate=1e-12"]  # so that no score c
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory, user_environment):
+def pretrained(tmp_path_factory, environment):
     workdir = tmp_path_factory.mktemp("before") / "run"
     more = ["--config.train.num_steps=2", "--config.train.eval_every=2"]
     arguments = [sys.executable, "-m", "experiments.run", f"--workdir={workdir}", *TINY, *more]
-    subprocess.run(arguments, env=user_environment, check=True, capture_output=True)
+    subprocess.run(arguments, env=environment, check=True, capture_output=True)
     return workdir
 
 
@@ -48,8 +48,8 @@ def carry_out(pretrained, colours, workdir, environment):
 
 
 @pytest.fixture(scope="module")
-def still(pretrained, colours, tmp_path_factory, user_environment):
-    return carry_out(pretrained, colours, tmp_path_factory.mktemp("still") / "run", user_environment)
+def still(pretrained, colours, tmp_path_factory, environment):
+    return carry_out(pretrained, colours, tmp_path_factory.mktemp("still") / "run", environment)
 
 
 def run_json(workdir):
@@ -91,11 +91,11 @@ def test_it_is_done_when_the_score_is_no_better(still, pretrained, colours, caps
 
 @pytest.mark.slow
 def test_killed_before_the_end_was_saved_it_ends_at_the_same_step(
-    still, pretrained, colours, tmp_path, user_environment
+    still, pretrained, colours, tmp_path, environment
 ):
     shutil.copytree(still, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-    carry_out(pretrained, colours, tmp_path / "run", user_environment)
+    carry_out(pretrained, colours, tmp_path / "run", environment)
     assert losses(tmp_path / "run") == losses(still)
     assert run_json(tmp_path / "run")["stopped_early"] == run_json(still)["stopped_early"]
 

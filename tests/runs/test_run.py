@@ -79,6 +79,7 @@ def test_a_killed_and_a_stopped_run_end_like_an_undisturbed_one(tmp_path, enviro
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     out, _ = finish(start(whole, environment))
     assert "\r" not in out and "step 24/24" in out, "a pipe gets plain lines"
+    assert out.index("compiling the step") < out.index("compiled in") < out.index("step 1/24"), "no silence"
     for name in ("config.json", "metrics.jsonl", "run.json", "report.html", "plots/loss.png", "tensorboard"):
         assert (whole / name).exists(), name
     for record in read_metrics(whole / "metrics.jsonl"):  # 8 is what span corruption of 34 tokens writes
@@ -103,7 +104,11 @@ def test_a_killed_and_a_stopped_run_end_like_an_undisturbed_one(tmp_path, enviro
     # Once more on a finished run: nothing to train, nothing lost.
     before = losses(whole)
     out, _ = finish(start(whole, environment))
-    assert "done:" in out and losses(whole) == before
+    assert "nothing to do: the run in" in out and "compiling" not in out and "done:" in out
+    assert losses(whole) == before
+    (whole / "report.html").unlink()  # what is missing is made good
+    out, _ = finish(start(whole, environment))
+    assert "nothing to do" not in out and (whole / "report.html").exists() and losses(whole) == before
     other = ["--config.train.seed=5", "--config.moe.z_loss_weight=1"]
     code = command.main(["run", f"--workdir={whole}", *TINY, *other])
     err = capsys.readouterr().err

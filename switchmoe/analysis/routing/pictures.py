@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure as Picture
 
 from switchmoe.analysis import plots
@@ -66,8 +64,9 @@ def loads(found: dict[str, Any]) -> Picture:
     table_LE = np.stack([np.sort(of)[::-1] * len(of) for of in found["loads"].values()])
     figure = Picture(figsize=(8, max(2.0, 1.2 + 0.28 * len(layers))), layout="constrained")
     axes = figure.subplots()
-    _heat(figure, [axes], [table_LE], layers, "load / fair share")
-    axes.set_xlabel("experts of the layer, the busiest first")
+    _heat(axes, table_LE, layers, range(1, table_LE.shape[1] + 1))
+    plots.load_bar(figure, [axes], "load / fair share")
+    axes.set_xlabel("experts of the layer, the busiest first", fontsize=9)
     return figure
 
 
@@ -75,21 +74,22 @@ def classes(found: dict[str, Any]) -> Picture | None:
     names = _panels(list(found["classes"]))
     if not names:
         return None
-    there = [
-        number for number in range(len(specialisation.CLASSES)) if any(found["classes"][name][number].any() for name in names)
-    ]  # fmt: skip
-    labels = [specialisation.CLASSES[number] for number in there]
-    tables = []
-    for name in names:
-        load_E = found["loads"][name]
-        tables.append(found["classes"][name][there] / np.where(load_E, load_E, np.nan))
     columns = min(2, len(names))
-    height = -(-len(names) // columns) * (0.9 + 0.24 * len(there))
-    figure = Picture(figsize=(8, max(2.4, height)), layout="constrained")
-    panels = list(figure.subplots(-(-len(names) // columns), columns, squeeze=False).ravel())
-    _heat(figure, panels[: len(names)], tables, labels, "of the class / load")
+    rows = -(-len(names) // columns)
+    figure = Picture(figsize=(8, rows * (1.1 + 0.24 * len(specialisation.CLASSES))), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for axes, name in zip(panels, names, strict=False):
-        axes.set_title(name, fontsize=9, loc="left")
+        share_CE, load_E = found["classes"][name], found["loads"][name]
+        # Rows and columns without any token have nothing to show.
+        there, used = np.flatnonzero(share_CE.any(axis=1)), np.flatnonzero(load_E)
+        labels = [specialisation.CLASSES[number] for number in there]
+        _heat(axes, share_CE[np.ix_(there, used)] / load_E[used], labels, used)
+        idle = len(load_E) - len(used)
+        axes.set_title(
+            name + (f" ({idle} of {len(load_E)} experts idle)" if idle else ""), fontsize=9, loc="left"
+        )
+        axes.set_xlabel("expert", fontsize=8)
+    plots.load_bar(figure, panels[: len(names)], "share of the class / of all tokens")
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     return figure
@@ -106,6 +106,10 @@ def together(found: dict[str, Any]) -> Picture | None:
     for axes, name in zip(panels, names, strict=False):
         image = axes.imshow(found["together"][name], cmap="cividis", vmin=0, interpolation="nearest")
         axes.set_title(name, fontsize=9, loc="left")
+        axes.set_xlabel("chosen as well", fontsize=8)
+        axes.set_ylabel("expert", fontsize=8)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes, shrink=0.8)
     for axes in panels[len(names) :]:
         axes.set_axis_off()
@@ -117,7 +121,7 @@ def lines(found: dict[str, Any], names: Sequence[str], unit: str) -> Picture | N
     known = [name for name in names if any(name in of for of in found["layers"].values())]
     if not known:
         return None
-    layers = list(found["layers"])
+    layers = [layer for layer, of in found["layers"].items() if any(name in of for name in known)]
     figure, axes = _axes()
     for number, name in enumerate(known):
         colour = (plots.BLUE, plots.ORANGE, "#009E73")[number % 3]
@@ -128,6 +132,7 @@ def lines(found: dict[str, Any], names: Sequence[str], unit: str) -> Picture | N
         axes.plot(
             shift, [one.shuffled for one in figures], SHAPES[number], mfc="none", mec=colour, markersize=6
         )
+    axes.plot([], [], "o", mfc="none", mec=plots.GREY, markersize=6, label="hollow: tokens shuffled")
     axes.set_xticks(range(len(layers)), labels=layers, rotation=45 if len(layers) > 6 else 0, fontsize=8)
     _finish(axes, unit)
     return figure
@@ -141,6 +146,8 @@ def over_steps(saturation: dict[str, dict[int, Figure]]) -> Picture | None:
     for number, (layer, of) in enumerate(saturation.items()):
         _bars(axes, np.array(list(of)), list(of.values()), colours[number], SHAPES[number % 5], layer, "-")
     axes.set_xlabel("step")
+    steps = sorted({step for of in saturation.values() for step in of})
+    axes.set_xticks(steps[:: -(-len(steps) // plots.NAMED_EXPERTS)])
     _finish(axes, "share of a token's experts")
     return figure
 
@@ -154,9 +161,10 @@ def positions(found: dict[str, Any]) -> Picture | None:
     ):
         for number, layer in enumerate(layers):
             value = found["places"][layer][name]
-            place = (np.arange(len(value)) + 0.5) / len(value)
+            known = np.isfinite(value)  # short sequences leave places between their tokens
+            place = ((np.arange(len(value)) + 0.5) / len(value))[known]
             dashes = "-" if layer.startswith("encoder") else "--"
-            axes.plot(place, value, dashes, color=colours[number], label=layer, linewidth=1.4)
+            axes.plot(place, value[known], dashes, color=colours[number], label=layer, linewidth=1.4)
         _finish(axes, unit, legend=name == "dropped" and len(layers) <= 8)
         axes.set_xlabel("place in the sequence, 0 to 1")
     return figure
@@ -184,25 +192,15 @@ def _finish(axes: Axes, unit: str, legend: bool = True) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
-        axes.legend(fontsize=8, frameon=False)
+        lines = axes.get_legend_handles_labels()
+        axes.figure.legend(*lines, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
-def _heat(
-    figure: Picture, panels: Sequence[Axes], tables: Sequence[np.ndarray], labels: Sequence[str], says: str
-) -> None:
-    norm = LogNorm(1 / plots.LOAD_RANGE, plots.LOAD_RANGE)
-    for axes, table in zip(panels, tables, strict=True):
-        axes.pcolormesh(
-            np.maximum(np.nan_to_num(table), 1e-6),
-            cmap=plots.LOAD_COLOURS.with_extremes(under="black"),
-            norm=norm,
-        )
-        axes.set_yticks(np.arange(len(labels)) + 0.5, labels=labels, fontsize=8, parse_math=False)
-        axes.invert_yaxis()
-    bar = figure.colorbar(ScalarMappable(norm, plots.LOAD_COLOURS), ax=list(panels), extend="both", aspect=30)
-    bar.set_ticks([1 / 4, 1 / 2, 1, 2, 4], labels=["1/4", "1/2", "fair", "2", "4"], fontsize=8)
-    bar.minorticks_off()
-    bar.set_label(f"{says} (black: < 1/4)", fontsize=8)
+def _heat(axes: Axes, load_YX: np.ndarray, labels: Sequence[str], columns: Sequence[int]) -> None:
+    plots.load_cells(axes, load_YX)
+    axes.set_xticks(*plots.expert_ticks(np.asarray(columns)), fontsize=8)
+    axes.set_yticks(range(len(labels)), labels=labels, fontsize=8, parse_math=False)
+    axes.invert_yaxis()
 
 
 def _panels(names: list[str], most: int = MOST_PANELS) -> list[str]:

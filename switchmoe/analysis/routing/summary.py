@@ -127,6 +127,14 @@ def written(figure: Figure | None, unit: str) -> str:
     return f"{value} ({low} to {high}); shuffled {shuffled}"
 
 
+def brief(figure: Figure | None) -> str:
+    """``0.132 (0.125)``: the value, and what shuffled tokens give."""
+    if figure is None or np.isnan(figure.value):
+        return "none"
+    shuffled = f"{figure.shuffled:.3f}" if np.isfinite(figure.shuffled) else "unknown"
+    return f"{round(figure.value, 3) + 0.0:.3f} ({shuffled})"
+
+
 def plain(found: Any) -> Any:
     """As JSON has it: figures as dictionaries, arrays as lists, NaN as null."""
     if isinstance(found, Figure):
