@@ -278,14 +278,16 @@ class Pager:
         layer, expert = key
         there, here = self._store.layers[layer], self._layers[layer]
         place = self.memory.place(layer, expert)
-        if there.record(expert) == here.record(expert) and there.turned == here.turned:
+        form = there.forms[expert]
+        rounds = not FORMS[form] and self._kept not in (form, "float32")
+        if there.record(expert) == here.record(expert) and there.turned == here.turned and not rounds:
             self._store.read(layer, expert, place)
             return
         self._store.read(layer, expert, scratch)
         source, target = np.frombuffer(scratch, np.uint8), np.frombuffer(place, np.uint8)
         for part in there.record(expert).parts:
             value, mine = part.of(source), here.record(expert).part(part.name)
-            if not FORMS[there.forms[expert]]:
+            if not FORMS[form]:
                 value = value.T if there.turned != here.turned else value
                 value = value.astype(numpy_type(self._kept))
             mine.of(target)[...] = value
