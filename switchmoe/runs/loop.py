@@ -28,7 +28,7 @@ from switchmoe.runs.resuming import Differences, flat
 from switchmoe.runs.rundir import REPORT_FILE, check, claim, last_step, read_run
 from switchmoe.runs.signals import Stop, Stopped, stop_signals
 from switchmoe.runs.skipping import Skips
-from switchmoe.runs.stopping import Patience, patience
+from switchmoe.runs.stopping import Patience, ended_early, patience
 from switchmoe.runs.telling import Teller, versions
 from switchmoe.settings import Settings, to_dict
 from switchmoe.training import optimizers, train_state
@@ -64,9 +64,9 @@ def run(
     place = buckets.Place(workdir)
     with contextlib.ExitStack() as held, place.named():
         lock, differences = _open(settings, place, progress, held)
-        if ended := _ended(settings, place, differences):
+        if done := _done(settings, place, differences):
             if distributed.is_main():
-                progress.note(f"nothing to do: the run in {place.name} ended at step {ended}")
+                progress.note(done)
             return f"{place.name}/{REPORT_FILE}"
         stop = held.enter_context(stop_signals())
         teller = Teller(settings, place, progress)
@@ -124,17 +124,24 @@ def _open(
         return lock, check(place.local, settings, place.checkpoints)
 
 
-def _ended(settings: Settings, place: buckets.Place, differences: Differences) -> int | None:
-    """The step at which a run with these very settings ended with a good checkpoint and a report; None if it is not done.
+def _done(settings: Settings, place: buckets.Place, differences: Differences) -> str | None:
+    """Says of a run with these very settings, a good checkpoint of its last step and a report that it is done; None of others.
 
     A run without all of them goes the long way, which makes good what is missing, or says what is wrong.
     """
-    step = None
+    done = None
     if distributed.is_main() and not differences.changed and (place.local / REPORT_FILE).exists():
-        last = last_step(settings, read_run(place.local))
+        known = read_run(place.local)
+        early, last = known.get("stopped_early"), last_step(settings, known)
         newest = max(buckets.complete_steps(place.checkpoints), default=None)
-        step = last if newest == last and not damage(place.checkpoints / str(last)) else None
-    return distributed.gathered(step)[0]
+        if newest == last and not damage(place.checkpoints / str(last)):
+            how = (
+                ended_early(early, settings.train.num_steps, place.name)
+                if early
+                else f"step {last} was its last"
+            )
+            done = f"nothing to do: the run in {place.name} is done; {how}"
+    return distributed.gathered(done)[0]
 
 
 def _make(
@@ -283,10 +290,7 @@ class _Loop:
         """For `run.json`, and told."""
         ended = self.waits.record
         if ended:
-            self.teller.note(
-                f"finished at step {ended['step']} of {self.settings.train.num_steps}: no better than at step {ended['best_step']}"
-                f" for {ended['patience']} evaluations (train.patience); the best is {self.place.name}|{ended['best_step']}"
-            )
+            self.teller.note(ended_early(ended, self.settings.train.num_steps, self.place.name))
         return {"stopped_early": ended} if self.settings.train.patience else {}
 
     def _save(self, step: int, state: TrainState, quality: float | None = None) -> None:

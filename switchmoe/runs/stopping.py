@@ -43,6 +43,14 @@ class Patience:
         return figures.index(min(figures))
 
 
+def ended_early(record: dict[str, int], num_steps: int, place: str) -> str:
+    """A line on a run whose patience is over, of its `Patience.record`."""
+    return (
+        f"finished at step {record['step']} of {num_steps}: no better than at step {record['best_step']}"
+        f" for {record['patience']} evaluations (train.patience); the best is {place}|{record['best_step']}"
+    )
+
+
 def patience(allowed: int, workdir: Path, best: tuple[str, str], step: int) -> Patience:
     """What the records of a run that goes on from this step say; the same on all processes.
 

@@ -15,7 +15,7 @@ from switchmoe.dispatch import dispatchers, grouped
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, environment):
+def tiny(tmp_path_factory, user_environment):
     out = tmp_path_factory.mktemp("accelerator")
     command = [
         sys.executable,
@@ -26,7 +26,7 @@ def tiny(tmp_path_factory, environment):
         f"--out={out}",
         "--budget=1200",
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1300)
+    done = subprocess.run(command, env=user_environment, capture_output=True, text=True, timeout=1300)
     assert done.returncode == 0, done.stderr
     return out / "cpu", json.loads((out / "cpu" / "results.json").read_text()), done.stdout
 

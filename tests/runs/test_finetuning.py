@@ -86,7 +86,7 @@ def test_without_steps_the_model_is_measured_as_it_is(pretrained, colours, tmp_p
     assert len((tmp_path / "b" / "predictions.jsonl").read_text().splitlines()) == 32
 
 
-@pytest.mark.parametrize("subset", ["non_moe", "router"])
+@pytest.mark.parametrize("subset", ["non_moe", pytest.param("router", marks=pytest.mark.slow)])
 def test_what_is_frozen_has_no_state_and_stays(pretrained, colours, tmp_path, subset):
     import orbax.checkpoint as ocp
 

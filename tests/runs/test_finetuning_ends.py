@@ -85,7 +85,11 @@ def test_it_is_done_when_the_score_is_no_better(still, pretrained, colours, caps
     before = losses(still)
     assert max(record["step"] for record in before) == 6
     assert command.main(arguments(pretrained, colours, still, *STILL)) == 0
-    assert "finished at step 6 of 40: no better than at step 2 for 2 evaluations" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert (
+        "nothing to do" in told
+        and "finished at step 6 of 40: no better than at step 2 for 2 evaluations" in told
+    )
     assert losses(still) == before and (still / "report.html").exists()
 
 
