@@ -34,7 +34,7 @@ from experiments import exits, process
 from experiments.bench import tools
 
 COMMAND = "experiments.bench"
-CODE = 800 * 2**20  # of a process, beside weights
+CODE = 1000 * 2**20  # of a process, with what it takes to make a program, beside weights
 CASES = {  # name: (form, predictor, way)
     "resident float32": ("float32", "", ""),
     "resident int4": ("int4", "", ""),
