@@ -108,6 +108,12 @@ setup(
         "ray": ["ray[client]>=2.60"],
         "slurm": ["submitit>=1.5.4"],
         # 5.0 - 5.17 route Switch wrongly and drop nothing
-        "hf": ["transformers>=5.18", "torch>=2.2", "safetensors>=0.4", "huggingface-hub>=0.30"],
+        "hf": [
+            "transformers>=5.18",
+            "torch>=2.2",
+            "safetensors>=0.4",
+            "huggingface-hub>=0.30",
+            "accelerate>=1.0",  # its disk offload is in a benchmark
+        ],
     },
 )

@@ -59,7 +59,12 @@ def on_disk(of, params, directory, part=0.5, predictor="none", form="float32", *
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("attention", "hash", "expert choice", "not scanned, gated, many")  # each compiles a model of its own
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS]
+)
 def test_answers_are_those_of_all_experts_in_memory(name, tmp_path):
     of, how = model(name), HOW[MODELS[name][-1]]
     params = init(of)
