@@ -127,7 +127,10 @@ def unknown(argument: str, flags: Sequence[str]) -> str:
         for field in fields
         if field not in names
     }
-    meant = _meant(argument.lstrip("-").partition("=")[0], names, names.get)
+    name = argument.lstrip("-").partition("=")[0]
+    meant = (
+        "" if name in names and names[name] in flags else _meant(name, names, names.get)
+    )  # known, but its value is none
     return (
         f"argument {argument}{meant}: accepted are {', '.join(flags)} and --config.GROUP.FIELD= (see --help)"
     )

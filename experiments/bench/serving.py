@@ -170,9 +170,9 @@ def _measure(options: argparse.Namespace, argv: list[str]) -> int:
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, rows, (options.clients * options.requests, options.prompt)).tolist()
     if options.soak:
-        return soak.main(
-            serve(options, max(2, options.clients // 2), "--timeout=20", "--queue=12"), prompts, options
-        )
+        asked = serve(options, max(2, options.clients // 2), "--timeout=20", "--queue=12")
+        with running({"the server": asked}):
+            return soak.main(asked, prompts, options)
     found = {
         "command": " ".join(["python -m experiments.bench", *(a for a in argv if not a.startswith("--out"))])
     }

@@ -137,7 +137,10 @@ def test_a_decoder_alone_is_measured_on_all_of_a_text_however_short(words):
         (["--source={}", "--config.data.source=/no/*.txt"], "data.source=/no/*.txt: "),
         (["--source={}", "--average=0"], "--average=0: accepted is an integer >= 1"),
         (["--source={}", "--average=3"], "--average=3: accepted is at most 2, as checkpoints up to"),
-        (["--source={}", "--steps=3"], "argument --steps=3: accepted are --source="),
+        (
+            ["--source={}", "--steps=3"],
+            "argument --steps=3 (did you mean --config.train.num_steps=?): accepted are --source=",
+        ),
     ],
 )
 def test_bad_input_gets_one_line(trained, capsys, arguments, message):

@@ -26,7 +26,10 @@ from experiments.serve import chat
         (["--source=a", "--port=70000"], "--port=70000: accepted is an integer from 0 to 65535"),
         (["--source=a", "--slots=0"], "--slots=0: accepted is an integer from 1 to 1024"),
         (["--source=a", "--timeout=nan"], "--timeout=nan: accepted is a number from 0.1 to 86400"),
-        (["--source=a", "--token=abc"], "argument --token=abc: accepted are --source="),
+        (
+            ["--source=a", "--token=abc"],
+            "argument --token=abc (did you mean --token_file=?): accepted are --source=",
+        ),
         (["--source=a", "--queue="], "argument --queue=: accepted are"),
     ],
 )

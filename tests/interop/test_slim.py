@@ -350,7 +350,7 @@ def bad(text, target, *more):
         (["--bits=8", "--task={}/task.jsonl", "--config.task.inputs={{text}}", "--config.task.targets={{label}}", "--config.data.validation_share=0.000001"], "its split validation is empty"),
         (["--bits=8", "--config.task.inputs=x"], "--config.task.inputs=x: accepted are task's other fields, with --task="),
         (["--bits=8", "--config.moe.num_experts=3"], "--config.moe.num_experts=3: it is of the model or its training"),
-        (["--weights=8"], "argument --weights=8: accepted are --source="),
+        (["--weights=8"], "argument --weights=8 (did you mean --config.distill.weight=?): accepted are --source="),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, capsys, more, message):
