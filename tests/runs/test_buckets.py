@@ -197,9 +197,7 @@ def test_a_bucket_that_is_not_there_and_a_package_that_is_missing_get_one_line(s
         raise ImportError("no module")
 
     monkeypatch.setattr(buckets.epath, "Path", missing)
-    with pytest.raises(
-        ValueError, match=rf"pip install 'switchmoe\[{ {'gs': 'gcs', 's3': 's3'}[scheme] }\]'"
-    ):
+    with pytest.raises(ValueError, match=rf"pip install '\.\[{ {'gs': 'gcs', 's3': 's3'}[scheme] }\]'"):
         buckets.Place(f"{scheme}://bucket/x").open(1)
 
 
