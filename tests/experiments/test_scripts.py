@@ -93,7 +93,7 @@ def parse(arguments):
 def runs(text):
     """The arguments of each command in a text that starts a run; comment signs and line ends are taken out."""
     for line in re.sub(r"\\\n\s*#?", " ", text).splitlines():
-        found = re.search(r"(?:-m experiments\.run|scripts/\S+) (--(?:config|workdir).*)", line)
+        found = re.search(r"(?:-m experiments\.run|scripts/\S+) (--(?:config|workdir)[^`]*)", line)
         if found:
             yield shlex.split(found[1], comments=True)
 
