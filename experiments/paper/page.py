@@ -123,7 +123,6 @@ def _pictures(directory: Path, results: scorecard.Results) -> list[str]:
     if not groups:
         return []
     fits, _ = sweep_report.fit_families(groups)
-    laws = [fits.get(one.family) for one in groups]
     made = {
         "loss_experts.png": (
             sweep_plots.loss_experts(groups, [None] * len(groups)),
@@ -134,13 +133,13 @@ def _pictures(directory: Path, results: scorecard.Results) -> list[str]:
         title = "speed-up to the dense model's loss against experts"
         made["speedups.png"] = (sweep_plots.speed_ups(groups), title)
     title = "loss over the dense model's against experts, beside the published law and models"
-    made["published.png"] = (sweep_plots.published(groups, laws), title)
+    made["published.png"] = (sweep_plots.published(groups, sweep_report.drawn(groups, fits)), title)
     lines = []
     for name, (figure, title) in made.items():
         figure.savefig(directory / name, dpi=plots.DPI)
         lines += [f"![{title}, mean and range over seeds]({directory.name}/{name})", ""]
-    for one, fit in zip(groups, laws, strict=True):
-        lines += [_sentences(one, fit), ""]
+    for one in groups:
+        lines += [_sentences(one, fits.get(one.family)), ""]
     return lines
 
 

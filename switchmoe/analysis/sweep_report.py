@@ -53,10 +53,7 @@ def write(sweep: Sweep, out_dir: str | os.PathLike, title: str) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     groups = sweeps.group(sweep.runs)
     fits, reasons = fit_families(groups)
-    drawn = {
-        family: fit for family, fit in fits.items() if fit.falls
-    }  # a law that the runs reject is no picture of them
-    pictures = sweep_plots.save_all(groups, [drawn.get(one.family) for one in groups], directory / "plots")
+    pictures = sweep_plots.save_all(groups, drawn(groups, fits), directory / "plots")
     report.write_whole(directory / POINTS_FILE, _csv(point(one, run) for one, run in _members(groups)))
     lines = [speed_up_line(one, up) for one in groups for up in sweeps.speed_ups(one)]
     report.write_whole(directory / SPEED_UPS_FILE, _csv(lines))
@@ -93,6 +90,12 @@ def fit_families(groups: Sequence[Group]) -> tuple[dict[str, Fit], dict[str, str
         except ValueError as error:
             reasons[family] = str(error)
     return fits, reasons
+
+
+def drawn(groups: Sequence[Group], fits: dict[str, Fit]) -> list[Fit | None]:
+    """Of each group the law for its pictures: one that the runs reject is no picture of them."""
+    found = [fits.get(one.family) for one in groups]
+    return [fit if fit and fit.falls else None for fit in found]
 
 
 def point(one: Group, run: Run) -> dict[str, Any]:
