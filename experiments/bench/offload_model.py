@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments import expert_memory
+from experiments.bench import tools
 from experiments.bench.generate import model_settings
 from switchmoe.data import progress
 from switchmoe.inference.decoding import Choosing
@@ -226,7 +226,7 @@ def _counted(pager: Pager, before: Any, tokens: int, seconds: float) -> dict[str
     }  # fmt: skip
 
 
-class _Mapped(Pager):
+class _Mapped:
     """All experts at their place in a map of the file: what comes in, and when, is the kernel's to say."""
 
     def __init__(self, store: Store):
@@ -263,7 +263,7 @@ def _accelerate(run: Path, asked: dict[str, Any]) -> dict[str, Any]:
     model, there = trained.find(str(run)), run.with_name(f"{run.name}-hf")
     if not there.exists():
         convert.into_hugging_face(model, there, "float32", 10**9, told)
-    torch.set_num_threads(len(jax.devices()))
+    torch.set_num_threads(tools.cores())
     kind = (
         transformers.AutoModelForCausalLM
         if model.settings.stacks == ("decoder",)

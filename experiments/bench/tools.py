@@ -45,7 +45,7 @@ def machine() -> dict[str, Any]:
     return {
         "device": f"{device.platform}: {device.device_kind}",
         "processor": _processor(),
-        "cores": len(_affinity()),
+        "cores": cores(),
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -58,8 +58,9 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _affinity() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def torch_cases(make, *arguments: Any) -> dict[str, timing.Case]:
@@ -69,5 +70,5 @@ def torch_cases(make, *arguments: Any) -> dict[str, timing.Case]:
         import transformers  # noqa: F401
     except ImportError:
         return {}
-    torch.set_num_threads(len(_affinity()))
+    torch.set_num_threads(cores())
     return make(*arguments)
