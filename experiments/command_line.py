@@ -23,6 +23,17 @@ GROUPS = {
     for group in dataclasses.fields(Settings)
 }
 
+UNITS = {  # of sizes, in bytes
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "B": 1,
+}
+
 
 def parse(
     argv: Sequence[str], default_config: str, doc: str, buckets: bool = False, own: Sequence[str] = ()
@@ -116,6 +127,14 @@ def values(
                 unknown(argument, [f"--{option}=" for option in defaults] + [f"--{flag}" for flag in flags])
             )
     return found, own
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table in columns, the first one to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in lines
+    )
 
 
 def unknown(argument: str, flags: Sequence[str]) -> str:

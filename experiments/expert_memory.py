@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments import command_line
+from switchmoe.inference.offload import WAYS
 from switchmoe.inference.offload.cache import POLICIES
 
-WAYS = ("direct", "pread", "mmap")
 OPTIONS = {"expert_memory": "", "predictor": "none", "expert_policy": "lru", "expert_reads": "direct"}
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"": 1} | {unit.upper(): size for unit, size in command_line.UNITS.items()}
 
 
 def checked(given: Mapping[str, str]) -> tuple[int, dict[str, str]]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analyze.routing import Bar
+from experiments.command_line import aligned
 from experiments.offload import reading
 
 DEFAULTS = {"trace": "", "held_out": "0.2", "order": "2", "tokens": "0", "out": ""}
@@ -74,6 +75,6 @@ def run(options: dict[str, Any]) -> int:
     for right in found:
         numbers = right.recall, right.useful, right.recall_of_shares, right.useful_of_shares, right.chance
         lines.append([right.layer, f"{right.times} K", *(f"{number:.3f}" for number in numbers)])
-    print(reading.aligned(lines))
+    print(aligned(lines))
     print(f"{out}: {out.stat().st_size:,} bytes")
     return 0

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import command_line
+from experiments.analyze.routing import check_parquet
 
 PLACE = "a trace's directory or a server's .npz or .npy"
 
@@ -46,12 +47,7 @@ def trace(place: Path, out: Path) -> Path:
     Raises:
       ValueError: it can't be read.
     """
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "pyarrow: the package is missing, traces are .parquet files; accepted is after pip install 'switchmoe[parquet]'"
-        ) from error
+    check_parquet()
     from switchmoe.analysis.routing import arrays, traces
 
     if place.suffix not in arrays.SUFFIXES:
@@ -61,17 +57,3 @@ def trace(place: Path, out: Path) -> Path:
     if not (directory / traces.INFO_FILE).exists():
         arrays.convert(place, directory)
     return directory
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """A table in columns, the first one to the left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [
-                first.ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)),
-            ]
-        )
-        for first, *rest in lines
-    )

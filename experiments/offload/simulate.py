@@ -25,21 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analyze.routing import Bar
+from experiments.command_line import UNITS, aligned
 from experiments.offload import reading
 
 DEFAULTS = {
     "trace": "", "policies": "", "budgets": "0.05,0.1,0.2,0.3,0.5,0.75", "record": "1", "tokens": "10000", "shuffles": "3", "out": "",
 }  # fmt: skip
-UNITS = {
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "B": 1,
-}
 
 
 def parse(arguments: Sequence[str]) -> dict[str, Any]:
@@ -103,6 +94,6 @@ def run(options: dict[str, Any]) -> int:
     writer.writerows(rows)
     report.write_whole(out / "simulate.csv", text.getvalue())
     caching.picture(points, tokens.layers).savefig(out / "simulate.png", dpi=plots.DPI)
-    print(reading.aligned(caching.table(points)))
+    print(aligned(caching.table(points)))
     print(out / "simulate.png")
     return 0

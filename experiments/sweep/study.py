@@ -284,11 +284,7 @@ def table(sweep: Sweep, costs: Sequence[Cost], peak: float, results: Sequence[di
         if cost.places != cost.tokens:
             tokens += f" ({cost.places * steps / 1e6:,.1f} M padded)"
         rows.append((run.name, *counts, f"{cost.flops:.3g}", f"{cost.flops * steps:.3g}", tokens, time))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    lines = [command_line.aligned(rows)]
     lines += [f"{run.name}: without effect: {', '.join(idle)}" for run in sweep.runs if (idle := _idle(run))]
     shares = ", ".join(f"{share:.0%}" for _, share in done)
     basis = f"the {shares} of done runs" if done else f"an assumed {ASSUMED_PEAK_SHARE:.0%}"

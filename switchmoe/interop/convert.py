@@ -260,9 +260,7 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
     """
     settings = model.settings
     family, config = to_fields(settings)
-    damage = integrity.damage(model.step, "state")
-    if damage:
-        raise ValueError(f"--source={model.step}: it is damaged: {damage}; accepted is a good one")
+    trained.check(model)
     found = tables.moves(family, settings)
     reader = run_files.Reader(Path(model.step))
     kept = dtype or str(reader.read(f"params/{found[0].ours}", found[0].index).dtype)

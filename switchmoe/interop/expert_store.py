@@ -62,7 +62,7 @@ def opened(
         )
     where = directory(model)
     if not where.exists():
-        _check(model)
+        trained.check(model)
         where.parent.mkdir(exist_ok=True)
         with growing.grown(where, {"of": identity(model)}) as work:
             _write(model, work, described(model.settings, own_forms(model)), identity(model), told)
@@ -86,7 +86,7 @@ def into_run(model: trained.Source, target: Path, forms: str | Forms, told: Told
     source = model.settings
     if not source.sparse:
         raise ValueError("--source: it is dense; accepted is a model with experts")
-    _check(model)
+    trained.check(model)
     wanted = own_forms(model) if not forms else alike(source, forms) if isinstance(forms, str) else forms
     if source.moe.expert_bits and wanted != own_forms(model):
         raise ValueError(
@@ -151,12 +151,6 @@ def _manifest(step: Path) -> dict[str, Any]:
     return {"step": step.name, "files": hashlib.sha256(raw).hexdigest()}
 
 
-def _check(model: trained.Source) -> None:
-    damage = integrity.damage(model.step, "state")
-    if damage:
-        raise ValueError(f"--source={model.step}: it is damaged: {damage}; accepted is a good one")
-
-
 def alike(settings: Settings, form: str) -> Forms:
     return {name: [form] * settings.moe.total_experts for name in sparse_layer_names(settings)}
 
@@ -175,7 +169,7 @@ def described(settings: Settings, forms: Forms) -> list[Layer]:
     bits, found = settings.moe.expert_bits, []
     turned = offloaded.is_apart(settings)
     shapes = places.names(settings)
-    for name, parts in kernels_of(settings).items():
+    for name, parts in slimming.kernels(settings).items():
         kernels = []
         for kernel, (parameter, index) in parts.items():
             rows, *columns = shapes[parameter][len(index) + 1 :]
@@ -200,21 +194,11 @@ def _group(settings: Settings, form: str, kernels: list[tuple[str, tuple[int, in
     """Rows that share a scale: the run's, or as `experiments.slim` chooses them."""
     if settings.moe.expert_bits == FORMS[form]:
         return settings.moe.expert_group
-    group = math.gcd(32, *(rows for _, (rows, _) in kernels)) if FORMS[form] < 8 else 0
-    return group if group >= slimming.LEAST_GROUP else 0
-
-
-def kernels_of(settings: Settings) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
-    """Of each sparse layer, in the order in which a token meets them: where its experts' kernels are."""
-    there = slimming.layers(settings)
-    return {
-        name: {kernel: place for kernel, place in there[name].items() if not kernel.startswith("router")}
-        for name in sparse_layer_names(settings)
-    }
+    return slimming.group_rows(FORMS[form], [rows for _, (rows, _) in kernels])
 
 
 def _write(model: trained.Source, work: Path, layers: list[Layer], of: dict[str, Any], told: Told) -> None:
-    file, there = work / WRITTEN, kernels_of(model.settings)
+    file, there = work / WRITTEN, slimming.kernels(model.settings)
     done = json.loads(file.read_text()) if file.exists() else []
     names = list(dict.fromkeys(name for parts in there.values() for name, _ in parts.values()))
     counter = growing.Counter(sizes(layers))

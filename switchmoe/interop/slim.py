@@ -96,9 +96,7 @@ def make(
     """
     step = max(1, int(model.step.name))
     settings = slimming.settings_of(model.settings, how, step)
-    damage = integrity.damage(model.step, "state")
-    if damage:
-        raise ValueError(f"--source={model.step}: it is damaged: {damage}; accepted is a good one")
+    trained.check(model)
     with growing.grown(target, wanted) as work:
         use = _used(model.settings, how, work / USE_FILE, count)
         directory = work / buckets.CHECKPOINTS / str(step)

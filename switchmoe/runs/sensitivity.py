@@ -7,7 +7,6 @@ Letters: L layers, E experts, D rows, F columns.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from switchmoe.model.transformer import sparse_layer_names
+from switchmoe.inference.offload.widths import WIDTHS
 from switchmoe.parallel import sharding
 from switchmoe.quantised import dequantised, quantise
 from switchmoe.runs import slimming, trained
@@ -88,17 +87,16 @@ class Rounded:
         self._settings = ruler.like(ruler.settings, model.settings)
         with jax.set_mesh(ruler.mesh), sharding.rules(self._settings):
             self._flat = flatten_dict(trained.parameters(model, self._settings, ruler.mesh), sep="/")
-        self.layers = sparse_layer_names(model.settings)
-        found = slimming.layers(model.settings)
-        self._places = [
-            {inner: place for inner, place in found[name].items() if not inner.startswith("router")}
-            for name in self.layers
-        ]
+        found = slimming.kernels(model.settings)
+        self.layers, self._places = list(found), list(found.values())
         self.kernels = [
             [self._rows(self._flat[name][index]) for name, index in places.values()]
             for places in self._places
         ]
-        self.groups = [_groups([rows for rows, _ in kernels]) for kernels in self.kernels]
+        self.groups = [
+            {bits: slimming.group_rows(bits, [rows for rows, _ in kernels]) for bits in WIDTHS}
+            for kernels in self.kernels
+        ]
         odd = [rows for kernels in self.kernels for rows, _ in kernels if rows % 4]
         if odd:
             raise ValueError(
@@ -147,10 +145,3 @@ class Rounded:
         """(rows, columns) of an expert's kernel, whatever its columns' shape."""
         rows = kernel_ED.shape[1]
         return rows, int(np.prod(kernel_ED.shape[2:]))
-
-
-def _groups(rows: Sequence[int]) -> dict[int, int]:
-    """As `slimming.Slimming` has them by default: all rows of 8 bits, else 32, or what divides the kernels' rows."""
-    few = math.gcd(32, *rows)
-    few = few if few >= slimming.LEAST_GROUP else 0
-    return {8: 0, 4: few, 2: few}

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from switchmoe.model import moe as moe_layer
+from switchmoe.model.transformer import sparse_layer_names
 from switchmoe.quantised import SCALE, quantise
 from switchmoe.settings import MoESettings, Settings, from_config, to_dict
 from switchmoe.training import places
@@ -59,11 +60,8 @@ def settings_of(source: Settings, how: Slimming, step: int) -> Settings:
     groups = to_dict(source)
     if how.bits:
         width = source.expert_width // source.moe.granularity
-        smallest = math.gcd(32, source.model.d_model, width) if how.bits == 4 else 0
-        smallest = (
-            smallest if smallest >= LEAST_GROUP else 0
-        )  # else the scales would be larger than the integers
-        groups["moe"] |= {"expert_bits": how.bits, "expert_group": smallest if how.group < 0 else how.group}
+        own = group_rows(how.bits, (source.model.d_model, width)) if how.group < 0 else how.group
+        groups["moe"] |= {"expert_bits": how.bits, "expert_group": own}
     if how.experts:
         there = source.moe.num_experts
         if not 1 <= how.experts <= there:
@@ -87,6 +85,12 @@ def settings_of(source: Settings, how: Slimming, step: int) -> Settings:
     return found
 
 
+def group_rows(bits: int, rows: Sequence[int]) -> int:
+    """Rows that share scales where nobody says how many: all (0) of 8 bits, else 32, or what divides the kernels' ``rows``."""
+    few = math.gcd(32, *rows) if bits < 8 else 0
+    return few if few >= LEAST_GROUP else 0  # else the scales would be larger than the integers
+
+
 def layers(settings: Settings) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
     """Of each MoE layer (as `sparse_layer_names` has them) where its router and experts are: (parameter, place in it) by name."""
     found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
@@ -99,6 +103,15 @@ def layers(settings: Settings) -> dict[str, dict[str, tuple[str, tuple[int, ...]
             part = "/attention" if layer == "self_moe" else ""
             found.setdefault(f"{stack}/{number}{part}", {})[inner.removeprefix("experts/")] = name, index
     return found
+
+
+def kernels(settings: Settings) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """Of each sparse layer, in the order in which a token meets them, where its experts' kernels are: as `layers`, without routers."""
+    there = layers(settings)
+    return {
+        name: {inner: place for inner, place in there[name].items() if not inner.startswith("router")}
+        for name in sparse_layer_names(settings)
+    }
 
 
 def grouped(score_E: np.ndarray, router_DR: np.ndarray | None, moe: MoESettings, router: str, how: Slimming) -> list[np.ndarray]:  # fmt: skip

@@ -97,6 +97,13 @@ def changed(settings: Settings, overrides: Mapping[str, Any]) -> Settings:
     return from_config(groups)
 
 
+def check(source: Source) -> None:
+    """Raises ValueError, one line: its step is damaged."""
+    damage = integrity.damage(source.step, "state")
+    if damage:
+        raise ValueError(f"--source={source.step}: it is damaged: {damage}; accepted is a good one")
+
+
 def parameters(source: Source, settings: Settings, mesh: Mesh) -> Any:
     """The model's parameters, where the layout has them.
 
@@ -109,9 +116,7 @@ def parameters(source: Source, settings: Settings, mesh: Mesh) -> Any:
             f"--source={source.step}: its experts are on disk alone; accepted are experiments.generate and experiments.serve with"
             " --expert_memory=SIZE"
         )
-    damage = integrity.damage(source.step, "state")
-    if damage:
-        raise ValueError(f"--source={source.step}: it is damaged: {damage}; accepted is a good one")
+    check(source)
     shapes = train_state.parameter_shapes(settings)
     boxes = train_state.abstract_variables(settings)["params"]
     where = train_state.state_shardings(shapes, boxes, settings, mesh)

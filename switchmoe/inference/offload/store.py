@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from switchmoe.inference.offload import WAYS
 from switchmoe.inference.offload.layout import FORMS, PAGE, Layer, rounded
 
 INDEX = "index.json"
 FORMAT = "switchmoe experts 1"
-WAYS = ("direct", "pread", "mmap")
 
 
 class StoreError(OSError):
