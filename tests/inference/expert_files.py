@@ -6,6 +6,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from switchmoe.inference.offload.store import Writer
 from switchmoe.interop import expert_store
 from switchmoe.quantised import SCALE, quantise
+from switchmoe.runs import slimming
 
 
 def write(of, params, directory, form="float32", kept_forms=None):
@@ -13,7 +14,7 @@ def write(of, params, directory, form="float32", kept_forms=None):
     directory.mkdir(exist_ok=True)
     flat = flatten_dict(params, sep="/")
     forms = kept_forms or expert_store.alike(of, form)
-    layers, there = expert_store.described(of, forms), expert_store.kernels_of(of)
+    layers, there = expert_store.described(of, forms), slimming.kernels(of)
     writer = Writer(directory, layers)
     for number, (layer, kernels) in enumerate(zip(layers, there.values(), strict=True)):
         for kernel, (name, index) in kernels.items():
