@@ -15,6 +15,7 @@ import pytest
 
 # Kept under names of their own, as pytest-xdist's workers inherit what is set below.
 _XLA_FLAGS = os.environ.setdefault("SWITCHMOE_USER_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+_KEPT = "SWITCHMOE_TEST_CACHE" in os.environ  # whoever names a place has it for several test runs, as CI does
 _CACHE = os.environ.get("SWITCHMOE_TEST_CACHE") or tempfile.mkdtemp(prefix="switchmoe-tests-")
 os.environ["SWITCHMOE_TEST_CACHE"] = _CACHE
 
@@ -24,8 +25,8 @@ os.environ["XLA_FLAGS"] = f"{_XLA_FLAGS} {_FLAGS}".strip()
 os.environ["XDG_CACHE_HOME"] = _CACHE
 os.environ["MPLBACKEND"] = "agg"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs that several tests or commands need are compiled once. The cache is this test run's own: one
-# from another machine may hold code that is not bitwise the same.
+# Programs that several tests or commands need are compiled once. The cache is this test run's own, or this
+# machine's: one from another may hold code that is not bitwise the same.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_CACHE, "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
@@ -42,7 +43,7 @@ with contextlib.suppress(ImportError):
 
 
 def pytest_unconfigure(config):
-    if "PYTEST_XDIST_WORKER" not in os.environ:
+    if "PYTEST_XDIST_WORKER" not in os.environ and not _KEPT:
         shutil.rmtree(_CACHE, ignore_errors=True)
 
 
