@@ -15,10 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-
 Record = dict[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
@@ -49,24 +45,22 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | os.PathLike, resume_step: int | None = None):
+        from switchmoe.runs.events import Events  # here, as it loads much
+
         directory = Path(workdir)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS_FILE
         if path.exists():
             _drop_after(path, math.inf if resume_step is None else resume_step)
         self._file = path.open("a", encoding="utf-8")
-        self._events = _open_events(directory / TENSORBOARD_DIR, resume_step)
+        self._events = Events(directory / TENSORBOARD_DIR, resume_step)
 
     def write(self, record: Record) -> None:
         """Writes one record; a NaN or an infinity becomes null, and is left out of TensorBoard."""
         record = _plain(record)
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()]
-        self._events.write_event(
-            Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values))
-        )
-        self._events.flush()
+        self._events.write(record["step"], scalars(record))
 
     def close(self) -> None:
         self._file.close()
@@ -266,20 +260,6 @@ def _drop_after(path: Path, last_step: float) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-
-
-def _open_events(directory: Path, resume_step: int | None) -> EventsWriter:
-    """A new event file. Written here and now: tensorboardX's own SummaryWriter queues events for a
-    thread, which loses them in a kill and blocks for ever after a full disk."""
-    directory.mkdir(exist_ok=True)
-    # The writer's names change once a second: the count keeps a quick restart from overwriting.
-    number = len(list(directory.iterdir()))
-    events = EventsWriter(str(directory / "events"), filename_suffix=f".{number:04d}")
-    if resume_step is not None:
-        log = SessionLog(status=SessionLog.START)  # TensorBoard forgets this step and the later ones
-        events.write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=log))
-    events.flush()
-    return events
 
 
 class Clock:

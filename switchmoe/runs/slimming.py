@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from switchmoe.model import moe as moe_layer
 from switchmoe.model.transformer import sparse_layer_names
@@ -219,6 +218,8 @@ def matching(expert: Kernels, other: Kernels, align: str) -> np.ndarray | None:
     )  # fmt: skip
     like_FF = units @ theirs.T
     if align == "hungarian":
+        from scipy.optimize import linear_sum_assignment  # here, as few need it
+
         return linear_sum_assignment(like_FF, maximize=True)[1]
     return _greedy(like_FF)
 

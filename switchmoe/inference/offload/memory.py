@@ -54,6 +54,12 @@ class Memory:
         self.empty(*old)  # the other's are taken as they are filled
 
 
+def give_back() -> None:
+    """Gives the system what the C library keeps of freed memory, such as a compilation's: room for experts under a limit."""
+    if hasattr(_libc, "malloc_trim"):  # glibc's
+        _libc.malloc_trim(0)
+
+
 def available() -> bool:
     """Whether this system has what is needed."""
     return hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "preadv")

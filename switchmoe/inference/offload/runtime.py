@@ -19,13 +19,14 @@ import numpy as np
 
 from switchmoe.inference.offload.cache import Cache, Key
 from switchmoe.inference.offload.layout import FORMS, Layer, numpy_type
-from switchmoe.inference.offload.memory import Memory
+from switchmoe.inference.offload.memory import Memory, give_back
 from switchmoe.inference.offload.predict import Table
 from switchmoe.inference.offload.store import Store, StoreError
 
 READERS = 3  # threads that read
 AHEAD = 1  # of these read ahead at once, at most
 PATIENCE = 60.0  # seconds that a layer waits for the disk
+TRIM_EVERY = 10.0  # seconds, at least, between what is given back to the system
 MOST_CONTEXTS = 32  # experts of a layer, beyond which a table is asked for a layer's shares alone
 
 
@@ -96,7 +97,7 @@ class Pager:
         self._ahead: collections.deque[Key] = collections.deque()
         self._pinned: frozenset[Key] = frozenset()
         self._failed: OSError | None = None
-        self._closed = False
+        self._closed, self._trimmed = False, -TRIM_EVERY
         self._pass: list[
             tuple[int, Collection[int]]
         ] = []  # layers and what they chose, of this way through them
@@ -133,6 +134,7 @@ class Pager:
 
     def __call__(self, layer: int, rows_E: Any, _: Any = None, likely_E: Any = None) -> np.ndarray:
         """A layer asks for the experts that have rows, and is answered when they are at hand, or never will be (`check`)."""
+        self._trim()  # a program that calls was compiled before
         rows_E = np.asarray(rows_E)
         chosen = np.flatnonzero(rows_E).tolist()
         self._bring(layer, [(layer, expert) for expert in chosen])
@@ -145,6 +147,11 @@ class Pager:
             failed, self._failed = self._failed, None
         if failed:
             raise failed
+
+    def _trim(self) -> None:
+        if time.monotonic() - self._trimmed >= TRIM_EVERY:
+            give_back()
+            self._trimmed = time.monotonic()
 
     def close(self) -> None:
         with self._changed:
