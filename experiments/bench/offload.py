@@ -1,7 +1,7 @@
 """Experts on disk under a memory limit: ``python -m experiments.bench offload --out=DIR [--OPTION=VALUE ...]``
 
 A synthetic sparse model (or --source=RUN) whose experts are four times the limit generates one answer at a time, drawn with
-temperature 1. Cases: resident (no limit), ours (by predictor, way of reading and form), a plain map of the float32 file read by the
+temperature 1. Cases: resident (no limit), ours (by form, predictor, way of reading and policy), a plain map of the float32 file read by the
 same program, and transformers with accelerate's disk offload, where these are installed. Each case of each round is a process
 of its own, in a memory cgroup that holds its code, its cache and its page cache; the page cache is dropped before. Rounds are
 interleaved; what is told are medians, and whether the answers were the resident model's.
@@ -34,19 +34,23 @@ from experiments import exits, process
 from experiments.bench import tools
 
 COMMAND = "experiments.bench"
-CODE = 1000 * 2**20  # of a process, with what it takes to make a program, beside weights
-CASES = {  # name: (form, predictor, way)
-    "resident float32": ("float32", "", ""),
-    "resident int4": ("int4", "", ""),
-    "float32, none, direct": ("float32", "none", "direct"),
-    "float32, router, direct": ("float32", "router", "direct"),
-    "float32, table, direct": ("float32", "table", "direct"),
-    "float32, table, pread": ("float32", "table", "pread"),
-    "float32, table, mmap": ("float32", "table", "mmap"),
-    "int4, table, direct": ("int4", "table", "direct"),
-    "mixed, table, direct": ("mixed", "table", "direct"),
-    "plain mmap": ("float32", "mapped", ""),
-    "accelerate": ("float32", "accelerate", ""),
+CODE = 520 * 2**20  # of a process, with what it takes to make a program, beside weights
+TORCH = 480 * 2**20  # what torch and transformers take more
+FIELDS = "form", "predictor", "way", "policy"
+CASES = {  # name: of these fields
+    "resident float32": ("float32", "", "", ""),
+    "resident int4": ("int4", "", "", ""),
+    "float32, none, direct": ("float32", "none", "direct", "lru"),
+    "float32, none, direct, lfu": ("float32", "none", "direct", "lfu"),
+    "float32, none, direct, lfru": ("float32", "none", "direct", "lfru"),
+    "float32, router, direct, lfu": ("float32", "router", "direct", "lfu"),
+    "float32, table, direct, lfu": ("float32", "table", "direct", "lfu"),
+    "float32, none, pread": ("float32", "none", "pread", "lru"),
+    "float32, none, mmap": ("float32", "none", "mmap", "lru"),
+    "int4, none, direct": ("int4", "none", "direct", "lru"),
+    "mixed, none, direct": ("mixed", "none", "direct", "lru"),
+    "plain mmap": ("float32", "mapped", "", ""),
+    "accelerate": ("float32", "accelerate", "", ""),
 }
 CHILD = "--child="
 
@@ -108,8 +112,9 @@ def _bench(options: argparse.Namespace, argv: list[str]) -> int:
     table = _run({"learn": True, "model": str(model), "form": "float32"} | told, None)
     for _ in range(options.rounds):
         for name in options.cases:
-            form, predictor, way = CASES[name]
-            asked = {"model": str(model), "form": form, "predictor": predictor, "way": way} | told
+            asked = {"model": str(model)} | dict(zip(FIELDS, CASES[name], strict=True)) | told
+            if limit and name == "accelerate":
+                asked["budget"] = max(2**20, budget - TORCH)
             dropped = _drop_caches()
             found = _run(asked, None if name.startswith("resident") else group)
             rows[name].append(found)

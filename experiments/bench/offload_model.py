@@ -22,7 +22,7 @@ from switchmoe.inference.offload.predict import Table
 from switchmoe.inference.offload.runtime import Pager, in_memory
 from switchmoe.inference.offload.store import Store
 from switchmoe.inference.serving.programs import Controls, Programs
-from switchmoe.interop import expert_store, growing, run_files, slim
+from switchmoe.interop import expert_store, growing, run_files
 from switchmoe.model.transformer import sparse_layer_names
 from switchmoe.runs import integrity, slimming, trained
 from switchmoe.runs.checkpoints import write_json
@@ -45,6 +45,8 @@ def told(state: Any) -> Any:
 
 def made(options: argparse.Namespace) -> Path:
     """The run's directory, with the stores of all forms; what is there stays."""
+    from switchmoe.interop import slim  # here, as a case in a process of its own has no need of it
+
     if options.source:
         run = Path(trained.find(options.source).step).parent.parent
     else:
@@ -196,6 +198,7 @@ def measured(asked: dict[str, Any]) -> dict[str, Any]:
             "predictor": asked["predictor"],
             "expert_memory": str(asked["budget"]),
             "expert_reads": asked["way"],
+            "expert_policy": asked["policy"],
         }
         if asked["predictor"] == "table":
             named["predictor"] = str(Path(asked["out"]) / "table.npz")

@@ -141,7 +141,7 @@ def test_a_store_that_was_killed_is_taken_up_again(tmp_path, environment):
 def test_the_benchmarks_short_form(tmp_path, capsys, monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    cases = ["resident float32", "float32, table, direct", "plain mmap"]
+    cases = ["resident float32", "float32, table, direct, lfu", "plain mmap"]
     given = ["offload", f"--out={tmp_path}", "--tiny", "--stacks=decoder_only", f"--cases={';'.join(cases)}"]
     assert offload.main(given) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "offload.json").read_text())
