@@ -153,3 +153,35 @@ def test_a_second_signal_ends_at_once(trained, environment):
         began = time.monotonic()
         assert served.end() == 0 and time.monotonic() - began < 20
     assert not any("Traceback" in line for line in served.said)
+
+
+@pytest.mark.slow
+def test_experts_on_disk_are_served_and_a_damaged_one_is_told(trained, environment, capsys):
+    from experiments import generate
+
+    asked = ["generate", f"--source={trained}", "--prompt=The river", "--max_tokens=9", "--expert_memory=1GiB"]
+    assert generate.main(asked) == 0
+    wanted = capsys.readouterr().out.removesuffix("\n")
+    files = sorted(trained.glob("experts/*/*.experts"))
+    least = max(file.stat().st_size for file in files)  # so that a layer's experts leave for another's
+    assert len(files) > 1
+    served = Command(trained, environment, f"--expert_memory={least}")
+
+    def answer():
+        body = {"prompt": "The river", "max_tokens": 9, "temperature": 0}
+        return httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
+
+    assert answer().json()["choices"][0]["text"] == wanted
+    good = {file: file.read_bytes() for file in files}
+    for file, raw in good.items():
+        file.write_bytes(raw[:4096] + bytes(byte ^ 1 for byte in raw[4096:]))
+    broken = answer()
+    assert broken.status_code == 500 and broken.json()["error"]["type"] == "server_error"
+    for file, raw in good.items():
+        file.write_bytes(raw)
+    assert answer().json()["choices"][0]["text"] == wanted
+    served.process.send_signal(signal.SIGTERM)
+    assert served.end() == 0
+    said = [line for line in served.said if "is damaged" in line]
+    assert said and "expert " in said[0] and ".experts" in said[0]
+    assert not any("Traceback" in line for line in served.said)
