@@ -73,7 +73,10 @@ def _arguments(base: dict[str, Any], scale: str, workdir: Path) -> str:
 
 
 def judge(claim: Claim, results: Results) -> Verdict:
-    return verdicts.verdict(claim.checks(SCALES[results.scale]), results.tables[claim.name])
+    scale, table = results.scale, results.tables[claim.name]
+    return verdicts.verdict(
+        claim.checks(SCALES[scale]), table, claims.seeds(claim, scale), claim.name in results.clocks
+    )
 
 
 def told(claim: Claim, results: Results) -> str:

@@ -22,9 +22,9 @@ RULE = (
     "Of each seed one figure is taken, such as the difference in held-out loss between two runs of that seed; the mean over "
     f"seeds has a {LEVEL:.0%} interval by Student's t (that of two variances' ratio is Fisher's F). A part of a claim held if the "
     "whole interval lies where the claim says, did not hold if all of it lies outside, and is not decidable at this scale if it "
-    f"reaches across or if there are fewer than {MIN_SEEDS} seeds: differences smaller than the noise decide nothing. A claim held "
+    f"reaches across or if there are fewer seeds than the claim asks for, at least {MIN_SEEDS}: differences smaller than the noise decide nothing. A claim held "
     "if all its parts did, did not if one did not. A run that stopped at a loss that is not a number is worse than any other. "
-    "Where steps were timed in turn, a seed's time is of a process of its own. Differences are positive and ratios above 1 where they speak for the claim. Of parts in which there is no difference, about "
+    "Times are of steps timed in turn, a seed's of a process of its own; without such a measurement nothing about time is decided. Differences are positive and ratios above 1 where they speak for the claim. Of parts in which there is no difference, about "
     "one in twenty is decided by chance."
 )
 
@@ -66,15 +66,20 @@ class Verdict(NamedTuple):
     findings: list[Finding]
 
 
-def verdict(checks: Sequence[Check], table: Table) -> Verdict:
-    """What the runs say of a claim: see `RULE`."""
-    findings = [_find(check, table) for check in checks]
+def verdict(checks: Sequence[Check], table: Table, seeds: int = MIN_SEEDS, measured: bool = True) -> Verdict:
+    """What the runs say of a claim: see `RULE`.
+
+    Args:
+      seeds: that the claim asks for.
+      measured: whether the runs' times were taken in turn.
+    """
+    findings = [_find(check, table, seeds, measured) for check in checks]
     outcomes = [finding.outcome for finding in findings]
     worst = next((one for one in (NOT_HELD, NOT_RUN, UNDECIDED) if one in outcomes), HELD)
     return Verdict(worst, findings)
 
 
-def _find(check: Check, table: Table) -> Finding:
+def _find(check: Check, table: Table, wanted: int, measured: bool) -> Finding:
     seeds = set.intersection(*(set(table.get(arm, ())) for arm in check.arms))
     if not seeds:
         return Finding(check, NOT_RUN, None)
@@ -83,7 +88,7 @@ def _find(check: Check, table: Table) -> Finding:
     inside = (found.low > check.above or check.above == -math.inf) and (
         found.high < check.below or check.below == math.inf
     )
-    if len(seeds) < MIN_SEEDS or math.isnan(found.mean):
+    if len(seeds) < max(wanted, MIN_SEEDS) or math.isnan(found.mean) or (check.timed and not measured):
         return Finding(check, UNDECIDED, found)
     if inside:
         return Finding(check, HELD, found)
@@ -146,19 +151,19 @@ def gain_kept(
 ) -> Check:
     """The share of the teacher's gain over ``baseline`` that the student keeps, of the loss or of a tasks' metric.
 
-    Of each seed (baseline - student) / G, where G is the mean over seeds of (baseline - teacher): so one seed's small gain does
-    not blow up its share.
+    The ratio of two means over seeds, of what student and teacher gain, so that one seed's small gain does not blow up its share
+    (`ratio_interval`). Unknown where the teacher's gain is not above 0 for sure.
     """
 
     def value(run: Run | None) -> float:
         return -_loss(run) if not metric else _score(run, metric)
 
     def interval(table: Table) -> Interval:
-        gain = np.mean(
-            [value(table[teacher][seed]) - value(table[baseline][seed]) for seed in table[teacher]]
+        kept, whole = (
+            [value(table[arm][seed]) - value(table[baseline][seed]) for seed in table[arm]]
+            for arm in (student, teacher)
         )
-        shares = [(value(table[student][s]) - value(table[baseline][s])) / gain for s in table[student]]
-        return t_interval(shares)
+        return ratio_interval(kept, whole)
 
     low, high = accepted
     what = f"share of the gain of {teacher} that {student} keeps"
@@ -219,13 +224,22 @@ def steadier(steady: str, other: str, paper: str = "") -> Check:
 
 
 def stabler(stable: str, other: str, paper: str = "") -> Check:
-    """Fewer runs of ``stable`` are unstable: stop at a loss that is no number, or end UNSTABLE above their lowest loss."""
+    """Fewer runs of ``stable`` are unstable: stop at a loss that is no number, or end UNSTABLE above their lowest loss.
 
-    def difference(stable: Run | None, other: Run | None) -> float:
-        return float(_unstable(other)) - float(_unstable(stable))
+    A difference of two shares, with the interval of Newcombe (1998, method 10): Student's t takes three of three for certain.
+    """
+
+    def interval(table: Table) -> Interval:
+        mean, low, high = 0.0, 0.0, 0.0
+        for arm, sign in ((other, 1), (stable, -1)):
+            count, runs = sum(map(_unstable, table[arm].values())), len(table[arm])
+            wilson = stats.binomtest(count, runs).proportion_ci(LEVEL, "wilson")
+            ends = sorted(sign * (end - count / runs) for end in (wilson.low, wilson.high))
+            mean, low, high = mean + sign * count / runs, low + ends[0] ** 2, high + ends[1] ** 2
+        return Interval(mean, mean - math.sqrt(low), mean + math.sqrt(high), len(table[stable]))
 
     says = f"fewer unstable runs of {stable} than of {other}"
-    return paired(says, stable, other, difference, (0.0, math.inf), "share", paper)
+    return Check(says, (stable, other), interval, 0.0, math.inf, "share", paper)
 
 
 def dropped(run: Run) -> float:
@@ -265,6 +279,25 @@ def t_interval(values: Sequence[float]) -> Interval:
     mean = float(finite.mean())
     low, high = -math.inf if down else mean - half, math.inf if up else mean + half
     return Interval(float(found.mean()), low, high, len(found))
+
+
+def ratio_interval(tops: Sequence[float], bottoms: Sequence[float]) -> Interval:
+    """The ratio of two means of pairs, with the interval of Fieller (1954).
+
+    Its ends r solve (mean top - r mean bottom)^2 = t^2 var(top - r bottom) / n. Unknown where a value is no number, or the mean
+    of ``bottoms`` is not above 0 for sure.
+    """
+    pairs, count = np.array([tops, bottoms], float), len(tops)
+    unknown = Interval(math.nan, -math.inf, math.inf, count)
+    if count < 2 or not np.isfinite(pairs).all():
+        return unknown
+    top, bottom = pairs.mean(axis=1)
+    noise = np.cov(pairs) * stats.t.ppf((1 + LEVEL) / 2, count - 1) ** 2 / count
+    square, middle, rest = bottom**2 - noise[1, 1], top * bottom - noise[0, 1], top**2 - noise[0, 0]
+    if square <= 0 or bottom <= 0:
+        return unknown
+    half = math.sqrt(max(middle**2 - square * rest, 0.0))
+    return Interval(top / bottom, (middle - half) / square, (middle + half) / square, count)
 
 
 def f_interval(larger: Sequence[float], smaller: Sequence[float]) -> Interval:

@@ -190,6 +190,48 @@ def test_fewer_unstable_runs(other, expected):
     assert outcome(verdicts.stabler("stable", "other"), stable=[None] * 3, other=[4.0] * 3) == NOT_HELD
 
 
+def test_shares_of_unstable_runs_by_hand():
+    """Wilson, 3 of 3: from 0.4385; 0 of 3: to 0.5615. Newcombe: 1 - sqrt(2) 0.5615."""
+    check = verdicts.stabler("stable", "other")
+    found = check.interval(table(stable=[4.0] * 3, other=[None] * 3))
+    assert found == pytest.approx((1.0, 1 - math.sqrt(2) * 0.5615, 1.0, 3), abs=1e-4)
+
+
+def test_a_ratio_of_means_by_hand():
+    """Over numbers without noise its ends are Student's over them; else where the means' distance is t standard errors."""
+    half = 4.30265 / math.sqrt(3)
+    found = verdicts.ratio_interval([1.0, 2.0, 3.0], [10.0] * 3)
+    assert found == pytest.approx((0.2, (2 - half) / 10, (2 + half) / 10, 3), rel=1e-5)
+    low, high = verdicts.ratio_interval([1.0, 2.0, 3.5], [9.0, 10.0, 12.0])[1:3]
+    for end in (low, high):
+        gaps = [top - end * bottom for top, bottom in zip([1.0, 2.0, 3.5], [9.0, 10.0, 12.0], strict=True)]
+        mean = sum(gaps) / 3
+        deviation = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / 2)
+        assert abs(mean) == pytest.approx(4.30265 * deviation / math.sqrt(3), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "teacher", [[5.0, 5.1, 5.2], [3.0, 4.1, 3.9], [None, 3.0, 3.0]], ids=["no gain", "maybe", "diverged"]
+)
+def test_nothing_is_kept_of_a_gain_that_is_none(teacher):
+    check = verdicts.gain_kept("student", "dense", "teacher", (0.15, math.inf))
+    assert outcome(check, student=[4.2, 4.21, 4.2], dense=[4.0, 4.01, 4.0], teacher=teacher) == UNDECIDED
+
+
+def test_a_claim_that_asks_for_more_seeds_waits_for_them():
+    arms = table(low=[3.0] * 4, high=[4.0] * 4)
+    check = verdicts.lower("low", "high")
+    assert [verdicts.verdict([check], arms, seeds).outcome for seeds in (1, 4, 5)] == [HELD, HELD, UNDECIDED]
+
+
+def test_times_that_were_not_measured_decide_nothing():
+    arms = table(fast=[run(4.0, seconds=0.5)] * 3, slow=[4.0] * 3)
+    checks = [verdicts.faster("fast", "slow"), verdicts.equal("fast", "slow", within=0.1)]
+    for measured, expected in ((True, [HELD, HELD]), (False, [UNDECIDED, HELD])):
+        found = verdicts.verdict(checks, arms, measured=measured)
+        assert [finding.outcome for finding in found.findings] == expected
+
+
 def test_intervals_by_hand():
     """t(0.975, 2) = 4.3027, F(0.975, 2, 2) = 39."""
     half = 4.30265 / math.sqrt(3)
