@@ -29,6 +29,7 @@ class Scale:
     )  # of runs that need one, where the base has none
     tune: Overrides = dataclasses.field(default_factory=dict)  # of fine-tuning
     instruct: Overrides = dataclasses.field(default_factory=dict)  # of instruction tuning, what differs
+    all_sparse: bool = False  # each block has experts
     mixture: bool = False  # the text is one of languages (`data.parts`), for the claims about them alone
     seeds: int = 3  # of a claim that does not ask for more
 
@@ -59,6 +60,7 @@ SMALL_CAUSAL = dict(
     experts_table_1=16,
     large={"model.d_model": 96, "model.d_ff": 96, "model.d_kv": 24, "model.num_layers": 4},
     hot=0.5,
+    all_sparse=True,
     wide={"model.d_ff": 512},
     encoder={"model.stacks": "encoder_decoder", "data.objective": "span_corruption"},
     tune=TUNE | {"train.num_steps": 300, "data.input_length": 128, "data.target_length": 24},

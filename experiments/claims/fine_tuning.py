@@ -37,7 +37,8 @@ SUBSETS = ("all", "non_moe", "moe_only", "attention", "ffn")
 
 def _subsets(scale: Scale) -> dict:
     whole = tuned(scale, switch(scale.experts))
-    rest = {name: whole | {"train.trainable": name} for name in SUBSETS if name != "all"}
+    same = ("all", "ffn") if scale.all_sparse else ("all",)  # without dense feed-forwards `ffn` is `moe_only`
+    rest = {name: whole | {"train.trainable": name} for name in SUBSETS if name not in same}
     return {"all": whole} | rest
 
 
@@ -106,11 +107,11 @@ CLAIMS = [
         lambda scale: [
             equal("non_moe", "all", within=0.05, paper="about the same"),
             equal("attention", "all", within=0.05, paper="about the same"),
-            lower("ffn", "moe_only", paper="drastic"),
+            *([] if scale.all_sparse else [lower("ffn", "moe_only", paper="drastic")]),
             lower("all", "moe_only", paper="drastic"),
             better("all", "moe_only", paper="drastic"),
         ],
-        "Where each block is sparse, as here, all feed-forwards are experts.",
+        "Where each block is sparse, all feed-forwards are experts, and tuning them is tuning the experts.",
     ),
     Claim(
         "dropped_fine_tuning",

@@ -73,6 +73,7 @@ CLAIMS = [
             lower("train 1.25, eval 2", "train 1.25, eval 1.25", paper="0.005 nats"),
             lower("train 1.25, eval 2", "train 0.75, eval 2", paper="0.031 nats"),
         ],
-        "The two factors at evaluation are tried on the same training, so that this difference has almost no noise.",
+        "The two factors at evaluation are tried on the same training, so that this difference has almost no noise, if both were made on "
+        "one kind of machine.",
     ),
 ]
