@@ -96,7 +96,7 @@ def update(kept: Path, workdir: Path, scale: str) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
     with _alone(kept.parent):
         found = read(workdir, scale, kept)
-        base = changed(_portable(found.base), to_dict(Settings()))
+        base = changed(portable(found.base), to_dict(Settings()))
         lines = [
             json.dumps({"scale": scale, "run": dict(overrides), "base": base, **_written(run, origin)})
             for overrides, (run, origin) in found.runs.items()
@@ -168,7 +168,7 @@ def plain(scale: str) -> dict[str, Any]:
     return to_dict(from_config(claims.base_config(scale)))
 
 
-def _portable(base: dict[str, Any]) -> dict[str, Any]:
+def portable(base: dict[str, Any]) -> dict[str, Any]:
     """Without this machine's directories."""
     return merged(base, {"data.data_dir": "", "data.source": Path(base["data"]["source"]).name})
 

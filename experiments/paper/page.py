@@ -57,9 +57,14 @@ def write(results: Path) -> Path:
     lines += ahead.section(found, decided)
     lines += ["## Not run at any scale", ""]
     waiting = [
-        [claim.name, claim.source, claim.says, claim.not_run]
+        [
+            claim.name,
+            claim.source,
+            claim.says,
+            claim.not_run or f"tried at the scales {', '.join(scales)}, which have no runs here",
+        ]
         for claim in claims.CLAIMS.values()
-        if claim.not_run
+        if not set(scales := [one for one in SCALES if not claims.why_not(claim, one)]) & set(found)
     ]
     lines += scorecard.markdown_rows(["claim", "source", "says", "why"], waiting)
     path = results / PAGE

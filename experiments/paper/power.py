@@ -79,6 +79,11 @@ def _pilots(done: finished.Finished, scale: str) -> dict[str, dict[int, sweeps.R
         outcome = done.run(overrides)
         if outcome and outcome[0]:
             arms[arm][seed] = outcome[0]
+    lacking = [arm for arm, runs in arms.items() if not runs]
+    if lacking:
+        raise ValueError(
+            f"--scale={scale}: no pilot of {', '.join(lacking)} is done; accepted is after experiments.paper power"
+        )
     return arms
 
 
@@ -187,6 +192,9 @@ def _effects(check: Check) -> Iterator[tuple[str, float, float, float]]:
     if math.isfinite(check.above) and math.isfinite(check.below):
         # Decided if both ends of the interval are: each is missed by half of those that may miss.
         yield "none", 0.0, check.below, (1 + power.POWER) / 2
+        return
+    if check.above < 0:  # "not worse by more than": decided where there is no difference
+        yield "none", 0.0, -check.above, power.POWER
         return
     printed = re.match(r"(\d+\.?\d*) nats", check.paper)
     named = {"the paper's": float(printed[1])} if printed else {}

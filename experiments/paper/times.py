@@ -58,7 +58,7 @@ def measure(base: dict[str, Any], wanted: Sequence[Overrides], seeds: int, repea
             for name, found in zip(names, pool.submit(_seconds, settings, repeats).result(), strict=True):
                 seconds[name].append(found)
     told = {"machine": origin.machine(), "commit": origin.commit()}
-    measured = read(path) + [told | {"base": base, "seconds": seconds}]
+    measured = read(path) + [told | {"base": finished.portable(base), "seconds": seconds}]
     path.parent.mkdir(parents=True, exist_ok=True)
     report.write_whole(path, json.dumps(measured, indent=1) + "\n")
 

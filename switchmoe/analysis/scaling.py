@@ -201,7 +201,7 @@ def _interval(value: float, reach: float, in_logarithm: bool) -> tuple[float, fl
 def _notes(sizes: int, at_edge: np.ndarray, residual: float | None, falls: bool) -> tuple[str, ...]:
     said = {
         "one model size: found are b' = b + c log10 N and d' = a log10 N + d, not their parts": sizes == 1,
-        "b' is not below 0 for sure: over all these runs the loss does not fall with the experts as the law has it": not falls,
+        "b' is not below 0 for sure: these runs do not say whether the loss falls with the experts as the law has it": not falls,
         "E_start is not determined by these runs: its search ended at an edge of its range": at_edge[0],
         "E_max is not determined by these runs: its search ended at an edge of its range": at_edge[1],
         "no runs are left over to tell how sure the coefficients are": residual is None,

@@ -93,7 +93,7 @@ def fit_families(groups: Sequence[Group]) -> tuple[dict[str, Fit], dict[str, str
 
 
 def drawn(groups: Sequence[Group], fits: dict[str, Fit]) -> list[Fit | None]:
-    """Of each group the law for its pictures: one that the runs reject is no picture of them."""
+    """Of each group the law for its pictures: one that the runs do not determine is no picture of them."""
     found = [fits.get(one.family) for one in groups]
     return [fit if fit and fit.falls else None for fit in found]
 
