@@ -159,7 +159,13 @@ def test_a_second_signal_ends_at_once(trained, environment):
 def test_experts_on_disk_are_served_and_a_damaged_one_is_told(trained, environment, capsys):
     from experiments import generate
 
-    asked = ["generate", f"--source={trained}", "--prompt=The river", "--max_tokens=9", "--expert_memory=1GiB"]
+    asked = [
+        "generate",
+        f"--source={trained}",
+        "--prompt=The river",
+        "--max_tokens=9",
+        "--expert_memory=1GiB",
+    ]
     assert generate.main(asked) == 0
     wanted = capsys.readouterr().out.removesuffix("\n")
     files = sorted(trained.glob("experts/*/*.experts"))
