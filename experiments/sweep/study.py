@@ -183,8 +183,9 @@ def check_directory(sweep: Sweep) -> None:
             if here.get(name) != value
         ]
         if different:
+            more = f" and {len(different) - 2} more" if len(different) > 2 else ""
             raise ValueError(
-                f"{where} holds another sweep: {', '.join(different)}; accepted is the same one with the same"
+                f"{where} holds another sweep: {', '.join(different[:2])}{more}; accepted is the same one with the same"
                 " or more runs, or another --workdir"
             )
     for run in sweep.whole:
