@@ -9,7 +9,7 @@ from experiments import command_line
 from switchmoe.inference.offload import WAYS
 from switchmoe.inference.offload.cache import POLICIES
 
-OPTIONS = {"expert_memory": "", "predictor": "none", "expert_policy": "lru", "expert_reads": "direct"}
+OPTIONS = {"expert_memory": "", "predictor": "none", "expert_policy": "lfru", "expert_reads": "direct"}
 UNITS = {"": 1} | {unit.upper(): size for unit, size in command_line.UNITS.items()}
 
 

@@ -23,7 +23,7 @@ encoder-decoder answers it: the continuation with prefix_lm; with span_corruptio
                          written into RUN the first time
   --predictor=none       what the next layer needs is foreseen, and read ahead, by: none | router, the next layer's | FILE of
                          experiments.offload predict
-  --expert_policy=lru    which experts leave: lru | lfu | lfru | least_stale
+  --expert_policy=lfru   which experts leave: lru | lfu | lfru | least_stale
   --expert_reads=direct  direct, past the page cache | pread | mmap
 
 Exit codes: 0 done; 2 bad input; 4 a file that can't be written or read.

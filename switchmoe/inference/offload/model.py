@@ -26,7 +26,7 @@ class Paging:
     """How much of the experts is in memory, and which."""
 
     budget: int  # bytes
-    policy: str = "lru"  # one of cache.POLICIES
+    policy: str = "lfru"  # one of cache.POLICIES
     predictor: str = "none"  # none | router | a file of `predict.Table`
     patience: float = PATIENCE  # seconds that a layer waits for the disk
 

@@ -75,7 +75,7 @@ class Pager:
         layers: Sequence[Layer],
         kept: str,
         budget: int,
-        policy: str = "lru",
+        policy: str = "lfru",
         table: Table | None = None,
         patience: float = PATIENCE,
     ):
