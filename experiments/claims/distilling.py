@@ -70,7 +70,7 @@ CLAIMS = [
     Claim(
         "table7",
         "Switch, Table 7",
-        "Compressed by up to 99 %, a Switch model's dense student keeps 28 to 37 % of its gain.",
+        "Compressed by up to 99 %, a Switch model's dense student keeps 27 to 37 % of its gain.",
         {"student of E=16": "1.587", "student of E=32": "1.585", "student of E=64": "1.579"},
         _sizes,
         _size_checks,

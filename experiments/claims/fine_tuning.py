@@ -24,9 +24,11 @@ def _dropout_checks(scale: Scale) -> list[Check]:
     best = "Switch 0.1, experts 0.4"
     return [
         better(best, "Switch 0.1", paper="0.5 on GLUE"),
+        better(best, "Switch 0.2", paper="0.8 on GLUE"),
         better(best, "Switch 0.3", paper="1.3 on GLUE"),
         better(best, "T5 0.1", paper="2.3 on GLUE"),
         lower(best, "Switch 0.1"),
+        lower(best, "Switch 0.2"),
         lower(best, "Switch 0.3"),
         lower(best, "T5 0.1"),
     ]

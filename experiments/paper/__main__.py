@@ -175,7 +175,7 @@ def _times(arguments: Arguments) -> int:
     wanted = claims.unique([arm for claim in chosen for arm in times.arms(claim, arguments.scale)])
     if not wanted:
         raise ValueError(
-            f"{', '.join(arguments.names)}: nothing about time; accepted are claims about it, or no name"
+            f"{', '.join(arguments.names) or f'--scale={arguments.scale}'}: nothing about time; accepted are claims about it, or no name"
         )
     base = study.read(_sweep(arguments), __doc__, ()).base
     path = times.place(arguments.workdir, arguments.scale, arguments.kept)
