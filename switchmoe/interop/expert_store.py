@@ -20,7 +20,7 @@ from switchmoe.inference.offload import model as offloaded
 from switchmoe.inference.offload.layout import FORMS, Layer, numpy_type
 from switchmoe.inference.offload.model import Paging
 from switchmoe.inference.offload.runtime import Pager
-from switchmoe.inference.offload.store import Store, Writer, sizes
+from switchmoe.inference.offload.store import Store, Writer, begun, sizes
 from switchmoe.interop import growing, run_files
 from switchmoe.model.transformer import sparse_layer_names
 from switchmoe.quantised import SCALE, quantise
@@ -199,7 +199,9 @@ def _group(settings: Settings, form: str, kernels: list[tuple[str, tuple[int, in
 
 def _write(model: trained.Source, work: Path, layers: list[Layer], of: dict[str, Any], told: Told) -> None:
     file, there = work / WRITTEN, slimming.kernels(model.settings)
-    done = json.loads(file.read_text()) if file.exists() else []
+    done = json.loads(file.read_text()) if file.exists() and begun(work, layers) else []
+    if not done:  # a file that is made anew has nothing of what an earlier process noted
+        file.unlink(missing_ok=True)
     names = list(dict.fromkeys(name for parts in there.values() for name, _ in parts.values()))
     counter = growing.Counter(sizes(layers))
     writer = Writer(work, layers)
@@ -218,6 +220,7 @@ def _write(model: trained.Source, work: Path, layers: list[Layer], of: dict[str,
                             writer.write(number, expert, lying(layer, expert, kernel, part))
             if name not in done:
                 done.append(name)
+                writer.sync()
                 write_json(file, done)
         writer.finish(of)
     file.unlink()

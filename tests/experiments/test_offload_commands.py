@@ -12,6 +12,7 @@ import pytest
 from experiments import convert, generate
 from experiments.bench import offload, offload_model
 from experiments.expert_memory import checked
+from switchmoe.inference.offload.store import Writer
 
 pytestmark = pytest.mark.usefixtures("one_device")
 PROMPTS = ["--ids", "--prompt=0 5 9", "--prompt=0 7", "--max_tokens=5", "--temperature=1"]
@@ -136,6 +137,30 @@ def test_a_store_that_was_killed_is_taken_up_again(tmp_path, environment):
     for name in ("index.json", "decoder.1.experts"):
         assert (target / "experts" / "1" / name).read_bytes() == (whole / "experts" / "1" / name).read_bytes()
     assert not (target / "experts" / "1" / "written.json").exists()
+
+
+def test_a_store_that_lost_a_file_between_two_tries_is_written_anew(run, tmp_path, monkeypatch):
+    """What the first try noted as done is not taken for what a new file has; and it was on the disk before it was noted."""
+    target, work = tmp_path / "target", tmp_path / ".target.converting" / "experts" / "1"
+    command = ["convert", f"--source={run}", "--experts_on_disk=own"]
+    write, synced = Writer.write, []
+
+    def breaks(writer, *given):
+        if (work / "written.json").exists():
+            raise OSError("the disk is gone")
+        write(writer, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "write", breaks)
+        patched.setattr(os, "fsync", synced.append)
+        assert convert.main([*command, f"--target={target}"]) == 4
+    assert synced and (work / "written.json").exists()
+    (work / "decoder.1.experts").unlink()
+    assert convert.main([*command, f"--target={target}"]) == 0
+    whole = tmp_path / "whole"
+    assert convert.main([*command, f"--target={whole}"]) == 0
+    for name in ("index.json", "decoder.1.experts", "decoder.3.experts"):
+        assert (target / "experts" / "1" / name).read_bytes() == (whole / "experts" / "1" / name).read_bytes()
 
 
 def test_the_benchmarks_short_form(tmp_path, capsys, monkeypatch, environment):

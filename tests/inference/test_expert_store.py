@@ -1,5 +1,6 @@
 """The store: what is written is read back, by every way; what is damaged, gone or unfinished is named and not used."""
 
+import errno
 import mmap
 import os
 import subprocess
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from switchmoe.inference.offload.layout import PAGE, Layer
-from switchmoe.inference.offload.store import INDEX, WAYS, Store, StoreError, Writer
+from switchmoe.inference.offload.store import INDEX, WAYS, Store, StoreError, Writer, begun
 
 KERNELS = (("wi", (32, 48)), ("wo", (48, 32)))
 LAYERS = [
@@ -116,6 +117,35 @@ def test_a_full_disk_is_said_before_anything_is_written_and_is_left_as_it_was(tm
         assert not list(place.iterdir())
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+def test_an_unfinished_store_goes_on_only_where_nothing_of_it_is_lost(tmp_path):
+    assert not begun(tmp_path, LAYERS)
+    Writer(tmp_path, LAYERS).close()
+    path = tmp_path / "decoder.1.experts"
+    good = path.read_bytes()
+    for raw in (good[:-PAGE], bytes(len(good)), None):
+        assert begun(tmp_path, LAYERS)
+        path.unlink() if raw is None else path.write_bytes(raw)
+        assert not begun(tmp_path, LAYERS)
+        path.write_bytes(good)
+
+
+def test_a_disk_that_fails_takes_nothing_of_an_earlier_process(tmp_path, monkeypatch):
+    writer = Writer(tmp_path, LAYERS)
+    writer.write(0, 0, values(LAYERS[0].record(0), 0))
+    writer.close()
+    (tmp_path / "decoder.1.experts").unlink()
+    (before,) = [path.read_bytes() for path in tmp_path.iterdir()]
+
+    def full(file, start, size):
+        if not os.fstat(file).st_size:  # one that is new
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StoreError, match=r"decoder\.1\.experts can't be written: No space left"):
+        Writer(tmp_path, LAYERS)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
 def test_a_part_of_another_shape_is_refused(tmp_path):
