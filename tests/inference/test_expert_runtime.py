@@ -256,6 +256,41 @@ def test_a_disk_that_is_slow_is_one_line_and_nothing_is_used(files):
     pager.check()  # what is whole again works
 
 
+class Broken(Slow):
+    """A disk of which one expert is damaged, and others are when it is let go on."""
+
+    def read(self, layer, expert, buffer):
+        while expert == 1 and len(self.asked) < 2:
+            time.sleep(0.001)
+        if expert > 1:
+            super().read(layer, expert, buffer)
+        if expert < 5:
+            raise StoreError(f"expert {expert} is damaged")
+
+
+def test_what_a_failed_program_waited_for_is_nothing_to_the_next_one(files):
+    store = Broken(files[0])
+    pager = made(files, 8, store)
+    pager(0, asks(1, 2, 3, 4, 5, 6))  # three readers: 5 and 6 are not begun
+    with pytest.raises(StoreError, match="expert 1 is damaged"):
+        pager.check()
+    store.on.set()
+    for _ in range(200):
+        if not pager._reading:
+            break
+        time.sleep(0.01)
+    pager.check()  # 2 and 3 turned out to be damaged too
+    assert {(0, 2), (0, 3)} <= set(store.asked) <= {(0, 2), (0, 3), (0, 4)}
+    pager(0, asks(5, 7))
+    pager.check()
+    right = made(files, 40)
+    right(0, asks(5))
+    assert bytes_of(pager, 0, 5) == bytes_of(right, 0, 5) and len(pager._cache) == 2
+    with pytest.raises(StoreError, match="expert 2 is damaged"):  # asked for again, it is told again
+        pager(0, asks(2))
+        pager.check()
+
+
 def test_a_damaged_expert_ends_the_answer_with_its_name(tmp_path):
     of = model("top 1, many")
     params = init(of)
