@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -97,9 +97,9 @@ def changed(settings: Settings, overrides: Mapping[str, Any]) -> Settings:
     return from_config(groups)
 
 
-def check(source: Source) -> None:
-    """Raises ValueError, one line: its step is damaged."""
-    damage = integrity.damage(source.step, "state")
+def check(source: Source, needed: Callable[[str], bool] = lambda name: True) -> None:
+    """Raises ValueError, one line: its step is damaged, of its state's files those that are ``needed``."""
+    damage = integrity.damage(source.step, "state", needed)
     if damage:
         raise ValueError(f"--source={source.step}: it is damaged: {damage}; accepted is a good one")
 
@@ -140,7 +140,14 @@ def is_expert(name: str) -> bool:
 
 
 def without_experts(source: Source, settings: Settings) -> Any:
-    """The model's parameters but the experts', on the first device."""
+    """The model's parameters but the experts', on the first device.
+
+    A checkpoint that training wrote has several arrays in a file, and is checked whole.
+
+    Raises:
+      ValueError: a file that they are read from is damaged.
+    """
+    check(source, lambda file: not is_expert(file.replace(".", "/")))
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = flatten_dict(train_state.parameter_shapes(settings), sep="/")
     like = {

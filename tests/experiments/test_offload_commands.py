@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from experiments import convert, generate
 from experiments.bench import offload, offload_model
 from experiments.expert_memory import checked
 from switchmoe.inference.offload.store import Writer
+from switchmoe.runs import trained
 
 pytestmark = pytest.mark.usefixtures("one_device")
 PROMPTS = ["--ids", "--prompt=0 5 9", "--prompt=0 7", "--max_tokens=5", "--temperature=1"]
@@ -108,6 +110,21 @@ def test_damage_is_exit_4_with_the_experts_name(run, resident, tmp_path, capsys)
     file.unlink()
     assert generate.main(given) == 4
     assert f"{file}: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_damaged_file_of_the_other_weights_is_refused_each_time(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    model = trained.find(str(copy))
+    files = sorted((copy / "checkpoints" / "1" / "state").glob("params.*/[0-9]*"))
+    other, own = (next(f for f in files if ("experts" in f.parent.name) == is_own) for is_own in (False, True))
+    own.write_bytes(bytes(own.stat().st_size))  # not read: an expert's bytes are in the store
+    trained.without_experts(model, model.settings)
+    other.write_bytes(bytes(other.stat().st_size))
+    with pytest.raises(
+        ValueError, match=f"it is damaged: .*{other.parent.name}/{other.name} has other content"
+    ):
+        trained.without_experts(model, model.settings)
 
 
 def test_a_store_that_was_killed_is_taken_up_again(tmp_path, environment):
