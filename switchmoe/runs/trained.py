@@ -110,8 +110,7 @@ def parameters(source: Source, settings: Settings, mesh: Mesh) -> Any:
     Raises:
       ValueError: the step is damaged, or has its experts on disk alone.
     """
-    index = source.step.parent.parent / EXPERTS / source.step.name / INDEX
-    if index.exists() and json.loads(index.read_text())["of"].get(ALONE):
+    if _alone(source.step.parent.parent / EXPERTS / source.step.name / INDEX):
         raise ValueError(
             f"--source={source.step}: its experts are on disk alone; accepted are experiments.generate and experiments.serve with"
             " --expert_memory=SIZE"
@@ -122,6 +121,14 @@ def parameters(source: Source, settings: Settings, mesh: Mesh) -> Any:
     where = train_state.state_shardings(shapes, boxes, settings, mesh)
     like = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, where)
     return unflatten_dict(start.read_parameters(source.step, flatten_dict(like, sep="/")), sep="/")
+
+
+def _alone(index: epath.Path) -> bool:
+    """Whether the checkpoint lacks its experts, as far as the index can be read: who needs the experts' files alone refuses it."""
+    try:
+        return bool(json.loads(index.read_text())["of"][ALONE])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def on_one_device(source: Source, settings: Settings) -> Any:

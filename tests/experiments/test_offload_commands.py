@@ -127,6 +127,17 @@ def test_a_damaged_file_of_the_other_weights_is_refused_each_time(run, tmp_path)
         trained.without_experts(model, model.settings)
 
 
+def test_readers_of_the_checkpoint_do_without_an_index_that_is_damaged(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    index = copy / "experts" / "1" / "index.json"
+    index.parent.mkdir(parents=True, exist_ok=True)
+    model = trained.find(str(copy))
+    for text in ("{}", '{"of": "1"}', "[", '{"of": {"step": "1"}}'):
+        index.write_text(text)
+        assert trained.on_one_device(model, model.settings)
+
+
 def test_a_store_that_was_killed_is_taken_up_again(tmp_path, environment):
     run = synthetic(tmp_path, "--experts=64", "--d_model=256", "--d_ff=512")
     target = tmp_path / "target"

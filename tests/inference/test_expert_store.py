@@ -1,6 +1,7 @@
 """The store: what is written is read back, by every way; what is damaged, gone or unfinished is named and not used."""
 
 import errno
+import json
 import mmap
 import os
 import subprocess
@@ -33,7 +34,7 @@ def written(tmp_path):
         for expert in range(3):
             writer.write(number, expert, values(layer.record(expert), 10 * number + expert))
     assert not (directory / INDEX).exists()
-    writer.finish("a step")
+    writer.finish({"step": "1"})
     return directory
 
 
@@ -48,7 +49,7 @@ def read(store, layer, expert):
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_written_is_read_and_lies_in_pages(written, way):
     store = Store(written, way)
-    assert store.layers == LAYERS and store.of == "a step"
+    assert store.layers == LAYERS and store.of == {"step": "1"}
     for number, layer in enumerate(LAYERS):
         for expert in range(3):
             found, wanted = read(store, number, expert), values(layer.record(expert), 10 * number + expert)
@@ -94,6 +95,17 @@ def test_a_head_an_index_or_a_file_that_is_damaged_or_gone(written):
         Store(written)
     path.unlink()
     with pytest.raises(StoreError, match=r"encoder\.1\.experts: No such file"):
+        Store(written)
+    path.write_bytes(raw)
+    index = json.loads((written / INDEX).read_text())
+    (written / INDEX).write_text(json.dumps(index | {"of": "1"}))
+    with pytest.raises(StoreError, match="index.json is damaged: what its experts are of is no object"):
+        Store(written)
+    index["layers"][1]["sums"].pop()
+    (written / INDEX).write_text(json.dumps(index))
+    with pytest.raises(
+        StoreError, match="index.json is damaged: it has 2 checksums of decoder/1's 3 experts"
+    ):
         Store(written)
     (written / INDEX).write_text("{}")
     with pytest.raises(StoreError, match="index.json is damaged"):

@@ -74,7 +74,7 @@ class Writer:
         for file in self._files:
             os.fsync(file)
 
-    def finish(self, of: Any) -> None:
+    def finish(self, of: Mapping[str, Any]) -> None:
         """Writes the index. ``of``: by which the model is known again."""
         self.sync()
         listed = []
@@ -118,6 +118,8 @@ class Store:
             self._sums = [[int(value) for value in entry["sums"]] for entry in entries]
             self._paths = [directory / entry["file"] for entry in entries]
             heads = [(int(entry["head"]), int(entry["head_sum"])) for entry in entries]
+            if not isinstance(self.of, dict):
+                raise ValueError("what its experts are of is no object")
         except FileNotFoundError as error:
             raise StoreError(
                 f"{path} is not there: the experts' files are unfinished, or moved away"
@@ -146,6 +148,12 @@ class Store:
             places = _head(layer)[1]
             if there != places[-1]:
                 raise StoreError(f"{path} is damaged: it has {there:,} bytes instead of {places[-1]:,}")
+            sums = self._sums[len(self.layers)]
+            if len(sums) != len(layer.forms):
+                index = self.directory / INDEX
+                raise StoreError(
+                    f"{index} is damaged: it has {len(sums)} checksums of {layer.name}'s {len(layer.forms)} experts"
+                )
             self._files.append(_opened(path, self._way == "direct"))
             if self._way == "mmap":
                 self._maps.append(mmap.mmap(self._files[-1], there, prot=mmap.PROT_READ))
