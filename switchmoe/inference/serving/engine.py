@@ -124,6 +124,7 @@ class Engine:
         self._changed = threading.Condition()
         self._closed, self._cut, self._failed = False, False, ""
         self.ready = False
+        self.failing: Callable[[Exception], None] = lambda error: None  # told why it could not be warmed up
         self._controls = Controls.empty(programs.slots)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -196,6 +197,7 @@ class Engine:
         except Exception as error:
             self._failed = f"{type(error).__name__}: {error}".splitlines()[0]
             self._note(f"the programs can't be compiled: {self._failed}")
+            self.failing(error)
             return
         self.ready = True
         self._note("ready")
