@@ -147,9 +147,16 @@ def test_a_budget_too_small_is_refused_with_the_least_that_works(tmp_path):
         ValueError, match=f"encoder/1 may need 16 experts at once; accepted is {16 * size} bytes or more"
     ):
         Generator(own, held, 4, check=pager.check)(PROMPTS[:1])
+    with pytest.raises(ValueError, match=f"encoder/1 may need 20 experts at once; accepted is {20 * size}"):
+        pager.holds(256)
     own, held, pager = paged(of, without_experts(params), store, Paging(16 * size))
     wanted = Generator(of, params, 4, **HOW["greedy"])(PROMPTS[:1])
-    assert Generator(own, held, 4, check=pager.check, **HOW["greedy"])(PROMPTS[:1]) == wanted
+    found = Generator(own, held, 4, check=pager.check, batch_size=1, **HOW["greedy"])
+    assert found(PROMPTS[:1]) == wanted
+    with pytest.raises(
+        ValueError, match="encoder/1 may need 20 experts at once"
+    ):  # of the second prompt's 17 tokens
+        next(found.batches([PROMPTS[0], [5] * 17]))
 
 
 class Slow(Store):

@@ -120,7 +120,8 @@ class Pager:
         return sum(sorted((found.record(e).size for e in range(len(found.forms))), reverse=True)[:experts])
 
     def fits(self, layer: int, experts: int) -> None:
-        """Raises ValueError, one line: so many experts of a layer don't fit at once."""
+        """Raises ValueError, one line: so many experts of a layer, or all if it has fewer, don't fit at once."""
+        experts = min(experts, len(self._layers[layer].forms))
         if self._need(layer, experts) > self.budget:
             raise ValueError(
                 f"--expert_memory={self.budget}: {self._layers[layer].name} may need {experts} experts at once; accepted is"
