@@ -13,6 +13,7 @@ import pytest
 from experiments import convert, generate
 from experiments.bench import offload, offload_model
 from experiments.expert_memory import checked
+from experiments.offload.simulate import _budget
 from switchmoe.inference.offload.store import Writer
 from switchmoe.runs import trained
 
@@ -61,6 +62,7 @@ def test_generate_within_a_budget_answers_the_same_and_writes_the_store_once(run
 def test_what_is_refused_gets_one_line(run, resident, tmp_path, capsys):
     given = [f"--source={run}", *PROMPTS]
     for arguments, message in (
+        (["--expert_memory="], "argument --expert_memory=:"),
         (["--expert_memory=much"], "--expert_memory=much: accepted is a size such as 512MiB"),
         (["--predictor=router"], "--predictor=router: accepted with --expert_memory=SIZE"),
         (
@@ -80,7 +82,12 @@ def test_what_is_refused_gets_one_line(run, resident, tmp_path, capsys):
         assert generate.main(["generate", *given, *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error, error
-    assert checked({"expert_memory": "1.5GiB"})[0] == 3 << 29 and checked({})[0] == 0
+    for text, size in (("1.5GiB", 3 << 29), ("1tib", 1 << 40), ("7 kb", 7000)):
+        assert checked({"expert_memory": text})[0] == size == _budget(text)[0]
+    assert checked({"expert_memory": "12"})[0] == 12 and checked({})[0] == 0
+    for text in ("9" * 400, "1XB", "0", "-1GB", "\u0661GB"):
+        with pytest.raises(ValueError, match="^--expert_memory=.*: accepted is a size such as 512MiB"):
+            checked({"expert_memory": text})
 
 
 def test_integers_on_disk_alone_are_a_run_for_generate_and_for_nobody_else(run, tmp_path, capsys):
@@ -117,7 +124,9 @@ def test_a_damaged_file_of_the_other_weights_is_refused_each_time(run, tmp_path)
     shutil.copytree(run, copy)
     model = trained.find(str(copy))
     files = sorted((copy / "checkpoints" / "1" / "state").glob("params.*/[0-9]*"))
-    other, own = (next(f for f in files if ("experts" in f.parent.name) == is_own) for is_own in (False, True))
+    other, own = (
+        next(f for f in files if ("experts" in f.parent.name) == is_own) for is_own in (False, True)
+    )
     own.write_bytes(bytes(own.stat().st_size))  # not read: an expert's bytes are in the store
     trained.without_experts(model, model.settings)
     other.write_bytes(bytes(other.stat().st_size))
