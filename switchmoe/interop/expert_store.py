@@ -68,9 +68,12 @@ def opened(
             _write(model, work, described(model.settings, own_forms(model)), identity(model), told)
     store = Store(where, way)
     if {name: store.of.get(name) for name in identity(model)} != identity(model):
-        raise ValueError(
-            f"{where}: it is of another checkpoint; accepted is that directory removed, then it is written anew"
+        accepted = (
+            f"the checkpoint that came with it, as the experts are in no other place than {where}"
+            if store.of.get(trained.ALONE)
+            else "that directory removed, then it is written anew"
         )
+        raise ValueError(f"{where}: it is of another checkpoint; accepted is {accepted}")
     return offloaded.paged(settings, trained.without_experts(model, settings), store, how)
 
 

@@ -14,7 +14,9 @@ from experiments import convert, generate
 from experiments.bench import offload, offload_model
 from experiments.expert_memory import checked
 from experiments.offload.simulate import _budget
+from switchmoe.inference.offload.model import Paging
 from switchmoe.inference.offload.store import Writer
+from switchmoe.interop import expert_store
 from switchmoe.runs import trained
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -134,6 +136,20 @@ def test_a_damaged_file_of_the_other_weights_is_refused_each_time(run, tmp_path)
         ValueError, match=f"it is damaged: .*{other.parent.name}/{other.name} has other content"
     ):
         trained.without_experts(model, model.settings)
+
+
+def test_nobody_is_told_to_remove_the_only_copy_of_the_experts(run, tmp_path):
+    target = tmp_path / "copy"
+    assert convert.main(["convert", f"--source={run}", f"--target={target}", "--experts_on_disk=own"]) == 0
+    file, model = target / "experts" / "1" / "index.json", trained.find(str(target))
+    index = json.loads(file.read_text())
+    for changed, accepted in (
+        ({}, "that directory removed"),
+        ({"alone": True}, "the checkpoint that came with it"),
+    ):
+        file.write_text(json.dumps(index | {"of": {"step": "1", "files": "another"} | changed}))
+        with pytest.raises(ValueError, match=f"it is of another checkpoint; accepted is {accepted}"):
+            expert_store.opened(model, model.settings, Paging(1 << 20), "direct", lambda state: None)
 
 
 def test_readers_of_the_checkpoint_do_without_an_index_that_is_damaged(run, tmp_path):

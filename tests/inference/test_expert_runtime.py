@@ -1,6 +1,8 @@
 """Experts on disk: the same bits as with all of them in memory; what is read, what waits, and what can't be."""
 
+import ctypes
 import dataclasses
+import importlib.util
 import threading
 import time
 
@@ -14,6 +16,8 @@ from test_decoding import init, settings
 from switchmoe.inference import decoding
 from switchmoe.inference.decoding import Choosing
 from switchmoe.inference.generation import Generator
+from switchmoe.inference.offload import memory
+from switchmoe.inference.offload import model as offloaded
 from switchmoe.inference.offload.model import Paging, paged
 from switchmoe.inference.offload.predict import Table
 from switchmoe.inference.offload.runtime import Pager, in_memory
@@ -157,6 +161,17 @@ def test_a_budget_too_small_is_refused_with_the_least_that_works(tmp_path):
         ValueError, match="encoder/1 may need 20 experts at once"
     ):  # of the second prompt's 17 tokens
         next(found.batches([PROMPTS[0], [5] * 17]))
+
+
+def test_another_system_than_linux_is_refused_in_a_line(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())  # as macOS has it: without mremap
+    spec = importlib.util.find_spec(memory.__name__)
+    elsewhere = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(elsewhere)
+    assert memory.available() and not elsewhere.available()
+    monkeypatch.setattr(offloaded, "available", elsewhere.available)
+    with pytest.raises(ValueError, match="--expert_memory=9: accepted on Linux; here is linux"):
+        Paging(9)
 
 
 class Slow(Store):
