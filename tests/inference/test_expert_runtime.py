@@ -91,7 +91,9 @@ def test_integers_are_those_of_a_model_of_integers(bits, tmp_path):
     wanted = Generator(slim, integers, 6, **HOW["greedy"])(PROMPTS)
     own, held, pager = on_disk(slim, integers, tmp_path / "own", form=f"int{bits}")
     assert Generator(own, held, 6, check=pager.check, **HOW["greedy"])(PROMPTS) == wanted
-    assert max(layer.stride for layer in pager._layers) < 4 * 8 * 4096  # they stay integers in memory
+    for layer in pager._layers:  # they stay integers in memory, of so many bits
+        part, weights = layer.record(0).part("wi"), np.prod(dict(layer.kernels)["wi"])
+        assert part.dtype == "int8" and 8 * part.size == bits * weights
 
 
 def test_each_expert_of_its_own_width_is_its_own_kernel(tmp_path):

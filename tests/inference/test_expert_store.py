@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from switchmoe.inference.offload.layout import PAGE, Layer
+from switchmoe.inference.offload.memory import Memory
+from switchmoe.inference.offload.runtime import Pager
 from switchmoe.inference.offload.store import INDEX, WAYS, Store, StoreError, Writer, begun
 
 KERNELS = (("wi", (32, 48)), ("wo", (48, 32)))
@@ -158,6 +160,37 @@ def test_a_disk_that_fails_takes_nothing_of_an_earlier_process(tmp_path, monkeyp
     with pytest.raises(StoreError, match=r"decoder\.1\.experts can't be written: No space left"):
         Writer(tmp_path, LAYERS)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+
+
+def test_bytes_go_to_an_expert_of_the_same_size_and_back_to_the_system_for_another():
+    memory = Memory(LAYERS)
+    bytes_of = lambda layer, expert: bytes(memory.place(layer, expert))  # noqa: E731
+    for layer, expert in ((0, 0), (1, 2)):  # three pages and two
+        memory.place(layer, expert)[:] = b"\x05" * len(memory.place(layer, expert))
+    memory.move((0, 0), (0, 1))
+    memory.move((1, 2), (0, 2))
+    assert bytes_of(0, 1) == b"\x05" * 3 * PAGE
+    assert not any(bytes_of(0, 0) + bytes_of(0, 2) + bytes_of(1, 2))
+
+
+def test_experts_of_unequal_sizes_take_each_others_room(written):
+    """In three pages: two of one page leave for one of three, and it for one of two."""
+    store = Store(written)
+    pager = Pager(store, LAYERS, "float32", 3 * PAGE)
+    for layer, experts in ((1, [0, 1]), (0, [2]), (1, [2, 0]), (0, [0]), (1, [1, 0])):
+        pager(layer, np.isin(np.arange(3), experts))
+        pager.check()
+        held = [(n, e) for n in range(2) for e in range(3) if any(pager.memory.place(n, e))]
+        assert held == [(layer, expert) for expert in sorted(experts)]
+        for expert in experts:
+            record = LAYERS[layer].record(expert)
+            found, wanted = (
+                np.frombuffer(pager.memory.place(layer, expert), np.uint8),
+                read(store, layer, expert),
+            )
+            assert all((record.part(name).of(found) == wanted[name]).all() for name in wanted)
+    assert pager.counts.hits == 0 and pager.counts.misses == 8
+    pager.close()
 
 
 def test_a_part_of_another_shape_is_refused(tmp_path):
