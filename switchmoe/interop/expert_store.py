@@ -60,12 +60,7 @@ def opened(
         raise ValueError(
             f"--expert_memory={how.budget}: accepted with a model that has experts; --source is dense"
         )
-    where = directory(model)
-    if not where.exists():
-        trained.check(model)
-        where.parent.mkdir(exist_ok=True)
-        with growing.grown(where, {"of": identity(model)}) as work:
-            _write(model, work, described(model.settings, own_forms(model)), identity(model), told)
+    where = written(model, told)
     store = Store(where, way)
     if {name: store.of.get(name) for name in identity(model)} != identity(model):
         accepted = (
@@ -75,6 +70,22 @@ def opened(
         )
         raise ValueError(f"{where}: it is of another checkpoint; accepted is {accepted}")
     return offloaded.paged(settings, trained.without_experts(model, settings), store, how)
+
+
+def written(model: trained.Source, told: Told) -> Path:
+    """`directory`, in which the experts' files are written where there are none, as the run has them.
+
+    Raises:
+      ValueError: as `directory`, or the checkpoint is damaged; one line.
+      OSError: files that can't be written.
+    """
+    where = directory(model)
+    if not where.exists():
+        trained.check(model)
+        where.parent.mkdir(exist_ok=True)
+        with growing.grown(where, {"of": identity(model)}) as work:
+            _write(model, work, described(model.settings, own_forms(model)), identity(model), told)
+    return where
 
 
 def into_run(model: trained.Source, target: Path, forms: str | Forms, told: Told) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -228,6 +229,32 @@ def test_the_benchmarks_short_form(tmp_path, capsys, monkeypatch, environment):
         assert row["tokens_per_second"] > 0 and row["same_answers"], row
     assert 0 < found["rows"][1]["hits"] <= 1 and found["machine"]["processor"]
     assert "answers the same" in capsys.readouterr().out
+    assert shlex.split(found["command"]) == ["python", "-m", "experiments.bench", *given]
+
+
+def test_the_benchmark_measures_the_step_that_was_given_and_writes_beside_no_run(run, tmp_path):
+    (source := tmp_path / "run").mkdir()
+    shutil.copy(run / "config.json", source)
+    for step in ("1", "2"):
+        shutil.copytree(run / "checkpoints" / "1", source / "checkpoints" / step)
+    options = offload.parse(["offload", f"--out={tmp_path / 'out'}", f"--source={source}|1", "--tiny"])
+    options.out.mkdir()
+    step = offload_model.made(options)
+    assert step == source / "checkpoints" / "1" and (source / "experts" / "1" / "index.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    assert {"run-int4", "run-mixed"} <= {path.name for path in options.out.iterdir()}
+
+
+def test_a_new_case_does_not_have_the_peak_of_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        type(tmp_path), "rmdir", shutil.rmtree
+    )  # as a cgroup's directory goes, with its files
+    group = offload.Group(tmp_path / "group", "v2", 99)
+    group._made()
+    (group.path / "memory.peak").write_text("7")
+    assert group.peak() == 7
+    group.begin()
+    assert group.peak() == 0 and (group.path / "memory.max").read_text() == "99"
 
 
 def test_the_benchmark_refuses_an_unknown_case(tmp_path, capsys):
