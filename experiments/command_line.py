@@ -3,8 +3,10 @@
 import ast
 import dataclasses
 import difflib
+import fractions
 import inspect
 import io
+import re
 import shutil
 import textwrap
 import tokenize
@@ -127,6 +129,19 @@ def values(
                 unknown(argument, [f"--{option}=" for option in defaults] + [f"--{flag}" for flag in flags])
             )
     return found, own
+
+
+def size(text: str) -> int:
+    """Bytes of a number with or without one of `UNITS`, in large or small letters, such as ``512MiB``.
+
+    Raises:
+      ValueError: it is none.
+    """
+    units = {"": 1} | {unit.lower(): factor for unit, factor in UNITS.items()}
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([a-z]*)", text.lower(), re.ASCII)
+    if not found or found[2] not in units:
+        raise ValueError(f"{text}: accepted is a size such as 512MiB, 2GB or bytes")
+    return int(fractions.Fraction(found[1]) * units[found[2]])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

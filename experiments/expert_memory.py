@@ -1,6 +1,5 @@
 """``--expert_memory=SIZE`` and what goes with it, of experiments.generate and experiments.serve: experts on disk (docs/offload.md)."""
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from switchmoe.inference.offload import WAYS
 from switchmoe.inference.offload.cache import POLICIES
 
 OPTIONS = {"expert_memory": "", "predictor": "none", "expert_policy": "lfru", "expert_reads": "direct"}
-UNITS = {"": 1} | {unit.upper(): size for unit, size in command_line.UNITS.items()}
 
 
 def checked(given: Mapping[str, str]) -> tuple[int, dict[str, str]]:
@@ -26,8 +24,10 @@ def checked(given: Mapping[str, str]) -> tuple[int, dict[str, str]]:
             if value != OPTIONS[name]:
                 raise ValueError(f"--{name}={value}: accepted with --expert_memory=SIZE")
         return 0, found
-    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?I?B)?", text.upper())
-    budget = int(float(size[1]) * UNITS.get(size[2] or "", 0)) if size else 0
+    try:
+        budget = command_line.size(text)
+    except ValueError:
+        budget = 0
     if not budget:
         raise ValueError(f"--expert_memory={text}: accepted is a size such as 512MiB, 2GB or bytes")
     for name, known in (("expert_policy", POLICIES), ("expert_reads", WAYS)):

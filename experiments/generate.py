@@ -95,6 +95,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
             argument.startswith("--")
             and equals
             and name in ("source", "file", "out", "prompt", "stop", *NUMBERS, *expert_memory.OPTIONS)
+            and (value or name not in expert_memory.OPTIONS)
         ):
             names = ("source", "prompt", "file", "out", *NUMBERS, "stop", *expert_memory.OPTIONS)
             raise ValueError(command_line.unknown(argument, [*(f"--{one}=" for one in names), "--ids"]))

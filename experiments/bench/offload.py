@@ -24,6 +24,7 @@ Exit codes: 0 done; 2 bad input; 4 a file that can't be written or read.
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def _bench(options: argparse.Namespace, argv: list[str]) -> int:
             print(f"{name:26s} {_line(found)}", flush=True)
     machine = tools.machine() | {"cgroup": group.kind if group else "none", "page cache dropped": dropped}
     result = {
-        "command": " ".join(["python -m experiments.bench", *argv]), "machine": machine, "model": facts, "routing": table,
+        "command": shlex.join(["python", "-m", "experiments.bench", *argv]), "machine": machine, "model": facts, "routing": table,
         "limit": limit, "expert_memory": budget, "rows": [_row(name, found, rows) for name, found in rows.items()], "runs": rows,
     }  # fmt: skip
     path = options.out / "offload.json"
@@ -144,27 +145,35 @@ def _size(text: str) -> int:
 class Group:
     """A memory cgroup, of either version, which a process enters at its start."""
 
-    def __init__(self, path: Path, kind: str):
-        self.path, self.kind = path, kind
+    def __init__(self, path: Path, kind: str, limit: int):
+        self.path, self.kind, self._limit = path, kind, limit
 
     @classmethod
     def made(cls, limit: int) -> "Group":
         """Raises OSError, one line: no right to."""
         root = Path("/sys/fs/cgroup")
         first = (root / "memory").is_dir()
-        found = cls((root / "memory" if first else root) / "switchmoe-bench", "v1" if first else "v2")
+        path = (root / "memory" if first else root) / "switchmoe-bench"
+        found = cls(path, "v1" if first else "v2", limit)
         try:
-            found.path.mkdir(exist_ok=True)
-            (found.path / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(limit))
+            found._made()
         except OSError as error:
             raise OSError(f"{found.path}: {error.strerror}; a memory limit takes root") from error
         return found
+
+    def _made(self) -> None:
+        self.path.mkdir(exist_ok=True)
+        name = "memory.limit_in_bytes" if self.kind == "v1" else "memory.max"
+        (self.path / name).write_text(str(self._limit))
 
     def begin(self) -> None:
         """Forgets the peak, and what files the process before has left in memory."""
         if self.kind == "v1":
             for name in ("memory.force_empty", "memory.max_usage_in_bytes"):
                 (self.path / name).write_text("0")
+        else:  # whose peak is only forgotten with the group
+            self.path.rmdir()
+            self._made()
 
     def peak(self) -> int:
         file = self.path / ("memory.max_usage_in_bytes" if self.kind == "v1" else "memory.peak")

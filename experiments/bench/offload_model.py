@@ -44,11 +44,11 @@ def told(state: Any) -> Any:
 
 
 def made(options: argparse.Namespace) -> Path:
-    """The run's directory, with the stores of all forms; what is there stays."""
+    """The step's directory, with the stores of all forms; what is there stays."""
     from switchmoe.interop import slim  # here, as a case in a process of its own has no need of it
 
     if options.source:
-        run = Path(trained.find(options.source).step).parent.parent
+        model = trained.find(options.source)
     else:
         settings = synthetic(options)
         names = [
@@ -62,15 +62,17 @@ def made(options: argparse.Namespace) -> Path:
         run = options.out / ("model-" + "-".join(map(str, names)))
         if not run.exists():
             _write(run, settings, options.skew)
-    model = trained.find(str(run))
+        model = trained.find(str(run))
+    step = Path(model.step)
+    expert_store.written(model, told)
     for form in ("int4", "mixed"):
-        target = _of_form(options.out, run, form)
+        target = _of_form(options.out, step, form)
         if not target.exists():
             expert_store.into_run(model, target, _mixed(model.settings) if form == "mixed" else form, told)
-    resident, how = _of_form(options.out, run, RESIDENT), slimming.Slimming(bits=4)
+    resident, how = _of_form(options.out, step, RESIDENT), slimming.Slimming(bits=4)
     if not resident.exists():
         slim.make(model, resident, how, slim.asked(model, how, {}), dict)
-    return run
+    return step
 
 
 def synthetic(options: argparse.Namespace) -> Settings:
@@ -126,16 +128,22 @@ def _mixed(settings: Settings) -> dict[str, list[str]]:
     }
 
 
-def _of_form(out: Path, run: Path, form: str) -> Path:
-    return run if form == "float32" else out / f"{run.name}-{form}"
+def _of_form(out: Path, step: Path, form: str) -> Path:
+    return step if form == "float32" else out / f"{_name(step)}-{form}"
 
 
-def facts(run: Path) -> dict[str, Any]:
-    settings = trained.find(str(run)).settings
+def _name(step: Path) -> str:
+    """The run's, and which step it is of a run that has others."""
+    run = step.parent.parent.name
+    return run if step.name == "1" else f"{run}-{step.name}"
+
+
+def facts(step: Path) -> dict[str, Any]:
+    settings = trained.find(str(step)).settings
     sizes = {name: 4 * int(np.prod(shape)) for name, shape in places.names(settings).items()}
     experts = sum(size for name, size in sizes.items() if trained.is_expert(name))
     return {
-        "run": run.name, "stacks": settings.stacks, "d_model": settings.model.d_model, "d_ff": settings.model.d_ff,
+        "run": _name(step), "stacks": settings.stacks, "d_model": settings.model.d_model, "d_ff": settings.model.d_ff,
         "sparse_layers": len(sparse_layer_names(settings)), "experts": settings.moe.total_experts, "expert_bytes": experts,
         "other_bytes": sum(sizes.values()) - experts,
     }  # fmt: skip
@@ -183,11 +191,11 @@ def learnt(asked: dict[str, Any]) -> dict[str, Any]:
 
 def measured(asked: dict[str, Any]) -> dict[str, Any]:
     """Tokens a second of one answer at a time, after as many others."""
-    run = Path(asked["model"])
+    step = Path(asked["model"])
     form = RESIDENT if asked["form"] == "int4" and not asked["predictor"] else asked["form"]
-    model = trained.find(str(_of_form(Path(asked["out"]), run, form)))
+    model = trained.find(str(_of_form(Path(asked["out"]), step, form)))
     if asked["predictor"] == "accelerate":
-        return _accelerate(run, asked)
+        return _accelerate(model, _of_form(Path(asked["out"]), step, "hf"), asked)
     pager, settings = None, model.settings
     if not asked["predictor"]:
         params = trained.on_one_device(model, settings)
@@ -253,8 +261,8 @@ def _mapped(model: trained.Source) -> tuple[Settings, Any]:
     return offloaded.shelved(settings, params, _Mapped(store), layers)
 
 
-def _accelerate(run: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """transformers with accelerate's disk offload, on the same weights."""
+def _accelerate(model: trained.Source, there: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """transformers with accelerate's disk offload, on the same weights, which are converted into ``there``."""
     try:
         import accelerate  # noqa: F401
         import torch
@@ -263,7 +271,6 @@ def _accelerate(run: Path, asked: dict[str, Any]) -> dict[str, Any]:
         return {"failed": f"skipped: {error.name} is not installed"}
     from switchmoe.interop import convert
 
-    model, there = trained.find(str(run)), run.with_name(f"{run.name}-hf")
     if not there.exists():
         convert.into_hugging_face(model, there, "float32", 10**9, told)
     torch.set_num_threads(tools.cores())
@@ -272,7 +279,7 @@ def _accelerate(run: Path, asked: dict[str, Any]) -> dict[str, Any]:
         if model.settings.stacks == ("decoder",)
         else transformers.AutoModelForSeq2SeqLM
     )
-    folder = run.with_name(f"{run.name}-offload")
+    folder = there.with_name(f"{there.name}-offload")
     theirs = kind.from_pretrained(
         there, device_map="auto", max_memory={"cpu": asked["budget"]}, offload_folder=folder
     )

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analyze.routing import Bar
-from experiments.command_line import UNITS, aligned
+from experiments.command_line import UNITS, aligned, size
 from experiments.offload import reading
 
 DEFAULTS = {
@@ -49,12 +49,11 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _budget(text: str) -> tuple[float, bool]:
     """(size, whether it is a share)."""
-    unit = next((unit for unit in UNITS if text.endswith(unit)), "")
     try:
-        number = float(text.removesuffix(unit))
-        if unit and 0 <= number < 2**60:
-            return number * UNITS[unit], False
-        if not unit and 0 <= number <= 1:
+        if text[-1:].isalpha():
+            return size(text), False
+        number = float(text)
+        if 0 <= number <= 1:
             return number, True
     except ValueError:
         pass

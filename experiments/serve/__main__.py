@@ -154,7 +154,9 @@ def _service(options: dict[str, Any], overrides: dict[str, Any]) -> Any:
     sizes = options["slots"], limits.max_prompt, limits.max_tokens
     programs = Programs(settings, params, *sizes, pager.check if pager else None)
     if pager:
-        pager.holds(max(programs.slots, programs.lengths[-1]) * settings.moe.total_choices)
+        experts, rows = settings.moe.total_experts, max(programs.slots, programs.lengths[-1])
+        # Where experts choose, or all tokens are for all of them, there are buffers for each.
+        pager.holds(rows * settings.moe.total_choices if programs.settings.moe.dropless else experts)
     name = options["name"] or directory.name
     metrics = Metrics(name, programs.prompt_layers, programs.layers, settings.moe.total_experts)
     engine = Engine(programs, limits.queue, metrics, _note)

@@ -172,8 +172,21 @@ def made(service: Service, inner: Any, token: str, note: Callable[[str], None]) 
 
 
 def serve(service: Service, inner: Any, token: str, listener: Any, note: Callable[[str], None]) -> bool:
-    """Until a signal comes. Returns whether all requests were answered."""
-    server = made(service, inner, token, note)
+    """Until a signal comes. Returns whether all requests were answered.
+
+    Raises:
+      OSError: the model could not be warmed up, as a file of its can't be read.
+    """
+    server, unread = made(service, inner, token, note), []
+
+    def failing(error: Exception) -> None:
+        if isinstance(error, OSError):
+            unread.append(error)
+            server.should_exit = True
+
+    service.engine.failing = failing
     service.engine.start()
     server.run(sockets=[listener])
+    if unread:
+        raise unread[0]
     return service.engine.stop(0.0 if server.force_exit else 1.0) and not server.force_exit

@@ -94,14 +94,14 @@ class Generator:
         """(prompts done, the answers of a batch), batch by batch."""
         for prompt in prompts:
             self.check(prompt)
+        rows = min(len(prompts), self._batch_size)
+        if len(prompts) > rows and padded(prompts) > padded(prompts[:rows]):
+            # What can't be computed of a later batch is said before the first one is.
+            prompt_BP, count_B = np.zeros((rows, padded(prompts)), np.int32), np.zeros(rows, np.int32)
+            jax.eval_shape(self._program, self._params, prompt_BP, count_B, count_B)
         for start in range(0, len(prompts), self._batch_size):
             part = prompts[start : start + self._batch_size]
-            rows = len(part) if len(prompts) <= self._batch_size else self._batch_size
-            longest = max(map(len, part))
-            length = SHORTEST
-            while length < longest:
-                length *= 2
-            prompt_BP = np.zeros((rows, length), np.int32)
+            prompt_BP = np.zeros((rows, padded(part)), np.int32)
             count_B = np.zeros(rows, np.int32)
             for row, prompt in enumerate(part):
                 prompt_BP[row, : len(prompt)] = prompt
@@ -124,6 +124,14 @@ class Generator:
         stops = np.flatnonzero(np.isin(tokens_N, self._how.stop_ids))
         end = stops[0] + 1 if len(stops) else len(tokens_N)
         return Answer([int(token) for token in tokens_N[:end]], float(score))
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> int:
+    """To how many tokens these prompts are filled up."""
+    longest, length = max(map(len, prompts)), SHORTEST
+    while length < longest:
+        length *= 2
+    return length
 
 
 def prompt_ids(text: str, settings: Settings, vocabulary: Any) -> list[int]:

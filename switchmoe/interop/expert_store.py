@@ -20,7 +20,7 @@ from switchmoe.inference.offload import model as offloaded
 from switchmoe.inference.offload.layout import FORMS, Layer, numpy_type
 from switchmoe.inference.offload.model import Paging
 from switchmoe.inference.offload.runtime import Pager
-from switchmoe.inference.offload.store import Store, Writer, sizes
+from switchmoe.inference.offload.store import Store, Writer, begun, sizes
 from switchmoe.interop import growing, run_files
 from switchmoe.model.transformer import sparse_layer_names
 from switchmoe.quantised import SCALE, quantise
@@ -60,18 +60,32 @@ def opened(
         raise ValueError(
             f"--expert_memory={how.budget}: accepted with a model that has experts; --source is dense"
         )
+    where = written(model, told)
+    store = Store(where, way)
+    if {name: store.of.get(name) for name in identity(model)} != identity(model):
+        accepted = (
+            f"the checkpoint that came with it, as the experts are in no other place than {where}"
+            if store.of.get(trained.ALONE)
+            else "that directory removed, then it is written anew"
+        )
+        raise ValueError(f"{where}: it is of another checkpoint; accepted is {accepted}")
+    return offloaded.paged(settings, trained.without_experts(model, settings), store, how)
+
+
+def written(model: trained.Source, told: Told) -> Path:
+    """`directory`, in which the experts' files are written where there are none, as the run has them.
+
+    Raises:
+      ValueError: as `directory`, or the checkpoint is damaged; one line.
+      OSError: files that can't be written.
+    """
     where = directory(model)
     if not where.exists():
         trained.check(model)
         where.parent.mkdir(exist_ok=True)
         with growing.grown(where, {"of": identity(model)}) as work:
             _write(model, work, described(model.settings, own_forms(model)), identity(model), told)
-    store = Store(where, way)
-    if {name: store.of.get(name) for name in identity(model)} != identity(model):
-        raise ValueError(
-            f"{where}: it is of another checkpoint; accepted is that directory removed, then it is written anew"
-        )
-    return offloaded.paged(settings, trained.without_experts(model, settings), store, how)
+    return where
 
 
 def into_run(model: trained.Source, target: Path, forms: str | Forms, told: Told) -> str:
@@ -199,7 +213,9 @@ def _group(settings: Settings, form: str, kernels: list[tuple[str, tuple[int, in
 
 def _write(model: trained.Source, work: Path, layers: list[Layer], of: dict[str, Any], told: Told) -> None:
     file, there = work / WRITTEN, slimming.kernels(model.settings)
-    done = json.loads(file.read_text()) if file.exists() else []
+    done = json.loads(file.read_text()) if file.exists() and begun(work, layers) else []
+    if not done:  # a file that is made anew has nothing of what an earlier process noted
+        file.unlink(missing_ok=True)
     names = list(dict.fromkeys(name for parts in there.values() for name, _ in parts.values()))
     counter = growing.Counter(sizes(layers))
     writer = Writer(work, layers)
@@ -218,6 +234,7 @@ def _write(model: trained.Source, work: Path, layers: list[Layer], of: dict[str,
                             writer.write(number, expert, lying(layer, expert, kernel, part))
             if name not in done:
                 done.append(name)
+                writer.sync()
                 write_json(file, done)
         writer.finish(of)
     file.unlink()

@@ -8,6 +8,7 @@ of the step itself, so that it is committed, kept and removed with it.
 import json
 import os
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,13 +42,16 @@ def _files(directory: Path | epath.Path) -> list[Path | epath.Path]:
     return found
 
 
-def damage(step_directory: Path, under: str = "") -> str | None:
+def damage(
+    step_directory: Path, under: str = "", needed: Callable[[str], bool] = lambda name: True
+) -> str | None:
     """What is wrong with a step, naming the first such file; None if nothing is, as far as can be told.
 
     A step without a manifest is one of an earlier version: it must have its items, nothing more is known.
 
     Args:
       under: check only the files whose path begins so.
+      needed: and of which this is true.
     """
     try:
         entries = json.loads((step_directory / MANIFEST).read_bytes())
@@ -60,7 +64,7 @@ def damage(step_directory: Path, under: str = "") -> str | None:
         return f"{MANIFEST} can't be read ({error.strerror})"
     except (ValueError, TypeError, AttributeError):
         return f"{MANIFEST}, the list of its files, is not what was written"
-    names = [name for name in expected if name.startswith(under)]
+    names = [name for name in expected if name.startswith(under) and needed(name)]
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda name: _problem(step_directory / name, *expected[name]), names)
         return next(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -97,9 +97,9 @@ def changed(settings: Settings, overrides: Mapping[str, Any]) -> Settings:
     return from_config(groups)
 
 
-def check(source: Source) -> None:
-    """Raises ValueError, one line: its step is damaged."""
-    damage = integrity.damage(source.step, "state")
+def check(source: Source, needed: Callable[[str], bool] = lambda name: True) -> None:
+    """Raises ValueError, one line: its step is damaged, of its state's files those that are ``needed``."""
+    damage = integrity.damage(source.step, "state", needed)
     if damage:
         raise ValueError(f"--source={source.step}: it is damaged: {damage}; accepted is a good one")
 
@@ -110,8 +110,7 @@ def parameters(source: Source, settings: Settings, mesh: Mesh) -> Any:
     Raises:
       ValueError: the step is damaged, or has its experts on disk alone.
     """
-    index = source.step.parent.parent / EXPERTS / source.step.name / INDEX
-    if index.exists() and json.loads(index.read_text())["of"].get(ALONE):
+    if _alone(source.step.parent.parent / EXPERTS / source.step.name / INDEX):
         raise ValueError(
             f"--source={source.step}: its experts are on disk alone; accepted are experiments.generate and experiments.serve with"
             " --expert_memory=SIZE"
@@ -122,6 +121,14 @@ def parameters(source: Source, settings: Settings, mesh: Mesh) -> Any:
     where = train_state.state_shardings(shapes, boxes, settings, mesh)
     like = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, where)
     return unflatten_dict(start.read_parameters(source.step, flatten_dict(like, sep="/")), sep="/")
+
+
+def _alone(index: epath.Path) -> bool:
+    """Whether the checkpoint lacks its experts, as far as the index can be read: who needs the experts' files alone refuses it."""
+    try:
+        return bool(json.loads(index.read_text())["of"][ALONE])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def on_one_device(source: Source, settings: Settings) -> Any:
@@ -140,7 +147,14 @@ def is_expert(name: str) -> bool:
 
 
 def without_experts(source: Source, settings: Settings) -> Any:
-    """The model's parameters but the experts', on the first device."""
+    """The model's parameters but the experts', on the first device.
+
+    A checkpoint that training wrote has several arrays in a file, and is checked whole.
+
+    Raises:
+      ValueError: a file that they are read from is damaged.
+    """
+    check(source, lambda file: not is_expert(file.replace(".", "/")))
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = flatten_dict(train_state.parameter_shapes(settings), sep="/")
     like = {

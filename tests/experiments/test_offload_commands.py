@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,11 @@ import pytest
 from experiments import convert, generate
 from experiments.bench import offload, offload_model
 from experiments.expert_memory import checked
+from experiments.offload.simulate import _budget
+from switchmoe.inference.offload.model import Paging
+from switchmoe.inference.offload.store import Writer
+from switchmoe.interop import expert_store
+from switchmoe.runs import trained
 
 pytestmark = pytest.mark.usefixtures("one_device")
 PROMPTS = ["--ids", "--prompt=0 5 9", "--prompt=0 7", "--max_tokens=5", "--temperature=1"]
@@ -58,6 +65,7 @@ def test_generate_within_a_budget_answers_the_same_and_writes_the_store_once(run
 def test_what_is_refused_gets_one_line(run, resident, tmp_path, capsys):
     given = [f"--source={run}", *PROMPTS]
     for arguments, message in (
+        (["--expert_memory="], "argument --expert_memory=:"),
         (["--expert_memory=much"], "--expert_memory=much: accepted is a size such as 512MiB"),
         (["--predictor=router"], "--predictor=router: accepted with --expert_memory=SIZE"),
         (
@@ -77,7 +85,12 @@ def test_what_is_refused_gets_one_line(run, resident, tmp_path, capsys):
         assert generate.main(["generate", *given, *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error, error
-    assert checked({"expert_memory": "1.5GiB"})[0] == 3 << 29 and checked({})[0] == 0
+    for text, size in (("1.5GiB", 3 << 29), ("1tib", 1 << 40), ("7 kb", 7000)):
+        assert checked({"expert_memory": text})[0] == size == _budget(text)[0]
+    assert checked({"expert_memory": "12"})[0] == 12 and checked({})[0] == 0
+    for text in ("9" * 400, "1XB", "0", "-1GB", "\u0661GB"):
+        with pytest.raises(ValueError, match="^--expert_memory=.*: accepted is a size such as 512MiB"):
+            checked({"expert_memory": text})
 
 
 def test_integers_on_disk_alone_are_a_run_for_generate_and_for_nobody_else(run, tmp_path, capsys):
@@ -109,6 +122,48 @@ def test_damage_is_exit_4_with_the_experts_name(run, resident, tmp_path, capsys)
     assert f"{file}: No such file or directory" in capsys.readouterr().err
 
 
+def test_a_damaged_file_of_the_other_weights_is_refused_each_time(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    model = trained.find(str(copy))
+    files = sorted((copy / "checkpoints" / "1" / "state").glob("params.*/[0-9]*"))
+    other, own = (
+        next(f for f in files if ("experts" in f.parent.name) == is_own) for is_own in (False, True)
+    )
+    own.write_bytes(bytes(own.stat().st_size))  # not read: an expert's bytes are in the store
+    trained.without_experts(model, model.settings)
+    other.write_bytes(bytes(other.stat().st_size))
+    with pytest.raises(
+        ValueError, match=f"it is damaged: .*{other.parent.name}/{other.name} has other content"
+    ):
+        trained.without_experts(model, model.settings)
+
+
+def test_nobody_is_told_to_remove_the_only_copy_of_the_experts(run, tmp_path):
+    target = tmp_path / "copy"
+    assert convert.main(["convert", f"--source={run}", f"--target={target}", "--experts_on_disk=own"]) == 0
+    file, model = target / "experts" / "1" / "index.json", trained.find(str(target))
+    index = json.loads(file.read_text())
+    for changed, accepted in (
+        ({}, "that directory removed"),
+        ({"alone": True}, "the checkpoint that came with it"),
+    ):
+        file.write_text(json.dumps(index | {"of": {"step": "1", "files": "another"} | changed}))
+        with pytest.raises(ValueError, match=f"it is of another checkpoint; accepted is {accepted}"):
+            expert_store.opened(model, model.settings, Paging(1 << 20), "direct", lambda state: None)
+
+
+def test_readers_of_the_checkpoint_do_without_an_index_that_is_damaged(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    index = copy / "experts" / "1" / "index.json"
+    index.parent.mkdir(parents=True, exist_ok=True)
+    model = trained.find(str(copy))
+    for text in ("{}", '{"of": "1"}', "[", '{"of": {"step": "1"}}'):
+        index.write_text(text)
+        assert trained.on_one_device(model, model.settings)
+
+
 def test_a_store_that_was_killed_is_taken_up_again(tmp_path, environment):
     run = synthetic(tmp_path, "--experts=64", "--d_model=256", "--d_ff=512")
     target = tmp_path / "target"
@@ -138,6 +193,30 @@ def test_a_store_that_was_killed_is_taken_up_again(tmp_path, environment):
     assert not (target / "experts" / "1" / "written.json").exists()
 
 
+def test_a_store_that_lost_a_file_between_two_tries_is_written_anew(run, tmp_path, monkeypatch):
+    """What the first try noted as done is not taken for what a new file has; and it was on the disk before it was noted."""
+    target, work = tmp_path / "target", tmp_path / ".target.converting" / "experts" / "1"
+    command = ["convert", f"--source={run}", "--experts_on_disk=own"]
+    write, synced = Writer.write, []
+
+    def breaks(writer, *given):
+        if (work / "written.json").exists():
+            raise OSError("the disk is gone")
+        write(writer, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "write", breaks)
+        patched.setattr(os, "fsync", synced.append)
+        assert convert.main([*command, f"--target={target}"]) == 4
+    assert synced and (work / "written.json").exists()
+    (work / "decoder.1.experts").unlink()
+    assert convert.main([*command, f"--target={target}"]) == 0
+    whole = tmp_path / "whole"
+    assert convert.main([*command, f"--target={whole}"]) == 0
+    for name in ("index.json", "decoder.1.experts", "decoder.3.experts"):
+        assert (target / "experts" / "1" / name).read_bytes() == (whole / "experts" / "1" / name).read_bytes()
+
+
 def test_the_benchmarks_short_form(tmp_path, capsys, monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -150,6 +229,32 @@ def test_the_benchmarks_short_form(tmp_path, capsys, monkeypatch, environment):
         assert row["tokens_per_second"] > 0 and row["same_answers"], row
     assert 0 < found["rows"][1]["hits"] <= 1 and found["machine"]["processor"]
     assert "answers the same" in capsys.readouterr().out
+    assert shlex.split(found["command"]) == ["python", "-m", "experiments.bench", *given]
+
+
+def test_the_benchmark_measures_the_step_that_was_given_and_writes_beside_no_run(run, tmp_path):
+    (source := tmp_path / "run").mkdir()
+    shutil.copy(run / "config.json", source)
+    for step in ("1", "2"):
+        shutil.copytree(run / "checkpoints" / "1", source / "checkpoints" / step)
+    options = offload.parse(["offload", f"--out={tmp_path / 'out'}", f"--source={source}|1", "--tiny"])
+    options.out.mkdir()
+    step = offload_model.made(options)
+    assert step == source / "checkpoints" / "1" and (source / "experts" / "1" / "index.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    assert {"run-int4", "run-mixed"} <= {path.name for path in options.out.iterdir()}
+
+
+def test_a_new_case_does_not_have_the_peak_of_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        type(tmp_path), "rmdir", shutil.rmtree
+    )  # as a cgroup's directory goes, with its files
+    group = offload.Group(tmp_path / "group", "v2", 99)
+    group._made()
+    (group.path / "memory.peak").write_text("7")
+    assert group.peak() == 7
+    group.begin()
+    assert group.peak() == 0 and (group.path / "memory.max").read_text() == "99"
 
 
 def test_the_benchmark_refuses_an_unknown_case(tmp_path, capsys):

@@ -79,12 +79,28 @@ def test_a_table_is_learnt_and_tried(experts, tmp_path, capsys):
     )
 
 
+def test_a_second_file_of_arrays_is_not_taken_for_the_first_one(experts, tmp_path, capsys):
+    other, out = tmp_path / "other.npy", tmp_path / "out"
+    np.save(other, np.tile([0, 1], (30, 3, 1)))
+    for path, tokens in ((experts, 240), (other, 30), (other, 30)):
+        code, captured = run(capsys, "simulate", f"--trace={path}", "--shuffles=0", f"--out={out}")
+        assert code == 0, captured.err
+        assert json.loads((out / "simulate.json").read_text())["tokens"] == tokens
+    np.save(other, np.tile([0, 1], (20, 3, 1)))  # the same name, another content
+    assert run(capsys, "simulate", f"--trace={other}", "--shuffles=0", f"--out={out}")[0] == 0
+    assert json.loads((out / "simulate.json").read_text())["tokens"] == 20
+    (out / "trace" / "made_of.json").unlink()  # then it is somebody's own
+    code, captured = run(capsys, "simulate", f"--trace={experts}", f"--out={out}")
+    assert code == exits.EXIT_BAD_INPUT and f"{out / 'trace'} is there and was not made of it" in captured.err
+    assert (out / "trace" / "trace.json").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["simulate"], "no trace; accepted is --trace=, a trace's directory"),
         (["simulate", "--trace=nowhere"], "--trace=nowhere: not a trace"),
-        (["simulate", "--trace=nowhere.npz"], ""),
+        (["simulate", "--trace=nowhere.npz"], "--trace=nowhere.npz: cannot be read"),
         (["simulate", "--trace=t", "--budgets=2"], "--budgets=2: accepted are shares from 0 to 1, or sizes with a unit"),
         (["simulate", "--trace=t", "--budgets=-1MiB"], "--budgets=-1MiB"),
         (["simulate", "--trace=t", "--budgets=nan"], "--budgets=nan"),

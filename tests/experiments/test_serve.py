@@ -11,7 +11,7 @@ import pytest
 openai = pytest.importorskip("openai")
 from serving import LIMITS, SLOTS, Running, parameters, scripted, settings, vocabulary  # noqa: E402
 
-from experiments.serve import fields  # noqa: E402
+from experiments.serve import application, fields, server  # noqa: E402
 from switchmoe.inference.decoding import Choosing  # noqa: E402
 from switchmoe.inference.generation import Generator, prompt_ids  # noqa: E402
 from switchmoe.inference.serving.programs import Programs  # noqa: E402
@@ -422,6 +422,20 @@ def test_a_server_that_warms_up_says_so(monkeypatch):
         assert answer.status_code == health.status_code == 503 and answer.headers["retry-after"]
         found.ready()
         assert httpx.get(f"{found.url}/health").json() == {"status": "ok"}
+
+
+def test_a_server_whose_files_cannot_be_read_at_its_start_ends(monkeypatch):
+    made = scripted("decoder")
+
+    def broken():
+        yield "first"
+        raise OSError("expert 3 of decoder/1 is damaged")
+
+    monkeypatch.setattr(made, "warm", broken)
+    found = Running(made=made)
+    inner = application.application(found.service)
+    with pytest.raises(OSError, match="expert 3 of decoder/1 is damaged"):
+        server.serve(found.service, inner, "", found._listener, found.notes.append)
 
 
 def slowly():

@@ -41,6 +41,12 @@ def test_who_leaves(policy, keys, last):
     assert run(Cache(2, one, policy, 1), keys)[-1] == last
 
 
+def test_a_server_that_has_run_for_days_still_keeps_the_most_used():
+    cache = Cache(2, one, "lfu", 1)
+    cache._count[A] = 1 << 23
+    assert run(cache, [A, B, C]) == [[], [], [B]]
+
+
 def test_of_experts_of_earlier_passes_that_of_the_first_layer_leaves_first():
     """(2, 0) was used in the first pass, (0, 0) and (1, 0) in the second; the third begins with (0, 1)."""
     keys = [(2, 0), (0, 0), (1, 0), (0, 1)]

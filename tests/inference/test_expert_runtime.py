@@ -1,6 +1,8 @@
 """Experts on disk: the same bits as with all of them in memory; what is read, what waits, and what can't be."""
 
+import ctypes
 import dataclasses
+import importlib.util
 import threading
 import time
 
@@ -14,6 +16,8 @@ from test_decoding import init, settings
 from switchmoe.inference import decoding
 from switchmoe.inference.decoding import Choosing
 from switchmoe.inference.generation import Generator
+from switchmoe.inference.offload import memory
+from switchmoe.inference.offload import model as offloaded
 from switchmoe.inference.offload.model import Paging, paged
 from switchmoe.inference.offload.predict import Table
 from switchmoe.inference.offload.runtime import Pager, in_memory
@@ -87,7 +91,9 @@ def test_integers_are_those_of_a_model_of_integers(bits, tmp_path):
     wanted = Generator(slim, integers, 6, **HOW["greedy"])(PROMPTS)
     own, held, pager = on_disk(slim, integers, tmp_path / "own", form=f"int{bits}")
     assert Generator(own, held, 6, check=pager.check, **HOW["greedy"])(PROMPTS) == wanted
-    assert max(layer.stride for layer in pager._layers) < 4 * 8 * 4096  # they stay integers in memory
+    for layer in pager._layers:  # they stay integers in memory, of so many bits
+        part, weights = layer.record(0).part("wi"), np.prod(dict(layer.kernels)["wi"])
+        assert part.dtype == "int8" and 8 * part.size == bits * weights
 
 
 def test_each_expert_of_its_own_width_is_its_own_kernel(tmp_path):
@@ -147,9 +153,27 @@ def test_a_budget_too_small_is_refused_with_the_least_that_works(tmp_path):
         ValueError, match=f"encoder/1 may need 16 experts at once; accepted is {16 * size} bytes or more"
     ):
         Generator(own, held, 4, check=pager.check)(PROMPTS[:1])
+    with pytest.raises(ValueError, match=f"encoder/1 may need 20 experts at once; accepted is {20 * size}"):
+        pager.holds(256)
     own, held, pager = paged(of, without_experts(params), store, Paging(16 * size))
     wanted = Generator(of, params, 4, **HOW["greedy"])(PROMPTS[:1])
-    assert Generator(own, held, 4, check=pager.check, **HOW["greedy"])(PROMPTS[:1]) == wanted
+    found = Generator(own, held, 4, check=pager.check, batch_size=1, **HOW["greedy"])
+    assert found(PROMPTS[:1]) == wanted
+    with pytest.raises(
+        ValueError, match="encoder/1 may need 20 experts at once"
+    ):  # of the second prompt's 17 tokens
+        next(found.batches([PROMPTS[0], [5] * 17]))
+
+
+def test_another_system_than_linux_is_refused_in_a_line(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())  # as macOS has it: without mremap
+    spec = importlib.util.find_spec(memory.__name__)
+    elsewhere = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(elsewhere)
+    assert memory.available() and not elsewhere.available()
+    monkeypatch.setattr(offloaded, "available", elsewhere.available)
+    with pytest.raises(ValueError, match="--expert_memory=9: accepted on Linux; here is linux"):
+        Paging(9)
 
 
 class Slow(Store):
@@ -254,6 +278,41 @@ def test_a_disk_that_is_slow_is_one_line_and_nothing_is_used(files):
     store.on.set()
     pager(0, asks(2))
     pager.check()  # what is whole again works
+
+
+class Broken(Slow):
+    """A disk of which one expert is damaged, and others are when it is let go on."""
+
+    def read(self, layer, expert, buffer):
+        while expert == 1 and len(self.asked) < 2:
+            time.sleep(0.001)
+        if expert > 1:
+            super().read(layer, expert, buffer)
+        if expert < 5:
+            raise StoreError(f"expert {expert} is damaged")
+
+
+def test_what_a_failed_program_waited_for_is_nothing_to_the_next_one(files):
+    store = Broken(files[0])
+    pager = made(files, 8, store)
+    pager(0, asks(1, 2, 3, 4, 5, 6))  # three readers: 5 and 6 are not begun
+    with pytest.raises(StoreError, match="expert 1 is damaged"):
+        pager.check()
+    store.on.set()
+    for _ in range(200):
+        if not pager._reading:
+            break
+        time.sleep(0.01)
+    pager.check()  # 2 and 3 turned out to be damaged too
+    assert {(0, 2), (0, 3)} <= set(store.asked) <= {(0, 2), (0, 3), (0, 4)}
+    pager(0, asks(5, 7))
+    pager.check()
+    right = made(files, 40)
+    right(0, asks(5))
+    assert bytes_of(pager, 0, 5) == bytes_of(right, 0, 5) and len(pager._cache) == 2
+    with pytest.raises(StoreError, match="expert 2 is damaged"):  # asked for again, it is told again
+        pager(0, asks(2))
+        pager.check()
 
 
 def test_a_damaged_expert_ends_the_answer_with_its_name(tmp_path):

@@ -227,6 +227,37 @@ def test_a_step_that_fails_is_told_and_the_next_request_is_answered(engine, monk
     assert again.listener.of() == wanted.listener.of()
 
 
+@pytest.mark.parametrize("what", ["prefill", "insert", "step"])
+def test_a_prompt_or_a_step_that_fails_is_nobody_elses(engine, monkeypatch, what):
+    """Of a prompt whose experts can't be read nobody else hears; of a failed step those who wait for a slot don't."""
+    running = engine("decoder")
+    wanted = job([0, 5, 9])
+    running.submit(wanted)
+    wanted.listener.of()
+    right, bad = getattr(running.programs, what), [0, 7, 7]
+    held = threading.Event()
+
+    def broken(*given):
+        if what == "prefill" and given[0] != bad:
+            return right(*given)
+        if what != "prefill":
+            monkeypatch.setattr(running.programs, what, right)
+        raise OSError("expert 3 of decoder/1 is damaged")
+
+    first = [job([0, 5, 9], ends=[lambda token: held.wait(60) and False])]
+    first += [job([0, 5, 9]) for _ in range(SLOTS - 2)]
+    failing, waiting = job(bad), [job([0, 5, 9]) for _ in range(SLOTS)]
+    running.submit(*first)
+    while not first[0].tokens:
+        time.sleep(0.005)
+    monkeypatch.setattr(running.programs, what, broken)
+    running.submit(failing, *waiting)
+    held.set()
+    assert failing.listener.of() == [] and failing.listener.events[-1] == Failed("broken")
+    for one in [*first, *waiting] if what == "prefill" else waiting:
+        assert one.listener.of() == wanted.listener.of()
+
+
 def test_closing_drains_and_then_cuts(engine):
     running = engine("decoder")
     last = [job([0, 5, 9], 3) for _ in range(7)]

@@ -49,7 +49,7 @@ def _lru(state: _State) -> np.ndarray:
 
 
 def _lfu(state: _State) -> np.ndarray:
-    return state.uses_N * LAYER + state.last_N
+    return state.uses_N + state.last_N / (state.now + 1)  # float64: a server has any number of uses
 
 
 def _lfru(state: _State) -> np.ndarray:

@@ -15,9 +15,10 @@ from switchmoe.inference.offload.layout import Layer
 
 _MOVE = 1 | 2 | 4  # MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP
 _NORESERVE = 0x4000
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mremap.restype = ctypes.c_void_p
-_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+_libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+if hasattr(_libc, "mremap"):  # Linux's
+    _libc.mremap.restype = ctypes.c_void_p
+    _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 
 
 class Memory:
@@ -62,4 +63,4 @@ def give_back() -> None:
 
 def available() -> bool:
     """Whether this system has what is needed."""
-    return hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "preadv")
+    return hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "preadv") and hasattr(_libc, "mremap")

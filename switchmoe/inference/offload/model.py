@@ -1,6 +1,7 @@
 """A model whose experts are on disk: settings and parameters that `generation.Generator` and `serving.programs.Programs` take."""
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from switchmoe.dispatch.dispatchers import DECODING
 from switchmoe.inference import decoding
 from switchmoe.inference.offload.cache import POLICIES
 from switchmoe.inference.offload.layout import FORMS, Layer, numpy_type
+from switchmoe.inference.offload.memory import available
 from switchmoe.inference.offload.predict import Table
 from switchmoe.inference.offload.runtime import PATIENCE, Pager, in_memory
 from switchmoe.inference.offload.shelf import Shelf
@@ -31,6 +33,8 @@ class Paging:
     patience: float = PATIENCE  # seconds that a layer waits for the disk
 
     def __post_init__(self) -> None:
+        if not available():
+            raise ValueError(f"--expert_memory={self.budget}: accepted on Linux; here is {sys.platform}")
         if self.budget < 1:
             raise ValueError(
                 f"--expert_memory={self.budget}: accepted is a size such as 512MiB, 2GB or bytes"

@@ -120,7 +120,8 @@ class Pager:
         return sum(sorted((found.record(e).size for e in range(len(found.forms))), reverse=True)[:experts])
 
     def fits(self, layer: int, experts: int) -> None:
-        """Raises ValueError, one line: so many experts of a layer don't fit at once."""
+        """Raises ValueError, one line: so many experts of a layer, or all if it has fewer, don't fit at once."""
+        experts = min(experts, len(self._layers[layer].forms))
         if self._need(layer, experts) > self.budget:
             raise ValueError(
                 f"--expert_memory={self.budget}: {self._layers[layer].name} may need {experts} experts at once; accepted is"
@@ -142,9 +143,17 @@ class Pager:
         return rows_E
 
     def check(self) -> None:
-        """Raises the OSError of what could not be read since the last call: then what was computed is nothing."""
+        """Raises the OSError of what could not be read since the last call: then what was computed is nothing.
+
+        What that program still waited for is forgotten: whatever becomes of it is not the next one's.
+        """
         with self._changed:
             failed, self._failed = self._failed, None
+            if failed:
+                self._pinned = frozenset()
+                for key in self._demand:
+                    self._leave(key)
+                self._demand.clear()
         if failed:
             raise failed
 
@@ -186,11 +195,12 @@ class Pager:
         """Makes room and has them read; waits for what is still being read ahead, where it is in the way."""
         for key in lacking:
             while not self._take_in(key):
-                if not self._reading:
+                under_way = [*self._reading, *self._demand]
+                if not under_way:
                     self._failed = OSError(f"--expert_memory={self.budget}: no room for expert {key}")
                     return False
                 if not self._changed.wait(max(0.0, began + self._patience - time.monotonic())):
-                    self._failed = self._late(next(iter(self._reading)))
+                    self._failed = self._late(under_way[0])
                     return False
             self._demand.append(key)
             self._changed.notify_all()
@@ -261,11 +271,15 @@ class Pager:
                 if error is None:
                     self._ready.add(key)
                 else:
-                    self._cache.drop(key)
-                    self._fresh.discard(key)
-                    self.memory.empty(*key)
+                    self._leave(key)
                     self._failed = error if key in self._pinned else self._failed
                 self._changed.notify_all()
+
+    def _leave(self, key: Key) -> None:
+        """What was to be read is not."""
+        self._cache.drop(key)
+        self._fresh.discard(key)
+        self.memory.empty(*key)
 
     def _next(self) -> Key | None:
         """What a thread is to read, of which it is noted that it is being read."""

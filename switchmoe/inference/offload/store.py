@@ -41,16 +41,18 @@ class Writer:
         self._directory, self.layers = directory, layers
         self._heads = [_head(layer) for layer in layers]
         self._files: list[int] = []
+        created = []
         for layer, (raw, places) in zip(layers, self._heads, strict=True):
             path = directory / file_name(layer)
+            created += [] if path.exists() else [path]
             try:
                 self._files.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o644))
                 os.posix_fallocate(self._files[-1], 0, places[-1])
                 os.pwrite(self._files[-1], raw, 0)
             except OSError as error:
                 self.close()
-                for other in layers:  # a disk is not left full
-                    (directory / file_name(other)).unlink(missing_ok=True)
+                for made in created:  # a disk is not left full
+                    made.unlink(missing_ok=True)
                 size = sizes(layers)
                 raise StoreError(
                     f"{path} can't be written: {error.strerror}; the experts take {size:,} bytes"
@@ -67,15 +69,20 @@ class Writer:
             while done < len(raw):
                 done += os.pwrite(self._files[layer], raw[done:], places[expert] + part.offset + done)
 
-    def finish(self, of: Any) -> None:
+    def sync(self) -> None:
+        """What was written so far survives a power cut."""
+        for file in self._files:
+            os.fsync(file)
+
+    def finish(self, of: Mapping[str, Any]) -> None:
         """Writes the index. ``of``: by which the model is known again."""
+        self.sync()
         listed = []
         for layer, (raw, places), file in zip(self.layers, self._heads, self._files, strict=True):
             sums = [
                 _checksum(os.pread(file, end - start, start))
                 for start, end in zip(places, places[1:], strict=False)
             ]
-            os.fsync(file)
             listed.append(
                 {"file": file_name(layer), "head": len(raw), "head_sum": _checksum(raw), "sums": sums}
             )
@@ -111,6 +118,8 @@ class Store:
             self._sums = [[int(value) for value in entry["sums"]] for entry in entries]
             self._paths = [directory / entry["file"] for entry in entries]
             heads = [(int(entry["head"]), int(entry["head_sum"])) for entry in entries]
+            if not isinstance(self.of, dict):
+                raise ValueError("what its experts are of is no object")
         except FileNotFoundError as error:
             raise StoreError(
                 f"{path} is not there: the experts' files are unfinished, or moved away"
@@ -139,6 +148,12 @@ class Store:
             places = _head(layer)[1]
             if there != places[-1]:
                 raise StoreError(f"{path} is damaged: it has {there:,} bytes instead of {places[-1]:,}")
+            sums = self._sums[len(self.layers)]
+            if len(sums) != len(layer.forms):
+                index = self.directory / INDEX
+                raise StoreError(
+                    f"{index} is damaged: it has {len(sums)} checksums of {layer.name}'s {len(layer.forms)} experts"
+                )
             self._files.append(_opened(path, self._way == "direct"))
             if self._way == "mmap":
                 self._maps.append(mmap.mmap(self._files[-1], there, prot=mmap.PROT_READ))
@@ -192,6 +207,18 @@ class Store:
         for file in self._files:
             os.close(file)
         self._files = []
+
+
+def begun(directory: Path, layers: Iterable[Layer]) -> bool:
+    """Whether an earlier `Writer` has made all files of such a store, and none is gone, cut or another's since."""
+    for layer in layers:
+        path, (raw, places) = directory / file_name(layer), _head(layer)
+        if not path.is_file() or path.stat().st_size != places[-1]:
+            return False
+        with path.open("rb") as file:
+            if file.read(len(raw)) != raw:
+                return False
+    return True
 
 
 def file_name(layer: Layer) -> str:

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,6 +124,7 @@ class Engine:
         self._changed = threading.Condition()
         self._closed, self._cut, self._failed = False, False, ""
         self.ready = False
+        self.failing: Callable[[Exception], None] = lambda error: None  # told why it could not be warmed up
         self._controls = Controls.empty(programs.slots)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -196,6 +197,7 @@ class Engine:
         except Exception as error:
             self._failed = f"{type(error).__name__}: {error}".splitlines()[0]
             self._note(f"the programs can't be compiled: {self._failed}")
+            self.failing(error)
             return
         self.ready = True
         self._note("ready")
@@ -206,7 +208,7 @@ class Engine:
                 self._step()
             except Exception as error:  # of the device: memory, most likely
                 self._note(f"a step failed: {type(error).__name__}: {error}".splitlines()[0])
-                for job in self._jobs():
+                for job in _jobs(self._slots):
                     self._fail(job, BROKEN)
                 self.programs.reset()
 
@@ -219,14 +221,10 @@ class Engine:
                 self._changed.wait()
         return True
 
-    def _jobs(self) -> list[Job]:
-        found = [slot.job for slot in (*self._slots, *list(self._waiting)) if slot]
-        return list(dict.fromkeys(found))
-
     def _sweep(self) -> None:
         """Ends what nobody waits for, and what is late."""
         now = time.monotonic()
-        for job in self._jobs():
+        for job in _jobs((*self._slots, *list(self._waiting))):
             if job.cancelled:
                 self._remove(job)
                 self._watcher.ended(job, "cancelled")
@@ -262,7 +260,14 @@ class Engine:
                 if read == ADMITTED:
                     return
                 read += 1
-                self._open(job)
+                try:
+                    self._open(job)
+                except Exception as error:
+                    self._fail(job, BROKEN)
+                    if not isinstance(error, OSError):
+                        raise
+                    self._note(f"a prompt failed: {error}".splitlines()[0])  # its experts are its own
+                    continue
             with self._changed:
                 slot = self._waiting.popleft()
             if job.max_tokens:
@@ -280,6 +285,7 @@ class Engine:
 
     def _place(self, slot: _Slot, place: int) -> None:
         job, controls = slot.job, self._controls
+        self._slots[place] = slot  # so that it is told if this fails
         self.programs.insert(job.prefilled, place)
         controls.position_B[place] = self.programs.first_position(job.prefilled)
         controls.count_B[place] = 0
@@ -289,7 +295,6 @@ class Engine:
             job.top_k,
             job.top_p,
         )
-        self._slots[place] = slot
         if slot.answer == job.answers - 1:
             job.prefilled = None  # its memory is of no more use
 
@@ -332,3 +337,7 @@ class Engine:
         slot.job.open -= 1
         self._watcher.ended(slot.job, why)
         slot.job.tell(Ended(slot.answer, why))
+
+
+def _jobs(slots: Iterable[_Slot | None]) -> list[Job]:
+    return list(dict.fromkeys(slot.job for slot in slots if slot))
