@@ -89,6 +89,20 @@ def test_next_layer_from_this_one():
     assert found["next_hits"].shuffled == pytest.approx(0.25, abs=0.03)
 
 
+def test_guesses_are_as_many_as_the_token_has_choices_in_the_next_layer():
+    """Lists as long as the layer has experts, of which a token fills one (a decoder beside expert choice), or one or two."""
+    first = RANDOM.integers(0, 4, 4000)
+    follows = np.full((4000, 4), -1)
+    follows[:, 0] = np.where(np.arange(4000) % 2, (first + 1) % 4, RANDOM.integers(0, 4, 4000))
+    found = {name: estimate(one, layer(first)) for name, one in chains.next_layer(layer(follows)).items()}
+    assert found["next_hits"].value == pytest.approx(0.625, abs=0.02)
+    assert found["next_hits"].shuffled == pytest.approx(0.25, abs=0.03)
+    assert found["next_hits_twice"].value == pytest.approx(0.75, abs=0.02)
+    follows[:, 0], follows[::2, 1] = (first + 1) % 4, (first[::2] + 2) % 4
+    # Of expert 1: 2 follows always, 3 half the time; who has one choice has one guess, who has two has two.
+    assert estimate(chains.next_layer(layer(follows))["next_hits"], layer(first)).value == 1
+
+
 def test_loads_by_hand():
     expert = [0] * 5 + [1] * 3 + [2] * 2
     of = {name: estimate(one, layer(expert)).value for name, one in loads.STATISTICS.items() if name in ("busiest", "idlest", "dead", "overloaded", "dropped")}  # fmt: skip

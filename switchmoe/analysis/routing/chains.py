@@ -103,16 +103,16 @@ def next_layer(following: Layer) -> dict[str, Statistic]:
 
     A predictor counts on even documents which experts follow which, and is tried on odd ones, and the other way round: a
     token's next experts are the K with the largest sum over its experts of their frequencies. What is counted are the
-    next layer's choices that are among the K, or 2 K, of a prefetcher's bet.
+    next layer's choices that are among the K, or 2 K, of a prefetcher's bet; K is the number of choices that the token makes
+    in the next layer, however long the trace's lists are.
     """
-    bets = following.expert_NK.shape[1]
 
     def shuffle(layer: Layer, rng: np.random.Generator) -> Layer:
         return rows(layer, rng)
 
     def hits(times: int) -> Statistic:
         def count(layer: Layer) -> Cells | None:
-            return _hits(layer, following, times * bets)
+            return _hits(layer, following, times)
 
         says = f"of the next layer's choices, those among {times} x K that this layer's choices let expect"
         return Statistic(count, mean, shuffle, "share", says)
@@ -129,10 +129,11 @@ def next_layer(following: Layer) -> dict[str, Statistic]:
         ),
         "next_hits": hits(1),
     }
-    return found | ({"next_hits_twice": hits(2)} if 2 * bets < following.num_experts else {})
+    choices = (following.expert_NK >= 0).sum(axis=1).mean()
+    return found | ({"next_hits_twice": hits(2)} if 2 * choices < following.num_experts else {})
 
 
-def _hits(layer: Layer, following: Layer, bets: int) -> Cells | None:
+def _hits(layer: Layer, following: Layer, times: int) -> Cells | None:
     even_N = layer.document_N % 2 == 0
     if even_N.all() or not even_N.any():
         even_N = layer.sequence_N % 2 == 0
@@ -148,8 +149,10 @@ def _hits(layer: Layer, following: Layer, bets: int) -> Cells | None:
             score_NE = sum(
                 share_EE[mine_NK[:, rank]] for rank in range(mine_NK.shape[1])
             )  # -1: a row of zeros
-            bet_NK = np.argsort(-score_NE, axis=1, kind="stable")[:, : min(bets, layer.num_experts)]
-            value_N[row], known_N[row] = overlap(next_NK, bet_NK), (next_NK >= 0).sum(axis=1)
+            rank_NE = np.argsort(np.argsort(-score_NE, axis=1, kind="stable"), axis=1)
+            rank_NK = np.take_along_axis(rank_NE, np.maximum(next_NK, 0), axis=1)
+            known_N[row] = (next_NK >= 0).sum(axis=1)
+            value_N[row] = ((rank_NK < times * known_N[row, None]) & (next_NK >= 0)).sum(axis=1)
     token_N = np.arange(len(value_N))
     cell = np.repeat([0, 1], len(value_N))
     return Cells(cell, np.concatenate([value_N, known_N]), np.tile(token_N, 2), (2,))
