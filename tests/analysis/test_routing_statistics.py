@@ -43,6 +43,30 @@ def test_information_of_planted_specialisation():
     assert estimate(specialisation.information(lambda of: of.label_N, ""), layer(key)) is None  # no labels
 
 
+def test_labels_that_mean_nothing_tell_no_more_than_shuffled_ones():
+    """Each of 30 documents has experts of its own and a label at random; then each label has its expert, half the time."""
+    rng = np.random.default_rng(1)
+    share_DE = rng.dirichlet(np.full(4, 0.3), 30)
+    expert = np.concatenate([rng.choice(4, 100, p=share_E) for share_E in share_DE])
+    statistic = specialisation.statistics(np.zeros(0, int))["label_information"]
+    inside = []
+    for _ in range(10):
+        label = np.repeat(rng.integers(0, 3, 30), 100)
+        found = estimate(statistic, layer(expert, length=100, label_N=label))
+        assert found.value > 0.005  # documents of a label differ from the others' by chance
+        inside.append(found.shuffled_low <= found.value <= found.shuffled_high)
+    assert sum(inside) >= 7  # of 21 alike one is the lowest or highest 2 times in 21
+    planted = np.where(rng.random(3000) < 0.5, label, rng.integers(0, 4, 3000))
+    found = estimate(statistic, layer(planted, length=100, label_N=label))
+    assert found.low > found.shuffled_high
+    unlabelled = np.where(np.arange(3000) < 300, -1, label)
+    shuffled = estimates.labels(layer(expert, length=100, label_N=unlabelled), rng)
+    assert (shuffled.label_N[:300] == -1).all() and (
+        shuffled.label_N[300:].reshape(-1, 100).std(axis=1) == 0
+    ).all()
+    np.testing.assert_array_equal(np.bincount(shuffled.label_N[300:]), np.bincount(label[300:]))
+
+
 def test_repeats_of_a_planted_chain():
     """A token keeps its neighbour's expert with probability 1/2, else draws among four: repeats are 1/2 + 1/8."""
     expert = RANDOM.integers(0, 4, 20_000)

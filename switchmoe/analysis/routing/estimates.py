@@ -6,11 +6,13 @@ sample drawn again is a product of weights with the documents' tables.
 
 **Interval**: 95 %, of REPLICATES samples of documents drawn with replacement (of sequences, where there are fewer than
 MIN_DOCUMENTS), as tokens of a document are alike. The replicates' quantiles are moved so that their mean is the figure's:
-drawing again biases information and maxima upward once more. What bias the figure itself has, the baseline has as well.
+drawing again biases information and maxima upward once more. The bias that the figure itself has of few tokens, the baseline
+has as well; that of few documents, whose tokens are alike, it has where documents stay whole (`labels`) and lacks elsewhere.
 
 **Baseline**: the same figure where the tokens' choices are shuffled: `rows` gives each token the choices of another of its
 layer, whatever token it is and wherever it stands; `ranks` draws each of a token's choices from another token; `uniform` draws
-experts at random, all alike. The mean of SHUFFLES of them, with the lowest and the highest.
+experts at random, all alike; `labels` gives documents each other's labels. The mean of SHUFFLES of them, with the lowest and the
+highest.
 
 Letters: N tokens, M contributions, X cells, R replicates, C documents, K choices, E experts.
 """
@@ -118,6 +120,23 @@ def _by_cluster(cells: Cells, cluster_N: np.ndarray) -> Any:
 def rows(layer: Layer, rng: np.random.Generator) -> Layer:
     """Each token with the choices of another."""
     return layer.of_choices(layer.take(rng.permutation(len(layer.token_N))))
+
+
+def labels(layer: Layer, rng: np.random.Generator) -> Layer:
+    """Each labelled document with the label of another, its tokens and their choices as they are.
+
+    A label is of a whole document, whose tokens' choices are alike whatever it is of: tokens shuffled one by one would lose
+    that, and any grouping of documents would seem to tell of experts.
+    """
+    row = np.flatnonzero(layer.label_N >= 0)
+    if not len(row):
+        return layer
+    # Where a document has several labels, each of its parts is a document here.
+    pair_NX = np.stack([layer.document_N[row], layer.label_N[row]], axis=1)
+    document_DX, number = np.unique(pair_NX, axis=0, return_inverse=True)
+    label_N = layer.label_N.copy()
+    label_N[row] = rng.permutation(document_DX[:, 1])[number.ravel()]
+    return layer._replace(label_N=label_N)
 
 
 def ranks(layer: Layer, rng: np.random.Generator) -> Layer:

@@ -24,8 +24,9 @@ FAVOURITES, MOST_EXPERTS = 6, 64  # that the page lists
 
 NOTE = (
     "Each figure has its 95 % interval, of documents drawn again, and in the same place what shuffled tokens give: the mean over"
-    " 20 shuffles. Loads are set beside experts drawn at random, all alike. Entropy, confidence, margins and drops of a whole layer"
-    " are the same however its tokens are shuffled. Information that a shuffled trace has as well is the bias of counting."
+    " 20 shuffles. Loads are set beside experts drawn at random, all alike; the information of labels beside documents with each"
+    " other's labels. Entropy, confidence, margins and drops of a whole layer are the same however its tokens are shuffled."
+    " Information that a shuffled trace has as well is the bias of counting few tokens, or few documents of a label."
 )
 
 

@@ -27,7 +27,7 @@ def save_all(
         "routing_loads": (loads(found), "Load of each expert by layer, as multiples of the fair share 1/E; experts sorted."),
         "routing_information": (
             lines(found, ("class_information", "token_information", "label_information"), "bits"),
-            "Information of class, token and label in a token's experts, with 95 % intervals; hollow: shuffled tokens.",
+            "Information of class, token and label in a token's experts, with 95 % intervals; hollow: shuffled tokens, for labels shuffled documents.",
         ),
         "routing_repeats": (
             lines(found, ("first_repeats", "any_repeats"), "share of next tokens"),
@@ -132,7 +132,7 @@ def lines(found: dict[str, Any], names: Sequence[str], unit: str) -> Picture | N
         axes.plot(
             shift, [one.shuffled for one in figures], SHAPES[number], mfc="none", mec=colour, markersize=6
         )
-    axes.plot([], [], "o", mfc="none", mec=plots.GREY, markersize=6, label="hollow: tokens shuffled")
+    axes.plot([], [], "o", mfc="none", mec=plots.GREY, markersize=6, label="hollow: shuffled")
     axes.set_xticks(range(len(layers)), labels=layers, rotation=45 if len(layers) > 6 else 0, fontsize=8)
     _finish(axes, unit)
     return figure

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from switchmoe.analysis.routing.estimates import Cells, Statistic, choices, entropy, rows
+from switchmoe.analysis.routing import estimates
+from switchmoe.analysis.routing.estimates import Cells, Shuffle, Statistic, choices, entropy, rows
 from switchmoe.analysis.routing.traces import Info, Layer
 
 CLASSES = ("sentinel", "special", "punctuation", "digits", "capital", "word start", "sub-word", "byte")
@@ -56,13 +57,13 @@ def class_N(layer: Layer, class_V: np.ndarray) -> np.ndarray:
     return np.where(known_N, class_V[np.where(known_N, layer.token_N, 0)], -1)
 
 
-def information(key: Callable[[Layer], np.ndarray], says: str) -> Statistic:
+def information(key: Callable[[Layer], np.ndarray], says: str, shuffle: Shuffle = rows) -> Statistic:
     """Mutual information of a token's ``key`` (-1: left out) and its experts, bits: sum p(t, e) log2 p(t, e) / (p(t) p(e))."""
 
     def count(layer: Layer) -> Cells | None:
         return joint(layer, key(layer))
 
-    return Statistic(count, mutual, rows, "bits", says)
+    return Statistic(count, mutual, shuffle, "bits", says)
 
 
 def joint(layer: Layer, key_N: np.ndarray) -> Cells | None:
@@ -120,7 +121,7 @@ def statistics(class_V: np.ndarray) -> dict[str, Statistic]:
     found = {
         "class_information": information(by_class, "information of the token's class in its expert"),
         "token_information": information(lambda layer: layer.token_N, "information of the token's id in its expert"),
-        "label_information": information(lambda layer: layer.label_N, "information of the document's label in the expert"),
+        "label_information": information(lambda layer: layer.label_N, "information of the document's label in the expert", estimates.labels),
         "input_specialisation": _favourite("token_N", f"{favourite} id"),
         "target_specialisation": _favourite("target_N", f"{favourite} target's id"),
         "predicted_specialisation": _favourite("predicted_N", f"{favourite} predicted id"),
