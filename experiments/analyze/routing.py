@@ -136,10 +136,7 @@ def _given(arguments: Arguments) -> tuple[Path, Path]:
     if place.suffix not in arrays.SUFFIXES:
         traces.read_info(place)
         return out, place
-    directory = out / "trace"
-    if not (directory / traces.INFO_FILE).exists():
-        arrays.convert(place, directory)
-    return out, directory
+    return out, arrays.made(place, out / "trace")
 
 
 def _traced(arguments: Arguments) -> tuple[Path, Path, Path | None, dict | None]:

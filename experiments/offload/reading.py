@@ -1,14 +1,11 @@
 """What the commands that read a trace share."""
 
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import command_line
 from experiments.analyze.routing import check_parquet
 
-MADE_OF = "made_of.json"  # in a trace made of a server's arrays: which file, its size and time
 PLACE = "a trace's directory or a server's .npz or .npy"
 
 
@@ -56,18 +53,4 @@ def trace(place: Path, out: Path) -> Path:
     if place.suffix not in arrays.SUFFIXES:
         traces.read_info(place)
         return place
-    directory, work = out / "trace", out / ".trace.part"
-    status = place.stat() if place.is_file() else None  # of what is none `convert` says so
-    of = json.dumps([str(place.absolute()), status.st_size, status.st_mtime_ns] if status else None)
-    note = directory / MADE_OF
-    if note.exists() and note.read_text() == of:
-        return directory
-    if directory.exists() and not note.exists():
-        raise ValueError(
-            f"--trace={place}: {directory} is there and was not made of it; accepted is another --out, or that directory moved away"
-        )
-    shutil.rmtree(work, ignore_errors=True)
-    arrays.convert(place, work)
-    (work / MADE_OF).write_text(of)
-    shutil.rmtree(directory, ignore_errors=True)
-    return work.rename(directory)
+    return arrays.made(place, out / "trace")

@@ -67,6 +67,31 @@ def test_experts_that_a_server_told_of(tmp_path, capsys):
     assert found["layers"]["decoder/0"]["agreement"]["value"] == 1
 
 
+def test_the_trace_of_a_file_is_of_that_file_as_it_is_now(tmp_path, monkeypatch, capsys):
+    one, other, out = tmp_path / "one.npy", tmp_path / "other.npy", tmp_path / "out"
+    read = []
+    monkeypatch.setattr(
+        routing, "_write", lambda directory, *_: read.append(traces.read_info(directory).tokens)
+    )
+
+    def saved(path, tokens):
+        np.save(path, np.tile([0, 1], (tokens, 2, 1)))
+        return run(capsys, f"--trace={path}", f"--out={out}")
+
+    def killing(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(traces, "write_info", killing)
+        assert saved(one, 30)[0] == exits.EXIT_INTERRUPTED
+    assert [saved(path, tokens)[0] for path, tokens in ((one, 30), (other, 20), (other, 10))] == [0] * 3
+    assert read == [30, 20, 10]
+    (out / "trace" / "made_of.json").unlink()  # as traces of files were, or somebody's own
+    code, captured = saved(one, 40)
+    assert code == exits.EXIT_BAD_INPUT and f"{out / 'trace'} is there and was not made of it" in captured.err
+    assert saved(other, 50)[0] == 0 and read[-1] == 50
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

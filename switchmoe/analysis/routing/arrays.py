@@ -6,6 +6,8 @@ give router logits, of which ``argsort(-logits)[:, :K]`` is that. docs/routing_t
 Letters: T tokens, L layers, K choices.
 """
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from switchmoe.analysis.routing import traces
 from switchmoe.analysis.routing.traces import Layer, LayerName
 
 SUFFIXES = (".npz", ".npy")
+MADE_OF = "made_of.json"  # in a trace made of a file: which one, its size and time
 ARRAYS = "experts [tokens, layers, choices], and if known tokens, documents, sequences [tokens], gates as experts, pieces (strings by id)"
 
 
@@ -87,6 +90,33 @@ def write(
     info = traces.Info(names, experts, choices, system=system, tokens=count, complete=True)
     traces.write_info(directory, info)
     return info
+
+
+def made(path: Path, directory: Path) -> Path:
+    """``directory`` with the trace of a file, as `convert`; made once for each file as it is then, whole or not at all.
+
+    Raises:
+      ValueError: the file can't be read, or ``directory`` is there and was not made of a file.
+    """
+    status = path.stat() if path.is_file() else None  # of what is none `convert` says so
+    of = json.dumps([str(path.absolute()), status.st_size, status.st_mtime_ns] if status else None)
+    note, work = directory / MADE_OF, directory.with_name(f".{directory.name}.part")
+    if note.exists() and note.read_text() == of:
+        return directory
+    if directory.exists() and not note.exists() and not _of_before(directory, path):
+        raise ValueError(
+            f"--trace={path}: {directory} is there and was not made of it; accepted is another --out, or that directory moved away"
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    convert(path, work)
+    (work / MADE_OF).write_text(of)
+    shutil.rmtree(directory, ignore_errors=True)
+    return work.rename(directory)
+
+
+def _of_before(directory: Path, path: Path) -> bool:
+    """Whether a trace without a note is one that `convert` made of a file of this name: it may be made again."""
+    return (directory / traces.INFO_FILE).exists() and traces.read_info(directory).system == path.name
 
 
 def convert(path: Path, directory: Path) -> traces.Info:
