@@ -160,9 +160,10 @@ def identity(model: trained.Source) -> dict[str, Any]:
 
 
 def _manifest(step: Path) -> dict[str, Any]:
-    file = step / integrity.MANIFEST
-    raw = file.read_bytes() if file.exists() else json.dumps(growing.step_identity(step)).encode()
-    return {"step": step.name, "files": hashlib.sha256(raw).hexdigest()}
+    found = integrity.fingerprint(step)
+    if not found:
+        found = hashlib.sha256(json.dumps(growing.step_identity(step)).encode()).hexdigest()
+    return {"step": step.name, "files": found}
 
 
 def alike(settings: Settings, form: str) -> Forms:

@@ -1,5 +1,6 @@
 """Routing traces: what they hold is what the layer did, whose text it is, how they are written, stopped and read."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from test_transformer import apply, init, packed, tiny
 from switchmoe.analysis.routing import arrays, traces, tracing
 from switchmoe.data import batches, origins, vocabulary
 from switchmoe.data.errors import DataError
-from switchmoe.runs import trained
+from switchmoe.runs import integrity, trained
 from switchmoe.settings import DataSettings, from_config
 
 WORDS = "river sea bed arm old long runs to the of and house stone road north south light water".split()
@@ -153,6 +154,26 @@ def test_a_trace_that_was_stopped_goes_on_and_a_whole_one_stays(tmp_path, one_mo
     tracing.write(model, model.settings, text, stopped, told=lambda done: pytest.fail("it was whole"))
     with pytest.raises(ValueError, match="another model, text or setting"):
         tracing.write(model, model.settings, tracing.Text(tokens=800), stopped)
+
+
+def test_a_trace_of_another_checkpoint_or_share_of_the_text_is_not_kept(tmp_path, one_model):
+    model, text, place = source(tmp_path), tracing.Text("validation", tokens=100), tmp_path / "t"
+    data = dataclasses.replace(model.settings.data, validation_share=0.5)
+    shared = dataclasses.replace(model.settings, data=data)
+    (tmp_path / "1").mkdir()
+    manifest = tmp_path / "1" / integrity.MANIFEST
+    manifest.write_text("{}")
+    whole = tracing.write(model, shared, text, place)
+    assert tracing.write(model, shared, text, place) == whole
+    other = dataclasses.replace(model.settings, data=dataclasses.replace(data, validation_share=0.4))
+    with pytest.raises(ValueError, match=r"another model, text or setting \(validation_share\)"):
+        tracing.write(model, other, text, place)
+    manifest.write_text('{"state/other": [1, 2]}')  # trained again to the same step, in the same place
+    with pytest.raises(ValueError, match=r"setting \(checkpoint\)"):
+        tracing.write(model, shared, text, place)
+    before = {name: {key: of for key, of in getattr(whole, name).items() if key not in traces.LATER} for name in ("identity", "reading")}  # fmt: skip
+    traces.write_info(place, dataclasses.replace(whole, **before))
+    assert tracing.write(model, other, text, place).tokens == whole.tokens
 
 
 def test_the_distribution_on_request_and_padded_lists(tmp_path, one_model):

@@ -66,9 +66,8 @@ def _renamed(layer: Layer, other: Layer) -> np.ndarray:
 
 def check(one: traces.Info, other: traces.Info) -> None:
     """Raises ValueError: the two have not the same tokens and layers."""
-    if one.reading != other.reading:
-        names = sorted(set(one.reading) | set(other.reading))
-        different = [name for name in names if one.reading.get(name) != other.reading.get(name)]
+    different = traces.differing(one.reading, other.reading)
+    if different:
         raise ValueError(
             f"--against={other.source}: {', '.join(different)} is another; accepted is a model of the same vocabulary, or a"
             " trace of the same text"

@@ -41,6 +41,9 @@ COLUMNS = {  # name: what it holds, of which type
     "confidence": "float32: the distribution's largest value; NaN unknown",
     "probability": "list of E float32: the distribution; the column is there on request",
 }
+LATER = {  # of an `Info`'s identity and reading: what traces of before lack
+    "checkpoint", "validation_share", "split_field", "train_split", "validation_split", "data_dir",
+}  # fmt: skip
 REQUIRED = ("sequence", "position", "stack", "layer", "expert")
 
 
@@ -115,6 +118,12 @@ class Layer(NamedTuple):
         """These tokens with the other's choices."""
         names = ("expert_NK", "gate_NK", "kept_NK", "margin_N", "entropy_N", "confidence_N", "probability_NE")
         return self._replace(**{name: getattr(other, name) for name in names})
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of identities or readings that are not the same; of those in `LATER` one may lack what the other has."""
+    names = {name for name in {**one, **other} if name not in LATER or name in one and name in other}
+    return sorted(name for name in names if one.get(name) != other.get(name))
 
 
 def write_info(directory: Path, info: Info) -> None:

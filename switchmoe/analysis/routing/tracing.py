@@ -22,13 +22,14 @@ from switchmoe.data import batches, local_files, origins
 from switchmoe.data.vocabulary import BLANK, Vocabulary
 from switchmoe.model.transformer import Transformer, sparse_layer_names
 from switchmoe.parallel import sharding
-from switchmoe.runs import placing, trained
+from switchmoe.runs import integrity, placing, trained
 from switchmoe.settings import NUM_SENTINELS, Settings
 
 PART_ROWS = 1_000_000  # tokens x layers of a part, about: what is in memory at once, 50 MB of one choice each
 ARRAY = {"encoder": "inputs", "decoder": "targets"}
 _READ = ("source", "text_field", "documents", "batch_size", "input_length", "target_length", "objective", "prefix",
-         "noise_density", "mean_span_length", "normalization", "bos_id")  # fmt: skip
+         "noise_density", "mean_span_length", "normalization", "bos_id", "validation_share", "split_field", "train_split",
+         "validation_split", "data_dir")  # fmt: skip
 
 
 class Text(NamedTuple):
@@ -63,9 +64,13 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / traces.INFO_FILE).exists():
         known = traces.read_info(directory)
-        if known.identity != info.identity or known.reading != info.reading:
+        different = traces.differing(known.identity, info.identity) + traces.differing(
+            known.reading, info.reading
+        )
+        if different:
             raise ValueError(
-                f"--out={directory.parent}: it has a trace of another model, text or setting; accepted is another directory"
+                f"--out={directory.parent}: it has a trace of another model, text or setting ({', '.join(different)});"
+                " accepted is another directory"
             )
         if known.complete:
             return known
@@ -103,6 +108,9 @@ def described(source: trained.Source, settings: Settings, text: Text, probabilit
         "dtype": settings.model.dtype,
         "probabilities": probabilities,
     }
+    fingerprint = integrity.fingerprint(source.step)
+    if fingerprint:
+        model["checkpoint"] = fingerprint
     return traces.Info(
         layers=tuple(LayerName.parse(name) for name in sparse_layer_names(settings)),
         num_experts=settings.moe.total_experts,
