@@ -136,7 +136,20 @@ def _given(arguments: Arguments) -> tuple[Path, Path]:
     if place.suffix not in arrays.SUFFIXES:
         traces.read_info(place)
         return out, place
-    return out, arrays.made(place, out / "trace")
+    return out, of_arrays(place, out / "trace")
+
+
+def of_arrays(place: Path, directory: Path) -> Path:
+    """`arrays.made`, and says where the number of experts is a guess."""
+    from switchmoe.analysis.routing import arrays, traces
+
+    info = traces.read_info(arrays.made(place, directory))
+    if info.guessed:
+        print(
+            f"--trace={place}: {info.num_experts} experts are guessed, of the largest index; num_experts in an .npz tells of them",
+            file=sys.stderr,
+        )
+    return directory
 
 
 def _traced(arguments: Arguments) -> tuple[Path, Path, Path | None, dict | None]:

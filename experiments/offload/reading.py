@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import command_line
-from experiments.analyze.routing import check_parquet
+from experiments.analyze import routing
 
 PLACE = "a trace's directory or a server's .npz or .npy"
 
@@ -47,10 +47,10 @@ def trace(place: Path, out: Path) -> Path:
     Raises:
       ValueError: it can't be read, or ``out`` has a trace of its own.
     """
-    check_parquet()
+    routing.check_parquet()
     from switchmoe.analysis.routing import arrays, traces
 
     if place.suffix not in arrays.SUFFIXES:
         traces.read_info(place)
         return place
-    return arrays.made(place, out / "trace")
+    return routing.of_arrays(place, out / "trace")

@@ -51,6 +51,7 @@ def test_it_is_one_file_that_asks_for_nothing(made):
     assert data["tokens"] == 3000 and EVIL in data["pieces"]
     for title in ("Load", "Repeats", "Co-activation and the next layer", "Beside: Mixtral, Table 5"):
         assert f"<h2>{title}</h2>" in text
+    assert "12 (guessed: the largest index and one), 2" in text
     assert text.count("shuffled") > 10 and text.count("<figure>") >= 4
 
 

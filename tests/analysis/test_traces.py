@@ -210,6 +210,18 @@ def test_arrays_of_another_system(tmp_path):
         arrays.write(tmp_path / "u", np.zeros((2, 2, 2)))
     with pytest.raises(ValueError, match=r"tokens=\[2\]: accepted is \[3\]"):
         arrays.write(tmp_path / "u", expert_TLK, token_T=np.zeros(2))
+    assert info.guessed
+    np.savez(file, experts=expert_TLK, num_experts=6)  # two that nothing went to
+    info = arrays.convert(file, tmp_path / "six")
+    assert (info.num_experts, info.guessed, traces.read_info(tmp_path / "six")) == (6, False, info)
+    for wrong, message in (
+        (0, "num_experts=0; accepted is an integer >= 1"),
+        (3, "indices from -1 to 3"),
+        ("8", "num_experts=8;"),
+    ):
+        np.savez(file, experts=expert_TLK, num_experts=wrong)
+        with pytest.raises(ValueError, match=message):
+            arrays.convert(file, tmp_path / "u")
     np.savez(file, other=expert_TLK)
     with pytest.raises(ValueError, match="has other; accepted is experts"):
         arrays.convert(file, tmp_path / "u")

@@ -57,6 +57,7 @@ def test_experts_that_a_server_told_of(tmp_path, capsys):
     np.savez(file, experts=rng.integers(0, 8, (400, 2, 2)), sequences=np.arange(400) // 20)
     code, captured = run(capsys, f"--trace={file}")
     assert code == 0, captured.err
+    assert "8 experts are guessed" in captured.err
     heads, _, *rows = captured.out.splitlines()[:-2]
     assert [row[heads.index("first repeats") :][:3] for row in rows] == ["0.1", "0.1"]
     assert (tmp_path / "experts" / "routing" / "routing.html").exists()

@@ -18,7 +18,7 @@ from switchmoe.analysis.routing.traces import Layer, LayerName
 
 SUFFIXES = (".npz", ".npy")
 MADE_OF = "made_of.json"  # in a trace made of a file: which one, its size and time
-ARRAYS = "experts [tokens, layers, choices], and if known tokens, documents, sequences [tokens], gates as experts, pieces (strings by id)"
+ARRAYS = "experts [tokens, layers, choices], and if known num_experts, tokens, documents, sequences [tokens], gates as experts, pieces (strings by id)"
 
 
 def write(
@@ -40,7 +40,7 @@ def write(
       token_T: ids. gate_TLK: what experts' outputs were multiplied by.
       sequence_T: number of the request that a token is of, None: one. document_T: the same, of its document.
       pieces: a string for each id.
-      num_experts: 0: the largest index and one.
+      num_experts: 0: guessed, the largest index and one; experts after it, that nothing went to, are then not counted.
 
     Raises:
       ValueError: arrays that do not go together.
@@ -87,7 +87,9 @@ def write(
     if len(pieces):
         traces.write_tokens(directory, [str(piece) for piece in pieces])
     traces.write_part(directory / "part-00000.parquet", rows)
-    info = traces.Info(names, experts, choices, system=system, tokens=count, complete=True)
+    info = traces.Info(
+        names, experts, choices, system=system, tokens=count, complete=True, guessed=not num_experts
+    )
     traces.write_info(directory, info)
     return info
 
@@ -134,6 +136,11 @@ def convert(path: Path, directory: Path) -> traces.Info:
         ) from error
     if "experts" not in arrays:
         raise ValueError(f"--trace={path}: has {', '.join(arrays) or 'nothing'}; accepted is {ARRAYS}")
+    num_experts = arrays.get("num_experts", np.int64(0))
+    if "num_experts" in arrays and (
+        num_experts.dtype.kind not in "iu" or num_experts.size != 1 or num_experts.item() < 1
+    ):
+        raise ValueError(f"--trace={path}: num_experts={num_experts}; accepted is an integer >= 1, or none")
     return write(
         directory,
         arrays["experts"],
@@ -142,5 +149,6 @@ def convert(path: Path, directory: Path) -> traces.Info:
         arrays.get("sequences"),
         arrays.get("documents"),
         arrays.get("pieces", ()),
+        num_experts.item(),
         system=path.name,
     )

@@ -170,7 +170,10 @@ def _head(info: Info, data: dict[str, Any]) -> str:
         ("Tokens traced", f"{info.tokens:,}" + ("" if info.complete else " (not complete)")),
         ("Tokens on this page", f"{data['tokens']:,}"),
         ("Sparse layers", str(len(info.layers))),
-        ("Experts, choices of a token", f"{info.num_experts}, {info.choices}"),
+        (
+            "Experts, choices of a token",
+            f"{info.num_experts}{' (guessed: the largest index and one)' * info.guessed}, {info.choices}",
+        ),
     ]
     return report.tiles(entries)
 

@@ -84,6 +84,7 @@ class Info:
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokens: int = 0  # read by the model, all stacks
     complete: bool = False
+    guessed: bool = False  # num_experts is the largest index and one, as nothing told of it
 
 
 class Layer(NamedTuple):
