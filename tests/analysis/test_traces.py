@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_transformer import apply, init, packed, tiny
 
-from switchmoe.analysis.routing import arrays, traces, tracing
+from switchmoe.analysis.routing import arrays, page, summary, traces, tracing
 from switchmoe.data import batches, origins, vocabulary
 from switchmoe.data.errors import DataError
 from switchmoe.runs import integrity, trained
@@ -225,6 +225,27 @@ def test_arrays_of_another_system(tmp_path):
     np.savez(file, other=expert_TLK)
     with pytest.raises(ValueError, match="has other; accepted is experts"):
         arrays.convert(file, tmp_path / "u")
+
+
+@pytest.mark.parametrize(
+    "sequence, position", [([0, 0], [0, 1]), ([0, 0, 0], [0, 1, 3]), ([0, 0, 1], [0, 1, 2])]
+)
+def test_layers_of_other_tokens_are_refused(tmp_path, sequence, position):
+    """A layer that lacks a token, or has another one, beside one of tokens 0, 1, 2 of a sequence."""
+    import pyarrow.parquet
+
+    layers = (traces.LayerName("decoder", 0), traces.LayerName("decoder", 1))
+    for name, rows in zip(layers, (([0] * 3, [0, 1, 2]), (sequence, position)), strict=True):
+        count = len(rows[0])
+        columns = {"sequence": rows[0], "position": rows[1], "stack": ["decoder"] * count, "layer": [name.layer] * count, "expert": [[0]] * count}  # fmt: skip
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"part-{name.layer}.parquet")
+    info = traces.Info(layers, num_experts=2, choices=1)
+    traces.write_info(tmp_path, info)
+    for read in (summary.figures, lambda directory: page.explored(directory, info, [])):
+        with pytest.raises(
+            ValueError, match=r"decoder/1 has rows of other tokens than decoder/0 \(\d and 3\); accepted"
+        ):
+            read(tmp_path)
 
 
 def test_a_table_with_the_required_columns_alone_is_a_trace(tmp_path):

@@ -74,14 +74,18 @@ def page(
 
 
 def explored(directory: Path, info: Info, pieces: Sequence[str]) -> dict[str, Any]:
-    """What the page's script reads: whole sequences from the first on, as many as `MOST_TOKENS` and `MOST_BYTES` allow."""
+    """What the page's script reads: whole sequences from the first on, as many as `MOST_TOKENS` and `MOST_BYTES` allow.
+
+    Raises:
+      ValueError: layers of a stack have not the same tokens.
+    """
     wide = info.num_experts > 254
     layers = [traces.read_layer(directory, name, tokens=MOST_TOKENS) for name in info.layers]
     kept_bytes = -(-info.choices // 8)
     per_row = info.choices * (3 if wide else 2) + kept_bytes + 4
     first: dict[str, Layer] = {}
     for layer in layers:
-        first.setdefault(layer.name.stack, layer)
+        traces.check_rows(first.setdefault(layer.name.stack, layer), layer)
     ends, budget = {}, MOST_BYTES
     sequences = np.unique(np.concatenate([layer.sequence_N for layer in first.values()]))
     size_of = {stack: 24 + per_row * sum(one.name.stack == stack for one in layers) for stack in first}

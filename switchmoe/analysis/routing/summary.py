@@ -39,7 +39,7 @@ def figures(directory: Path, told: Told = lambda _: None, against: Path | None =
       against: another trace of the same tokens, for the agreement.
 
     Raises:
-      ValueError: a trace that can't be read, or of other tokens.
+      ValueError: a trace that can't be read, of other tokens, or whose layers have not the same ones.
     """
     info = traces.read_info(directory)
     class_V = specialisation.class_V(traces.read_tokens(directory), info)
@@ -161,4 +161,5 @@ def _with_next(directory: Path, info: Info) -> Iterator[tuple[Layer, Layer | Non
         following = None
         if after is not None and after.stack == name.stack:
             following = read[after] = traces.read_layer(directory, after)
+            traces.check_rows(layer, following)
         yield layer, following

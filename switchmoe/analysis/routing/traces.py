@@ -241,6 +241,16 @@ def read_layer(directory: str | os.PathLike, name: LayerName, tokens: int = 0) -
     return layer.take(slice(tokens)) if tokens else layer
 
 
+def check_rows(one: Layer, other: Layer) -> None:
+    """Raises ValueError: two layers of a stack have not rows of the same tokens."""
+    places = [np.stack([layer.sequence_N, layer.position_N]) for layer in (one, other)]
+    if not np.array_equal(*places):
+        raise ValueError(
+            f"--trace: {other.name} has rows of other tokens than {one.name} ({places[1].shape[1]} and {places[0].shape[1]});"
+            " accepted is a trace with a row of each token in each layer of its stack"
+        )
+
+
 def _table(layer: Layer) -> Any:
     import pyarrow as pa
 
