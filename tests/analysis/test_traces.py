@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import numpy as np
@@ -246,6 +247,72 @@ def test_layers_of_other_tokens_are_refused(tmp_path, sequence, position):
             ValueError, match=r"decoder/1 has rows of other tokens than decoder/0 \(\d and 3\); accepted"
         ):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "column, message",
+    [
+        ({"expert": [0, 1]}, "decoder/0: expert is int64; accepted is list of K int16: the chosen experts"),
+        ({"expert": [["a"], ["b"]]}, "decoder/0: expert is list"),
+        ({"sequence": ["a", "b"]}, "decoder/0: sequence is string; accepted is int32"),
+        ({"kept": [[1], [0]]}, "decoder/0: kept is list"),
+        ({"label": [[1], [0]]}, "decoder/0: label is list"),
+    ],
+)
+def test_a_column_of_another_type_is_named(tmp_path, column, message):
+    import pyarrow.parquet
+
+    info = traces.Info((traces.LayerName("decoder", 0),), num_experts=2, choices=1)
+    traces.write_info(tmp_path, info)
+    rows = {
+        "sequence": [0, 0],
+        "position": [0, 1],
+        "stack": ["decoder"] * 2,
+        "layer": [0, 0],
+        "expert": [[0], [1]],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(rows | column), tmp_path / "part-0.parquet")
+    with pytest.raises(ValueError, match=f"--trace: {message}"):
+        traces.read_layer(tmp_path, info.layers[0])
+
+
+@pytest.mark.parametrize(
+    "field, message",
+    [
+        ({"num_experts": "8"}, "num_experts='8', no int"),
+        ({"num_experts": 0}, "num_experts=0, less than 1"),
+        ({"choices": 1.5}, "choices=1.5, no int"),
+        ({"sentinels": [1]}, "sentinels=.1., not two ids"),
+        ({"sentinels": 3}, "not iterable"),
+        ({"layers": [{"stack": "decoder", "layer": "0"}]}, "layers: .*not a string, an integer"),
+        ({"reading": []}, "reading=.., no dict"),
+    ],
+)
+def test_a_field_of_another_type_is_named(tmp_path, field, message):
+    info = traces.Info((traces.LayerName("decoder", 0),), num_experts=2, choices=1)
+    traces.write_info(tmp_path, info)
+    written = json.loads((tmp_path / "trace.json").read_text())
+    (tmp_path / "trace.json").write_text(
+        json.dumps(written | {"sentinels": None, "source": None, "complete": 0})
+    )
+    assert traces.read_info(tmp_path) == info  # null: it is not known
+    (tmp_path / "trace.json").write_text(json.dumps(written | field))
+    with pytest.raises(ValueError, match=f"not a trace .*{message}") as found:
+        traces.read_info(tmp_path)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("damage", ["short", "flipped"])
+def test_damaged_arrays_are_refused(tmp_path, damage):
+    file = tmp_path / "experts.npz"
+    np.savez(file, experts=np.zeros((1000, 2, 2), int))
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-100] if damage == "short" else raw[:300] + b"\1" * 40 + raw[340:])
+    with pytest.raises(ValueError, match="cannot be read"):
+        arrays.convert(file, tmp_path / "t")
+    np.savez(file, experts=np.zeros((3, 1, 1), int), sequences=["a", "b", "c"])
+    with pytest.raises(ValueError, match="sequences=.*: accepted are numbers"):
+        arrays.convert(file, tmp_path / "t")
 
 
 def test_a_table_with_the_required_columns_alone_is_a_trace(tmp_path):

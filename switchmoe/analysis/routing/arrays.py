@@ -8,6 +8,8 @@ Letters: T tokens, L layers, K choices.
 
 import json
 import shutil
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +63,8 @@ def write(
         found = np.full(shape, otherwise) if value is None else np.asarray(value)
         if found.shape != shape:
             raise ValueError(f"{name}={list(found.shape)}: accepted is {list(shape)}, as the experts are")
+        if found.dtype.kind not in "biuf":
+            raise ValueError(f"{name}={found.dtype}{list(shape)}: accepted are numbers")
         return found
 
     shape = (count,)
@@ -130,7 +134,7 @@ def convert(path: Path, directory: Path) -> traces.Info:
     try:
         found = np.load(path, allow_pickle=False)
         arrays = {"experts": found} if isinstance(found, np.ndarray) else dict(found)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"--trace={path}: cannot be read ({error}); accepted is .npz or .npy of numpy"
         ) from error
@@ -148,7 +152,7 @@ def convert(path: Path, directory: Path) -> traces.Info:
         arrays.get("gates"),
         arrays.get("sequences"),
         arrays.get("documents"),
-        arrays.get("pieces", ()),
+        np.atleast_1d(arrays.get("pieces", ())),
         num_experts.item(),
         system=path.name,
     )

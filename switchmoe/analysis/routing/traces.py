@@ -10,12 +10,13 @@ time, each at once or not at all: what is there can be read, and a trace that wa
 Letters: N tokens, K choices of a token, E experts.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 import numpy as np
 
@@ -139,7 +140,7 @@ def write_tokens(directory: Path, tokens: Sequence[str]) -> None:
 
 
 def read_info(directory: str | os.PathLike) -> Info:
-    """Raises ValueError: there is no trace, or one of another kind."""
+    """Raises ValueError: there is no trace, one of another kind, or a field is not of its type; null is a field left out."""
     path = Path(directory) / INFO_FILE
     accepted = f"accepted is a directory with a {INFO_FILE} of version {VERSION}, see docs/routing_traces.md"
     try:
@@ -148,10 +149,28 @@ def read_info(directory: str | os.PathLike) -> Info:
             raise ValueError("another format or version")
         layers = tuple(LayerName(**layer) for layer in found.pop("layers"))
         known = {field.name for field in dataclasses.fields(Info)}
-        info = Info(layers, **{name: value for name, value in found.items() if name in known})
+        info = Info(layers, **{name: of for name, of in found.items() if name in known and of is not None})
+        info = dataclasses.replace(info, sentinels=tuple(info.sentinels))
+        _check(info)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"--trace={directory}: not a trace ({error!r}); {accepted}") from error
-    return dataclasses.replace(info, sentinels=tuple(info.sentinels))
+    return info
+
+
+def _check(info: Info) -> None:
+    """Raises ValueError: a field is not of its type, or less than is possible."""
+    for field in dataclasses.fields(info):
+        kind, value = get_origin(field.type) or field.type, getattr(info, field.name)
+        if not isinstance(value, int if kind is bool else kind):
+            raise ValueError(f"{field.name}={value!r}, no {kind.__name__}")
+    for name in ("num_experts", "choices"):
+        if getattr(info, name) < 1:
+            raise ValueError(f"{name}={getattr(info, name)}, less than 1")
+    if [type(token) for token in info.sentinels] != [int, int]:
+        raise ValueError(f"sentinels={list(info.sentinels)}, not two ids")
+    for name in info.layers:
+        if [type(value) for value in name] != [str, int, str]:
+            raise ValueError(f"layers: {name._asdict()}, not a string, an integer and a string")
 
 
 def read_tokens(directory: str | os.PathLike) -> list[str]:
@@ -161,7 +180,7 @@ def read_tokens(directory: str | os.PathLike) -> list[str]:
         return []
     try:
         return [str(token) for token in json.loads(path.read_text(encoding="utf-8"))]
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); accepted is a list of strings") from error
 
 
@@ -283,20 +302,34 @@ def _table(layer: Layer) -> Any:
     return pa.table(columns)
 
 
+@contextlib.contextmanager
+def _of_its_type(table: Any, name: LayerName, column: str) -> Iterator[None]:
+    """Raises ValueError where a column is not what `COLUMNS` says."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, TypeError) as error:
+        kind = table.schema.field(column).type
+        raise ValueError(f"--trace: {name}: {column} is {kind}; accepted is {COLUMNS[column]}") from error
+
+
 def _layer(table: Any, name: LayerName, info: Info) -> Layer:
     import pyarrow as pa
 
     def numbers(column: str, missing: float, kind: type) -> np.ndarray:
         if column not in table.column_names:
             return np.full(len(table), missing, kind)
-        return table[column].fill_null(missing).to_numpy().astype(kind)
+        with _of_its_type(table, name, column):
+            return table[column].fill_null(missing).to_numpy().astype(kind)
 
     def lists(column: str, missing: float, kind: type, width: int) -> np.ndarray:
         if column not in table.column_names:
             return np.full((len(table), width), missing, kind)
         joined = table[column].combine_chunks()
-        sizes = pa.compute.list_value_length(joined).fill_null(0).to_numpy()
-        flat = joined.flatten().fill_null(missing).to_numpy(zero_copy_only=False).astype(kind)
+        with _of_its_type(table, name, column):
+            sizes = pa.compute.list_value_length(joined).fill_null(0).to_numpy()
+            flat = joined.flatten().fill_null(missing).to_numpy(zero_copy_only=False).astype(kind)
         if (sizes == width).all():
             return flat.reshape(-1, width)
         if sizes.max() > width:
@@ -311,7 +344,8 @@ def _layer(table: Any, name: LayerName, info: Info) -> Layer:
     labels: tuple[str, ...] = ()
     label_N = np.full(len(table), -1, np.int32)
     if "label" in table.column_names:
-        texts = table["label"].cast(pa.string()).combine_chunks().dictionary_encode()
+        with _of_its_type(table, name, "label"):
+            texts = table["label"].cast(pa.string()).combine_chunks().dictionary_encode()
         label_N = texts.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
         labels = tuple(texts.dictionary.to_pylist())
     sequence_N = numbers("sequence", 0, np.int32)
