@@ -167,6 +167,15 @@ def test_an_experts_favourite_tokens_and_where_they_stand():
     assert found.value > 0.5 and found.shuffled < 0.45
 
 
+def test_a_token_read_a_few_times_is_no_favourite():
+    """Id 1 is read 7 times, id 2 8 times, each at expert 3 alone."""
+    token = np.repeat([0, 1, 2], [85, 7, 8])
+    made = layer(np.where(token > 0, 3, RANDOM.integers(0, 3, 100)), token_N=token)
+    assert [best.token for best in specialisation.favourites(made, 3)] == [2]
+    two = layer(np.where(token[:, None] > 0, [3, 2], [0, 1]), token_N=token)  # choices are not occurrences
+    assert [best.token for best in specialisation.favourites(two, 3)] == [2]
+
+
 def test_permuted_experts_are_matched():
     order = np.array([2, 0, 3, 1])
     expert = np.array([RANDOM.permutation(4)[:2] for _ in range(4000)])

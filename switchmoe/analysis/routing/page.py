@@ -23,7 +23,7 @@ MOST_BYTES = 3_000_000  # of the tokens' arrays, before base64 takes a third mor
 FAVOURITES, MOST_EXPERTS = 6, 64  # that the page lists
 
 NOTE = (
-    "Each figure has its 95 % interval, of documents drawn again, and in the same place what shuffled tokens give: the mean over"
+    "Each figure of a table has its 95 % interval, of documents drawn again, and in the same place what shuffled tokens give: the mean over"
     " 20 shuffles. Loads are set beside experts drawn at random, all alike; the information of labels beside documents with each"
     " other's labels. Entropy, confidence, margins and drops of a whole layer are the same however its tokens are shuffled."
     " Information that a shuffled trace has as well is the bias of counting few tokens, or few documents of a label."
@@ -48,8 +48,9 @@ def page(
         "<h2>Pictures</h2>" if pictures else "",
         *(report.picture(path, caption) for path, caption in pictures),
         "<h2>What experts like best</h2>",
-        '<p class="note">Tokens that an expert gets more often than its load says: how often they occur, the share of these'
-        " that it gets, over its load; and where it was surest.</p>",
+        f'<p class="note">Tokens, of those read {specialisation.OFTEN} times or more in {MOST_TOKENS:,}, that an expert gets more often'
+        " than its load says: how many choices they made, the share of these that it gets, over its load; and where it was surest."
+        " Counts alone, of the tokens that were picked because they are high.</p>",
         *(_favourites(directory, info, pieces)),
     ]
     template = resources.files("switchmoe.analysis.routing").joinpath("page.html").read_text(encoding="utf-8")

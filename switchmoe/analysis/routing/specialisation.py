@@ -150,7 +150,10 @@ class Favourite(NamedTuple):
 
 
 def favourites(layer: Layer, expert: int, count: int = 8, snippets: int = 2) -> list[Favourite]:
-    """The ids that an expert gets more often than its load says: by the excess share * log(lift) * times."""
+    """The ids, of those read `OFTEN` times or more, that an expert gets more often than its load says.
+
+    The best have the largest excess share * log(lift) * times.
+    """
     token_M, expert_M = choices(layer)
     known = layer.token_N[token_M] >= 0
     token_M, expert_M = token_M[known], expert_M[known]
@@ -159,10 +162,11 @@ def favourites(layer: Layer, expert: int, count: int = 8, snippets: int = 2) -> 
     id_M = layer.token_N[token_M]
     times_V = np.bincount(id_M)
     here_V = np.bincount(id_M[expert_M == expert], minlength=len(times_V))
+    often_V = np.bincount(layer.token_N[layer.token_N >= 0], minlength=len(times_V))[: len(times_V)] >= OFTEN
     load = here_V.sum() / len(id_M)
     share_V = here_V / np.maximum(times_V, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        excess_V = np.where(here_V > 1, here_V * np.log(share_V / load), -np.inf)
+        excess_V = np.where(often_V & (here_V > 0), here_V * np.log(share_V / load), -np.inf)
     found = []
     for token in np.argsort(-excess_V)[:count]:
         if excess_V[token] <= 0:
