@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import re
+import types
 from pathlib import Path
 
 import matplotlib.image
@@ -86,6 +87,19 @@ def test_what_it_imports_is_there(name):
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owner = known.get(node.value.id)
                 assert owner is None or hasattr(owner, node.attr), f"{node.value.id}.{node.attr}"
+
+
+def test_another_number_of_tokens_is_traced_into_another_directory():
+    """A directory's trace is of one text: the command refuses another there."""
+    (source,) = [source for source in codes("specialisation") if "--tokens=" in source]
+    given = []
+    stub = types.SimpleNamespace(
+        pick=lambda usual, small: usual, run=lambda *arguments: given.append(arguments)
+    )
+    for tokens in ("20000", "300"):
+        exec(source.replace("20000", tokens), {"notebooks": stub, "run": Path("run"), "RUN": ""})
+    first, second = ([one for one in of if one.startswith("--out=")] for of in given)
+    assert first != second and len(first) == 1 and "--tokens=300" in given[1]
 
 
 @pytest.mark.long
