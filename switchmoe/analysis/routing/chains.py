@@ -45,6 +45,12 @@ def _any_again(layer: Layer) -> Cells | None:
     )
 
 
+def even(layer: Layer) -> np.ndarray:
+    """bool [N]: rows of even documents, or sequences where those are all or none; one half is to learn from, one to try on."""
+    even_N = layer.document_N % 2 == 0
+    return layer.sequence_N % 2 == 0 if even_N.all() or not even_N.any() else even_N
+
+
 def overlap(one_NK: np.ndarray, other_NK: np.ndarray) -> np.ndarray:
     """How many experts two lists of different ones have in common, [N]."""
     same_N = np.zeros(len(one_NK), np.int32)
@@ -99,7 +105,7 @@ STATISTICS = {
 
 
 def next_layer(following: Layer) -> dict[str, Statistic]:
-    """What a layer's choices tell of the choices of the ``following`` one, row by row the same tokens; shuffled are the latter.
+    """What a layer's choices tell of the choices of the ``following`` one, row by row the same tokens; shuffled is the former.
 
     A predictor counts on even documents which experts follow which, and is tried on odd ones, and the other way round: a
     token's next experts are the K with the largest sum over its experts of their frequencies. What is counted are the
@@ -134,9 +140,7 @@ def next_layer(following: Layer) -> dict[str, Statistic]:
 
 
 def _hits(layer: Layer, following: Layer, times: int) -> Cells | None:
-    even_N = layer.document_N % 2 == 0
-    if even_N.all() or not even_N.any():
-        even_N = layer.sequence_N % 2 == 0
+    even_N = even(layer)
     if even_N.all() or not even_N.any():
         return None
     value_N, known_N = np.zeros(len(even_N)), np.zeros(len(even_N))
@@ -159,7 +163,7 @@ def _hits(layer: Layer, following: Layer, times: int) -> Cells | None:
 
 
 def _follows(mine_NK: np.ndarray, next_NK: np.ndarray, size: int) -> np.ndarray:
-    """[E + 1, E]: how often each expert follows each, over how often the latter is; a last row of zeros."""
+    """[E + 1, E]: how often each expert follows each, over how often any follows the former; a last row of zeros."""
     table = np.zeros((size, size))
     for one in range(mine_NK.shape[1]):
         for other in range(next_NK.shape[1]):

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import optimize
 
 from switchmoe.analysis.routing import traces
-from switchmoe.analysis.routing.chains import overlap
+from switchmoe.analysis.routing.chains import even, overlap
 from switchmoe.analysis.routing.estimates import Cells, Statistic, mean, rows
 from switchmoe.analysis.routing.traces import Layer
 
@@ -51,9 +51,7 @@ def agreement(other: Layer, matched: bool) -> Statistic:
 
 
 def _renamed(layer: Layer, other: Layer) -> np.ndarray:
-    even_N = layer.document_N % 2 == 0
-    if even_N.all() or not even_N.any():
-        even_N = layer.sequence_N % 2 == 0
+    even_N = even(layer)
     found_NK = np.full_like(layer.expert_NK, -1)
     for half_N in (even_N, ~even_N):
         if half_N.any():

@@ -140,9 +140,9 @@ def labels(layer: Layer, rng: np.random.Generator) -> Layer:
 
 
 def ranks(layer: Layer, rng: np.random.Generator) -> Layer:
-    """Each of a token's choices that of another token, which keeps the experts' loads and nothing else.
+    """Each of a token's choices that of another token, at the same rank: what is left is the load of each expert at each rank.
 
-    Where two of a token's choices became the same expert, which no router gives, the latter is void.
+    Where two of a token's choices became the same expert, which no router gives, the latter is void: loads are a little less.
     """
     expert_NK = rng.permuted(layer.expert_NK, axis=0)
     for later in range(1, expert_NK.shape[1]):

@@ -100,7 +100,10 @@ def _spread_of(number: int, class_V: np.ndarray) -> Statistic:
 
 
 def _favourite(field: str, says: str) -> Statistic:
-    """Of ids met `OFTEN` times or more: share of their choices that goes to each one's favourite expert."""
+    """Of ids met `OFTEN` times or more: share of their choices that goes to each one's favourite expert.
+
+    Of K choices, which are different experts, one can be the favourite: the share is 1 / K at most.
+    """
 
     def count(layer: Layer) -> Cells | None:
         id_N = getattr(layer, field)
@@ -117,7 +120,7 @@ def _favourite(field: str, says: str) -> Statistic:
 def statistics(class_V: np.ndarray) -> dict[str, Statistic]:
     """By name, of a trace with these classes of ids."""
     by_class = functools.partial(class_N, class_V=class_V)
-    favourite = "of a token's choices, those of the favourite expert of its"
+    favourite = "of a token's K choices, those of the favourite expert (1 / K at most) of its"
     found = {
         "class_information": information(by_class, "information of the token's class in its expert"),
         "token_information": information(lambda layer: layer.token_N, "information of the token's id in its expert"),
