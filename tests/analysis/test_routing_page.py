@@ -1,5 +1,6 @@
 """The page of a trace: one small file that opens without a network, is driven by keys and shows what text says as text."""
 
+import base64
 import json
 import re
 
@@ -66,6 +67,15 @@ def test_twenty_thousand_tokens_of_many_layers_are_below_five_megabytes(tmp_path
     assert data["tokens"] == 20_000 and len(json.dumps(data)) < 4_200_000
 
 
+def test_gates_above_one_are_shown_as_they_are(tmp_path):
+    """What experts' outputs are multiplied by need not be a probability."""
+    gate_TLK = np.random.default_rng(0).random((200, 1, 2)) * 3
+    info = arrays.write(tmp_path, np.tile([0, 1], (200, 1, 1)), gate_TLK=gate_TLK)
+    (layer,) = page.explored(tmp_path, info, [])["layers"]
+    shown = np.frombuffer(base64.b64decode(layer["gate"]["b64"]), np.uint8) * layer["gateTop"] / 255
+    np.testing.assert_allclose(shown, gate_TLK.ravel(), atol=3 / 255 / 2 + 1e-6)
+
+
 def test_a_browser_opens_it_switches_layers_and_filters(chromium, made, directory, tmp_path):
     chromium.open(made)
     info = traces.read_info(directory)
@@ -88,9 +98,9 @@ def test_a_browser_opens_it_switches_layers_and_filters(chromium, made, director
     assert chromium.run("document.activeElement.dataset.row") == "3"  # where the reader was
     assert chromium.run(f"{token}.querySelector('sub').textContent") == str(second.expert_NK[3, 0])
 
-    chromium.run("document.activeElement.blur()")
     for key in ("1", "1", "Enter"):
         chromium.key(key)
+    assert chromium.run("document.activeElement.dataset.row") == "3"
     wanted = int((second.expert_NK[:1500] == 11).any(axis=1).sum())
     assert chromium.run("document.querySelectorAll('#text .t:not(.off)').length") == wanted
     assert f"{wanted} of 1500 tokens go to expert 11" in chromium.run(
@@ -99,11 +109,18 @@ def test_a_browser_opens_it_switches_layers_and_filters(chromium, made, director
     chromium.key("Escape")
     chromium.key("n")
     assert chromium.run("document.querySelector('#text .t').dataset.row") == "1500"
-    chromium.run("document.getElementById('legend').children[2].click()")
+    assert chromium.run("document.activeElement.dataset.row") == "1500"  # the page's first
+    chromium.run("document.getElementById('legend').children[2].focus()")
+    chromium.run("document.activeElement.click()")
+    assert chromium.run("document.activeElement.dataset.expert") == "2"
     assert (
         chromium.run("document.getElementById('legend').children[2].getAttribute('aria-pressed')") == "true"
     )
     chromium.key("p")
+    chromium.run("document.getElementById('after').focus()")
+    for other in ("before", "after"):  # of two pages: the button can't be pressed again
+        chromium.run("document.activeElement.click()")
+        assert chromium.run("document.activeElement.id") == other
     chromium.run("document.querySelector('.t').scrollIntoView({block: 'center'})")
     chromium.hover(".t")
     assert "position 0" in chromium.run("document.getElementById('detail').innerText")

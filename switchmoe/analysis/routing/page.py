@@ -139,7 +139,8 @@ def _layer(layer: Layer, end: int, wide: bool) -> dict[str, Any]:
     load_E = loads.load_E(layer)
     layer = layer.take(slice(end))
     kept_NB = np.packbits(layer.kept_NK, axis=1, bitorder="little")
-    gate_NK = np.clip(np.nan_to_num(layer.gate_NK, nan=0.0), 0, 1) * 255
+    gate_NK = np.maximum(np.nan_to_num(layer.gate_NK, nan=0.0, posinf=0.0), 0)
+    most = float(gate_NK.max(initial=0)) or 1.0
 
     def scaled(value_N: np.ndarray, times: int) -> dict[str, str]:
         finite = np.isfinite(value_N)
@@ -156,7 +157,8 @@ def _layer(layer: Layer, end: int, wide: bool) -> dict[str, Any]:
         "expert": _packed(
             (layer.expert_NK + 1).astype(np.uint16 if wide else np.uint8), "u16" if wide else "u8"
         ),
-        "gate": _packed(np.round(gate_NK).astype(np.uint8), "u8"),
+        "gate": _packed(np.round(gate_NK * (255 / most)).astype(np.uint8), "u8"),
+        "gateTop": most,
         "kept": _packed(kept_NB, "u8"),
         "margin": scaled(layer.margin_N, 100),
         "entropy": scaled(layer.entropy_N, 1000),
