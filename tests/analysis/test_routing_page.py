@@ -56,14 +56,28 @@ def test_it_is_one_file_that_asks_for_nothing(made):
     assert text.count("shuffled") > 10 and text.count("<figure>") >= 4
 
 
-def test_twenty_thousand_tokens_of_many_layers_are_below_five_megabytes(tmp_path):
+def test_a_page_of_many_tokens_layers_and_pictures_is_below_five_megabytes(tmp_path):
+    """What experts like best, pictures, and ids written in many letters are in it as well as the tokens."""
     rng = np.random.default_rng(0)
-    expert_TLK = rng.integers(0, 128, (22_000, 24, 8))
-    info = arrays.write(tmp_path, expert_TLK, rng.integers(0, 9, 22_000), sequence_T=np.arange(22_000) // 50)
+    expert_TLK = rng.integers(0, 32, (22_000, 8, 8))
+    pieces = [letter * 80 for letter in "abcdefgh\u20ac"]
+    token_T, sequence_T = rng.integers(0, 9, 22_000), np.arange(22_000) // 50
+    info = arrays.write(tmp_path, expert_TLK, token_T, sequence_T=sequence_T, pieces=pieces)
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(rng.bytes(900_000))
+    text = page.page(tmp_path, {"layers": {}, "says": {}, "units": {}}, [(picture, "noise")])
+    assert 4_500_000 < len(text.encode()) < 5_000_000
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert 5_000 < data["tokens"] < 20_000 and text.count("<summary>decoder/") == 8
+    tokens, data = page._fitting(tmp_path, info, pieces, 100_000)  # whatever else there is
+    assert tokens > 100 and len(data) <= 100_000
+
+
+def test_a_page_of_few_layers_has_all_tokens_that_it_may(tmp_path):
+    rng = np.random.default_rng(0)
+    expert_TLK = rng.integers(0, 128, (22_000, 4, 2))
+    info = arrays.write(tmp_path, expert_TLK, sequence_T=np.arange(22_000) // 50)
     data = page.explored(tmp_path, info, [])
-    assert len(json.dumps(data)) < 4_200_000 and 3_000 < data["tokens"] <= 20_400
-    info = arrays.write(tmp_path / "few", expert_TLK[:, :4, :2], sequence_T=np.arange(22_000) // 50)
-    data = page.explored(tmp_path / "few", info, [])
     assert data["tokens"] == 20_000 and len(json.dumps(data)) < 4_200_000
 
 

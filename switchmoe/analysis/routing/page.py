@@ -4,6 +4,7 @@ Letters: N tokens of a stack, K choices, E experts.
 """
 
 import base64
+import itertools
 import json
 from collections.abc import Sequence
 from html import escape
@@ -20,6 +21,8 @@ from switchmoe.analysis.routing.traces import Info, Layer
 
 MOST_TOKENS = 20_000
 MOST_BYTES = 3_000_000  # of the tokens' arrays, before base64 takes a third more
+# Bytes of the page: tables and pictures are what they are, favourites have a part of their own, tokens what is left.
+PAGE_BYTES, FAVOURITES_BYTES, LEAST_BYTES = 5_000_000, 700_000, 200_000
 FAVOURITES, MOST_EXPERTS = 6, 64  # that the page lists
 
 NOTE = (
@@ -36,9 +39,11 @@ def page(
     pictures: Sequence[tuple[Path, str]],
     saturation: dict[str, dict[int, Figure]] | None = None,
 ) -> str:
-    """HTML of a trace and its `summary.figures`; pictures are PNG files with captions."""
+    """HTML of a trace and its `summary.figures`, at most `PAGE_BYTES`; pictures are PNG files with captions.
+
+    Pictures of 3.5 MB and more would leave no room for the text: then it has `LEAST_BYTES` all the same.
+    """
     info, pieces = traces.read_info(directory), traces.read_tokens(directory)
-    data = explored(directory, info, pieces)
     said = [(summary.shown(name), text) for name, text in found["says"].items()]
     body = [
         *(f"<h2>{escape(title)}</h2>" + report.grid(*grid) for title, grid in summary.tables(found).items()),
@@ -57,11 +62,12 @@ def page(
     filled = {
         "@STYLE@": report.STYLE,
         "@TITLE@": escape(f"Routing of {info.source or info.system}"),
-        "@HEAD@": _head(info, data) + f'<p class="note">{escape(NOTE)}</p>',
+        "@HEAD@": f'<p class="note">{escape(NOTE)}</p>',
         "@BODY@": "\n".join(body),
-        # Nothing in a script's text may end it.
-        "@DATA@": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
+    taken = sum(len(text.encode()) for text in (template, *filled.values(), filled["@TITLE@"])) + 5_000
+    tokens, filled["@DATA@"] = _fitting(directory, info, pieces, max(LEAST_BYTES, PAGE_BYTES - taken))
+    filled["@HEAD@"] = _head(info, tokens) + filled["@HEAD@"]
     # Each once, in the template alone: a text that holds a mark is left as it is.
     parts, rest = [], template
     while rest:
@@ -74,8 +80,23 @@ def page(
     return "".join([*parts, rest])
 
 
-def explored(directory: Path, info: Info, pieces: Sequence[str]) -> dict[str, Any]:
-    """What the page's script reads: whole sequences from the first on, as many as `MOST_TOKENS` and `MOST_BYTES` allow.
+def _fitting(directory: Path, info: Info, pieces: Sequence[str], room: int) -> tuple[int, str]:
+    """(tokens, JSON of `explored`) in at most ``room`` bytes."""
+    most = min(MOST_BYTES, room * 3 // 4)
+    while True:
+        data = explored(directory, info, pieces, most)
+        # Nothing in a script's text may end it.
+        text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+        if len(text) <= room or not data["tokens"]:
+            return data["tokens"], text
+        most = int(most * 0.95 * room / len(text))  # what ids are written as comes on top, and the loads
+
+
+def explored(directory: Path, info: Info, pieces: Sequence[str], most: int = MOST_BYTES) -> dict[str, Any]:
+    """What the page's script reads: whole sequences from the first on, as many as `MOST_TOKENS` and ``most`` bytes allow.
+
+    Args:
+      most: of the tokens' arrays, before base64.
 
     Raises:
       ValueError: layers of a stack have not the same tokens.
@@ -87,18 +108,18 @@ def explored(directory: Path, info: Info, pieces: Sequence[str]) -> dict[str, An
     first: dict[str, Layer] = {}
     for layer in layers:
         traces.check_rows(first.setdefault(layer.name.stack, layer), layer)
-    ends, budget = {}, MOST_BYTES
+    ends = {}
     sequences = np.unique(np.concatenate([layer.sequence_N for layer in first.values()]))
-    size_of = {stack: 24 + per_row * sum(one.name.stack == stack for one in layers) for stack in first}
+    size_of = {stack: 28 + per_row * sum(one.name.stack == stack for one in layers) for stack in first}
     rows = sum(np.searchsorted(one.sequence_N, sequences, "right") for one in first.values())
     used = sum(
         np.searchsorted(one.sequence_N, sequences, "right") * size_of[stack] for stack, one in first.items()
     )
-    fit = int(((rows <= MOST_TOKENS * 1.02) & (used <= budget)).sum())
+    fit = int(((rows <= MOST_TOKENS * 1.02) & (used <= most)).sum())
     last = sequences[max(0, fit - 1)]
     for stack, one in first.items():
         end = int(np.searchsorted(one.sequence_N, last, "right"))
-        ends[stack] = end if fit else min(end, MOST_TOKENS, budget // (2 * size_of[stack]))
+        ends[stack] = end if fit else min(end, MOST_TOKENS, most // (2 * size_of[stack]))
     ids = [
         getattr(one, name)[: ends[stack]]
         for stack, one in first.items()
@@ -170,12 +191,12 @@ def _packed(values: np.ndarray, kind: str) -> dict[str, str]:
     return {"kind": kind, "b64": base64.b64encode(little.tobytes()).decode("ascii")}
 
 
-def _head(info: Info, data: dict[str, Any]) -> str:
+def _head(info: Info, tokens: int) -> str:
     entries = [
         ("Source", info.source or info.system),
         ("Text", info.text or report.MISSING),
         ("Tokens traced", f"{info.tokens:,}" + ("" if info.complete else " (not complete)")),
-        ("Tokens on this page", f"{data['tokens']:,}"),
+        ("Tokens on this page", f"{tokens:,}"),
         ("Sparse layers", str(len(info.layers))),
         (
             "Experts, choices of a token",
@@ -215,27 +236,30 @@ def _published(found: dict[str, Any]) -> list[str]:
 
 
 def _favourites(directory: Path, info: Info, pieces: Sequence[str]) -> list[str]:
-    made = []
+    """Tables by layer, each with its part of `FAVOURITES_BYTES`: first the best token of each expert, then the second."""
+    made, heads = [], ["expert", "token", "times", "its share", "over load", "snippet"]
     for name in info.layers:
         layer = traces.read_layer(directory, name, tokens=MOST_TOKENS)
-        rows = []
-        for expert in range(min(info.num_experts, MOST_EXPERTS)):
-            for best in specialisation.favourites(layer, expert, FAVOURITES, 1):
-                before, token, after = (
-                    specialisation.snippet(layer, best.rows[0], pieces) if best.rows else ("", "", "")
-                )
-                rows.append(
-                    [
-                        expert,
-                        token.strip() or token,
-                        best.times,
-                        f"{best.share:.0%}",
-                        f"{best.lift:.1f}",
-                        f"{before}[{token}]{after}",
-                    ]
-                )
-        heads = ["expert", "token", "times", "its share", "over load", "snippet"]
+        experts = range(min(info.num_experts, MOST_EXPERTS))
+        found = [specialisation.favourites(layer, expert, FAVOURITES, 1) for expert in experts]
+        rows, room = [], FAVOURITES_BYTES // len(info.layers)
+        for rank, expert in itertools.product(range(FAVOURITES), experts):
+            if rank >= len(found[expert]):
+                continue
+            best = found[expert][rank]
+            before, token, after = (
+                specialisation.snippet(layer, best.rows[0], pieces) if best.rows else ("", "", "")
+            )
+            row = [
+                expert, token.strip() or token, best.times, f"{best.share:.0%}", f"{best.lift:.1f}",
+                f"{before}[{token}]{after}",
+            ]  # fmt: skip
+            room -= len(f"<tr>{report.cells(row)}</tr>".encode())
+            if room < 0:
+                break
+            rows.append(row)
         if rows:
+            rows.sort(key=lambda row: row[0])  # of an expert, the best first
             made.append(
                 f"<details><summary>{escape(str(name))}</summary>{report.grid(heads, rows, 'tokens')}</details>"
             )
