@@ -1,6 +1,7 @@
 """Figures of routing on traces made by hand, whose answers are known; intervals that cover; baselines."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -213,6 +214,19 @@ def test_shuffling_moves_choices_and_leaves_tokens():
     assert sorted(map(tuple, found.expert_NK)) == sorted(map(tuple, made.expert_NK))
     at_random = estimates.uniform(layer(np.zeros(4000, int)), np.random.default_rng(0))
     np.testing.assert_allclose(loads.load_E(at_random), 0.25, atol=0.03)
+
+
+def test_experts_at_random_are_drawn_a_part_at_a_time(monkeypatch):
+    """640,000 numbers to rank, of which 10,000 are there at once; the draw is the same."""
+    made = layer(np.zeros((20_000, 2), int), experts=32)
+    whole = estimates.uniform(made, np.random.default_rng(0))
+    monkeypatch.setattr(estimates, "CHUNK_CELLS", 10_000)
+    tracemalloc.start()
+    parts = estimates.uniform(made, np.random.default_rng(0))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(parts.expert_NK, whole.expert_NK)
+    assert most < 2_000_000  # 10 MB of all at once
 
 
 def test_traces_of_other_tokens_are_not_compared():

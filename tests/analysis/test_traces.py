@@ -177,6 +177,17 @@ def test_a_trace_of_another_checkpoint_or_share_of_the_text_is_not_kept(tmp_path
     assert tracing.write(model, other, text, place).tokens == whole.tokens
 
 
+def test_a_batch_has_the_labels_of_its_own_documents():
+    """Not of all that were read before it: of many documents that would cost more and more."""
+    info = traces.Info((traces.LayerName("encoder", 0),), num_experts=2, choices=1, label="topic")
+    ids_BL, document_BL = np.array([[5, 6, 7, 8]]), np.array([[4, 4, 2, 3]])
+    origin = origins.Origin(
+        {"inputs": ids_BL}, {"inputs": document_BL}, ["old", "older", "b", "", "a", "new"]
+    )
+    found = tracing._Part(info)._rows(origin, "inputs", 1, 0, *np.nonzero(ids_BL))
+    assert found["labels"] == ("a", "b") and found["label_N"].tolist() == [0, 0, 1, -1]
+
+
 def test_the_distribution_on_request_and_padded_lists(tmp_path, one_model):
     model = source(tmp_path, moe=dict(num_experts=4, router="expert_choice", decoder_router="switch"))
     info = tracing.write(model, model.settings, tracing.Text(tokens=300), tmp_path / "t", probabilities=True)

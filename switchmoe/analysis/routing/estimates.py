@@ -154,8 +154,12 @@ def ranks(layer: Layer, rng: np.random.Generator) -> Layer:
 def uniform(layer: Layer, rng: np.random.Generator) -> Layer:
     """Experts at random, all alike: as many different ones as each token has."""
     expert_NK = layer.expert_NK
-    random_NE = rng.random((len(expert_NK), layer.num_experts))
-    drawn_NK = random_NE.argsort(axis=1)[:, : expert_NK.shape[1]].astype(expert_NK.dtype)
+    drawn_NK = np.full_like(expert_NK, -1)
+    step = max(1, CHUNK_CELLS // layer.num_experts)
+    for first in range(0, len(expert_NK), step):
+        part_NK = drawn_NK[first : first + step]
+        random_NE = rng.random((len(part_NK), layer.num_experts))
+        part_NK[:, : layer.num_experts] = random_NE.argsort(axis=1)[:, : part_NK.shape[1]]
     return layer._replace(expert_NK=np.where(expert_NK >= 0, drawn_NK, -1))
 
 

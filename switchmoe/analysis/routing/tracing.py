@@ -25,7 +25,7 @@ from switchmoe.parallel import sharding
 from switchmoe.runs import integrity, placing, trained
 from switchmoe.settings import NUM_SENTINELS, Settings
 
-PART_ROWS = 1_000_000  # tokens x layers of a part, about: what is in memory at once, 50 MB of one choice each
+PART_ROWS = 1_000_000  # tokens x layers of a part, about: 50 MB of one choice each; another is being written
 ARRAY = {"encoder": "inputs", "decoder": "targets"}
 _READ = ("source", "text_field", "documents", "batch_size", "input_length", "target_length", "objective", "prefix",
          "noise_density", "mean_span_length", "normalization", "bos_id", "validation_share", "split_field", "train_split",
@@ -264,16 +264,20 @@ class _Part:
             if "positions" in origin.batch:
                 read_BL = np.where(origin.batch["positions"][:used] == 0, bos_id, read_BL)
         document_N = origin.document[array][row_N, position_N]
-        names = sorted(set(filter(None, origin.labels))) if self._info.label else []
+        # Of these documents alone: `origin.labels` has all that there were before.
+        here_D, number_N = np.unique(document_N, return_inverse=True)
+        label_D = [
+            origin.labels[document] if document >= 0 and self._info.label else "" for document in here_D
+        ]
+        names = sorted(set(filter(None, label_D)))
         numbers = {name: number for number, name in enumerate(names)}
-        label_D = np.array([numbers.get(label, -1) for label in origin.labels], np.int32)
         return {
             "document_N": document_N,
             "position_N": position_N.astype(np.int32),
             "token_N": read_BL[row_N, position_N],
             "target_N": ids_BL[row_N, position_N] if array == "targets" else none_N,
             "predicted_N": none_N,
-            "label_N": label_D[document_N],
+            "label_N": np.array([numbers.get(label, -1) for label in label_D], np.int32)[number_N],
             "labels": tuple(names),
         }
 
