@@ -17,6 +17,7 @@ from switchmoe.analysis.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
 from switchmoe.parallel import sharding
 from switchmoe.runs import kinds, rundir
 from switchmoe.settings import to_dict
+from switchmoe.training import optimizers
 
 LISTED = {
     "table1", "table2", "table3", "table4", "table6", "table7", "table8", "table10", "table11", "figure1", "figure4",
@@ -82,6 +83,18 @@ def test_arms_of_equal_settings_are_one_run(scale):
     plain = {"moe.num_experts": SCALES[scale].experts, "train.seed": 0}
     for name in ("table11", "alpha", "z_loss", "eval_capacity", "twins"):
         assert plain in claims.runs(CLAIMS[name], scale), name
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_run_learns_until_its_last_step(scale):
+    """No rate is 0, though `init.optimizer` begins at the place in the schedule at which the run before it ended."""
+    found = whole(scale)
+    steps = {run.name: run.settings.train.num_steps for run in found.whole}
+    for run in found.runs:
+        settings = run.settings
+        begun = steps[run.parents["init.checkpoint"]] if settings.init.optimizer else 0
+        rate = optimizers.schedule(settings.optimizer, settings.train.num_steps)
+        assert rate(begun) > 0 and rate(begun + settings.train.num_steps - 1) > 0, run.name
 
 
 def test_a_dense_run_does_not_depend_on_what_routers_do():
