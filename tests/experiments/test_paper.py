@@ -97,6 +97,18 @@ def test_every_run_learns_until_its_last_step(scale):
         assert rate(begun) > 0 and rate(begun + settings.train.num_steps - 1) > 0, run.name
 
 
+@pytest.mark.parametrize("scale", [name for name in SCALES if not SCALES[name].mixture])
+def test_the_student_of_table_8_differs_from_the_dense_model_by_its_teacher_alone(scale):
+    """Both begin with the dense pre-trained weights: none of the student's are random, whatever blocks are sparse."""
+    arms = CLAIMS["table8"].arms(SCALES[scale])
+    alone, student = (claims.run_of(arms[name], 0, scale) for name in ("T5", "distilled"))
+    assert "init.checkpoint" in student and student["distill.init"] is False
+    assert {field for field in student if student[field] != alone.get(field)} == {
+        "distill.teacher",
+        "distill.init",
+    }
+
+
 def test_a_dense_run_does_not_depend_on_what_routers_do():
     assert claims.run_of({"moe.num_experts": 1, "moe.capacity_factor": 9.0}, 2, "tiny") == {
         "moe.num_experts": 1,
