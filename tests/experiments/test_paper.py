@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments import claims, exits
 from experiments.claims import CLAIMS, SCALES
@@ -14,9 +15,10 @@ from experiments.paper import __main__ as paper
 from experiments.paper import finished, scorecard, times
 from experiments.sweep import command, study
 from switchmoe.analysis.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
+from switchmoe.data import tasks
 from switchmoe.parallel import sharding
 from switchmoe.runs import kinds, rundir
-from switchmoe.settings import to_dict
+from switchmoe.settings import DataSettings, TaskSettings, to_dict
 from switchmoe.training import optimizers
 
 LISTED = {
@@ -95,6 +97,17 @@ def test_every_run_learns_until_its_last_step(scale):
         begun = steps[run.parents["init.checkpoint"]] if settings.init.optimizer else 0
         rate = optimizers.schedule(settings.optimizer, settings.train.num_steps)
         assert rate(begun) > 0 and rate(begun + settings.train.num_steps - 1) > 0, run.name
+
+
+def test_what_counts_as_no_difference_in_fine_tuning_is_small_against_a_guess():
+    """A guess by the classes' shares costs their entropy, in nats for each of the some 13 pieces of a class's name."""
+    examples = tasks.find(TaskSettings(names="topic"), DataSettings())[0].examples("train")
+    counts = np.unique([example.targets for example in examples], return_counts=True)[1]
+    a_token = stats.entropy(counts) / 13
+    for name in ("frozen_subsets", "dropped_fine_tuning"):
+        arms, checks = CLAIMS[name].arms(SCALES["tiny"]), CLAIMS[name].checks(SCALES["tiny"])
+        assert set(arms) == {arm for check in checks for arm in check.arms}, "every arm is in a check"
+        assert all(check.below < a_token / 10 for check in checks if "within" in check.says)
 
 
 @pytest.mark.parametrize("scale", [name for name in SCALES if not SCALES[name].mixture])
