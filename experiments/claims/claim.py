@@ -27,7 +27,8 @@ class Scale:
     encoder: Overrides = dataclasses.field(
         default_factory=dict
     )  # of runs that need one, where the base has none
-    tune: Overrides = dataclasses.field(default_factory=dict)  # of fine-tuning
+    # of fine-tuning, with room for 95 % of the examples whole, as of instruction tuning with a solved one before them
+    tune: Overrides = dataclasses.field(default_factory=dict)
     instruct: Overrides = dataclasses.field(default_factory=dict)  # of instruction tuning, what differs
     all_sparse: bool = False  # each block has experts
     mixture: bool = False  # the text is one of languages (`data.parts`), for the claims about them alone
@@ -63,8 +64,14 @@ SMALL_CAUSAL = dict(
     all_sparse=True,
     wide={"model.d_ff": 512},
     encoder={"model.stacks": "encoder_decoder", "data.objective": "span_corruption"},
-    tune=TUNE | {"train.num_steps": 300, "data.input_length": 128, "data.target_length": 24},
-    instruct=INSTRUCT | {"data.input_length": 256, "data.target_length": 48},
+    # 400 pieces make long texts.
+    tune=TUNE
+    | {
+        "train.num_steps": 300,
+        "data.input_length": 448,
+        "data.target_length": 24,
+    },
+    instruct=INSTRUCT | {"data.batch_size": 16, "data.input_length": 768, "data.target_length": 192},
 )
 SCALES = {
     "tiny": Scale("configs/paper_tiny.py", counts=(2, 4, 8, 16, 64), many=(256, 512), **SMALL_CAUSAL),
@@ -82,7 +89,7 @@ SCALES = {
         hot=0.3,
         wide={"model.d_ff": 33 * 1536 // 2},
         tune=TUNE | {"data.input_length": 192, "data.target_length": 8},
-        instruct=INSTRUCT | {"data.input_length": 384, "data.target_length": 32, "task.packed": 2},
+        instruct=INSTRUCT | {"data.input_length": 384, "data.target_length": 72, "task.packed": 2},
     ),
     "base": Scale(
         "configs/paper_base.py",
@@ -101,7 +108,7 @@ SCALES = {
         wide={"model.d_ff": 33 * 3072 // 2},
         early={"train.num_steps": 3500},
         tune=TUNE | {"data.input_length": 192, "data.target_length": 8},
-        instruct=INSTRUCT | {"data.input_length": 384, "data.target_length": 32, "task.packed": 2},
+        instruct=INSTRUCT | {"data.input_length": 384, "data.target_length": 72, "task.packed": 2},
     ),
 }
 

@@ -15,9 +15,9 @@ from experiments.paper import __main__ as paper
 from experiments.paper import finished, scorecard, times
 from experiments.sweep import command, study
 from switchmoe.analysis.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
-from switchmoe.data import tasks
+from switchmoe.data import pairs, tasks, vocabulary
 from switchmoe.parallel import sharding
-from switchmoe.runs import kinds, rundir
+from switchmoe.runs import finetuning, kinds, rundir
 from switchmoe.settings import DataSettings, TaskSettings, to_dict
 from switchmoe.training import optimizers
 
@@ -97,6 +97,29 @@ def test_every_run_learns_until_its_last_step(scale):
         begun = steps[run.parents["init.checkpoint"]] if settings.init.optimizer else 0
         rate = optimizers.schedule(settings.optimizer, settings.train.num_steps)
         assert rate(begun) > 0 and rate(begun + settings.train.num_steps - 1) > 0, run.name
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    """The packaged texts, of which 400 pieces and 16,000 are as long as those of the scales' own vocabularies."""
+    topics = tasks.find(TaskSettings(names="topic"), DataSettings())[0]
+    return [example.inputs for example in topics.examples("train")]
+
+
+@pytest.mark.parametrize("scale, texts", [("tiny", 1500), ("small", 7000)])
+def test_what_fine_tuned_models_read_and_write_is_whole(scale, texts, packaged):
+    """Of each task that a claim's runs learn or are judged by, but few examples are cut; a solved one before them counts, too."""
+    found, cut = whole(scale), {}
+    file = vocabulary.train(packaged[:texts], found.base.data.vocab_size)
+    pieces = vocabulary.Vocabulary.from_bytes(file, scale)
+    tuned = (run.settings for run in found.runs if run.settings.task.names)
+    for settings in {(one.task, one.data): one for one in tuned}.values():
+        encoder = pairs.Encoder(settings.data, settings.stacks, pieces)
+        for task in finetuning.find_tasks(settings)[1]:
+            examples = pairs.spread(task.examples("validation"), 100)
+            shares = np.mean([encoder.is_cut(example) for example in examples], axis=0)
+            cut[task.name, settings.data.input_length] = float(shares.max())
+    assert len(cut) > 25 and {key: share for key, share in cut.items() if share > 0.05} == {}
 
 
 def test_what_counts_as_no_difference_in_fine_tuning_is_small_against_a_guess():
