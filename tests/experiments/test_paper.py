@@ -122,6 +122,13 @@ def test_what_fine_tuned_models_read_and_write_is_whole(scale, texts, packaged):
     assert len(cut) > 25 and {key: share for key, share in cut.items() if share > 0.05} == {}
 
 
+@pytest.mark.parametrize("scale", ["tiny", "laptop"])
+def test_fine_tuning_of_few_steps_may_move_the_parameters(scale):
+    """Adafactor's rate is a share of a parameter's size: 300 steps of 1e-3 are 0.3 of it, where pre-training has 15."""
+    tuned = [run.settings for run in whole(scale).runs if run.settings.task.names]
+    assert tuned and all(one.optimizer.learning_rate * one.train.num_steps >= 1 for one in tuned)
+
+
 def test_what_counts_as_no_difference_in_fine_tuning_is_small_against_a_guess():
     """A guess by the classes' shares costs their entropy, in nats for each of the some 13 pieces of a class's name."""
     examples = tasks.find(TaskSettings(names="topic"), DataSettings())[0].examples("train")
