@@ -277,7 +277,8 @@ class Answers:
     """The tasks' metrics on what the model writes, one token after the other, each time the likeliest.
 
     ``score`` is the mean over tasks of each one's first metric, 0 to 100, ``shortfall`` what it lacks of 100. A task with classes
-    has ``ranked`` too: how often the likeliest of them is the right one.
+    has ``ranked`` too: how often the likeliest of them is the right one, and ``ranked_mean``: the same by the likelihood of a token
+    in the mean (lm-eval's `acc_norm` divides by characters), as classes of more tokens are the less likely.
     """
 
     name = "tasks"
@@ -308,14 +309,13 @@ class Answers:
             right = [example.right for example in examples]
             texts = self._written(params, examples)
             values = {name: METRICS[name](texts, right) for name in task.metrics}
-            ranked = self._ranked(params, task, examples) if task.options else None
-            if ranked is not None:
-                values["ranked"] = METRICS["accuracy"](ranked, right)
+            ranked = self._ranked(params, task, examples) if task.options else {}
+            values |= {name: METRICS["accuracy"](likeliest, right) for name, likeliest in ranked.items()}
             scores.append(values[task.metrics[0]])
             found |= {f"{task.name}/{name}": value for name, value in values.items()}
             self.answers[task.name] = [
                 {"task": task.name, "inputs": example.prompt, "targets": example.targets, "prediction": text}
-                | ({} if ranked is None else {"ranked": ranked[number]})
+                | {name: likeliest[number] for name, likeliest in ranked.items()}
                 | (
                     {"cut": True} if self._data.cut_held_out[task.name][number, 0] else {}
                 )  # not all of it was read
@@ -337,9 +337,9 @@ class Answers:
             texts += [self._data.vocabulary.decode(answer) for answer in answers[: len(prompts)]]
         return texts
 
-    def _ranked(self, params: Any, task: Task, examples: Sequence[Example]) -> list[str]:
-        """The option of the highest likelihood of each example."""
-        nll_ON = []
+    def _ranked(self, params: Any, task: Task, examples: Sequence[Example]) -> dict[str, list[str]]:
+        """The likeliest option of each example: of its tokens together, and of a token of it in the mean."""
+        nll_ON, tokens_O1 = [], []
         for option in task.options:
             asked = [example._replace(targets=option) for example in examples]
             parts = [
@@ -347,7 +347,12 @@ class Answers:
                 for batch, rows in pairs.eval_batches(asked, self._data.encoder)
             ]
             nll_ON.append(np.concatenate(parts))
-        return [task.options[best] for best in np.argmin(np.stack(nll_ON), axis=0)]
+            tokens_O1.append([len(self._data.encoder.tokens(Example("", option))[1]) + 1])  # and EOS
+        ranked = {"ranked": np.stack(nll_ON), "ranked_mean": np.stack(nll_ON) / np.array(tokens_O1)}
+        return {
+            name: [task.options[best] for best in np.argmin(nll_ON, axis=0)]
+            for name, nll_ON in ranked.items()
+        }
 
 
 def row_nll(params: Any, batch: objective.Batch, settings: Settings) -> jax.Array:
@@ -376,7 +381,7 @@ def finish(answers: Answers, held_out: HeldOut, workdir: Path, params: Any) -> d
 
 
 def write_predictions(path: Path, answers: Answers) -> None:
-    """A JSON object a line: task, inputs, targets, prediction, of classes the likeliest (`ranked`)."""
+    """A JSON object a line: task, inputs, targets, prediction, of classes the likeliest (`ranked`, `ranked_mean`)."""
     lines = [json.dumps(one, ensure_ascii=False) for rows in answers.answers.values() for one in rows]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
