@@ -85,7 +85,7 @@ FINETUNING = Kind(lengths, finetuning)
 class Pairs:
     """The examples of a mixture of tasks, and the batches of them (`parts.Data`).
 
-    ``trained`` are the tasks that batches are made of, ``measured`` these and the held-out ones.
+    ``trained`` are the tasks that batches are made of, ``measured`` these, first, and the held-out ones.
 
     Args:
       vocabulary_file: of the run that the parameters are from.
@@ -276,7 +276,8 @@ def load_vocabulary(settings: Settings, path: str) -> vocabulary.Vocabulary:
 class Answers:
     """The tasks' metrics on what the model writes, one token after the other, each time the likeliest.
 
-    ``score`` is the mean over tasks of each one's first metric, 0 to 100, ``shortfall`` what it lacks of 100. A task with classes
+    ``score`` is the mean over tasks of each one's first metric, 0 to 100; ``shortfall`` is what that of the tasks that are trained on
+    lacks of 100: by it the best checkpoint is chosen, which held-out tasks must not decide. A task with classes
     has ``ranked`` too: how often the likeliest of them is the right one, and ``ranked_mean``: the same by the likelihood of a token
     in the mean (lm-eval's `acc_norm` divides by characters), as classes of more tokens are the less likely.
     """
@@ -321,7 +322,8 @@ class Answers:
                 )  # not all of it was read
                 for number, (example, text) in enumerate(zip(examples, texts, strict=True))
             ]
-        self.found = found | {"score": float(np.mean(scores)), "shortfall": 100 - float(np.mean(scores))}
+        of_trained = scores[: len(self._data.trained)]
+        self.found = found | {"score": float(np.mean(scores)), "shortfall": 100 - float(np.mean(of_trained))}
         return dict(self.found)
 
     def _written(self, params: Any, examples: Sequence[Example]) -> list[str]:

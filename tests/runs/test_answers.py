@@ -1,4 +1,4 @@
-"""Answers judged by hand: options of unequal length."""
+"""Answers judged by hand: options of unequal length, what the best checkpoint is chosen by."""
 
 import types
 
@@ -61,3 +61,10 @@ def test_of_options_the_longest_is_not_the_least_likely():
     figures = found.figures(None)
     assert (figures["one/ranked"], figures["one/ranked_mean"]) == pytest.approx((100 / 3, 200 / 3))
     assert [(one["ranked"], one["ranked_mean"]) for one in found.answers["one"]] == [("a", "bbbb")] * 3
+
+
+def test_held_out_tasks_do_not_decide_which_checkpoint_is_best():
+    """Three of four are right of the task that is trained on, none of the other: `score` has both, `shortfall` the first."""
+    written = {"one": ["a", "a", "a", "b"], "other": ["b"]}
+    figures = answers(written, [task("one", *"aaaa")], [task("other", "a")]).figures(None)
+    assert (figures["score"], figures["shortfall"]) == (37.5, 25.0)
