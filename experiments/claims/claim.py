@@ -35,7 +35,8 @@ class Scale:
     seeds: int = 3  # of a claim that does not ask for more
 
 
-# As Switch Transformers fine-tunes (table 4), on the packaged summaries' topic.
+# As Switch Transformers fine-tunes (table 4), on the packaged summaries' topic. Pre-training may have read the held-out passages, not
+# their topics, as a text with Wikipedia's articles has them: all arms alike.
 TUNE = {
     "task.names": "topic",
     "task.eval_examples": 0,
