@@ -276,7 +276,7 @@ def load_vocabulary(settings: Settings, path: str) -> vocabulary.Vocabulary:
 class Answers:
     """The tasks' metrics on what the model writes, one token after the other, each time the likeliest.
 
-    ``score`` is the mean over tasks of each one's first metric, 0 to 100; ``shortfall`` is what that of the tasks that are trained on
+    ``score`` is the mean over tasks of their scores (`Task.scored`), 0 to 100; ``shortfall`` is what that of the tasks that are trained on
     lacks of 100: by it the best checkpoint is chosen, which held-out tasks must not decide. A task with classes
     has ``ranked`` too: how often the likeliest of them is the right one, and ``ranked_mean``: the same by the likelihood of a token
     in the mean (lm-eval's `acc_norm` divides by characters), as classes of more tokens are the less likely.
@@ -312,7 +312,7 @@ class Answers:
             values = {name: METRICS[name](texts, right) for name in task.metrics}
             ranked = self._ranked(params, task, examples) if task.options else {}
             values |= {name: METRICS["accuracy"](likeliest, right) for name, likeliest in ranked.items()}
-            scores.append(values[task.metrics[0]])
+            scores.append(float(np.mean([values[name] for name in task.scored])))
             found |= {f"{task.name}/{name}": value for name, value in values.items()}
             self.answers[task.name] = [
                 {"task": task.name, "inputs": example.prompt, "targets": example.targets, "prediction": text}

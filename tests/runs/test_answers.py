@@ -50,9 +50,9 @@ def answers(written, trained, held_out=()):
     return found
 
 
-def task(name, *targets, options=(), metrics=("accuracy",)):
+def task(name, *targets, options=(), metrics=("accuracy",), **more):
     found = tuple(Example("c", target) for target in targets)
-    return Task(name, lambda split: found, metrics, options)
+    return Task(name, lambda split: found, metrics, options, **more)
 
 
 def test_of_options_the_longest_is_not_the_least_likely():
@@ -61,6 +61,12 @@ def test_of_options_the_longest_is_not_the_least_likely():
     figures = found.figures(None)
     assert (figures["one/ranked"], figures["one/ranked_mean"]) == pytest.approx((100 / 3, 200 / 3))
     assert [(one["ranked"], one["ranked_mean"]) for one in found.answers["one"]] == [("a", "bbbb")] * 3
+
+
+def test_the_score_of_an_averaged_task_is_its_metrics_mean():
+    """3 of 4 are right; of the one True none is found, an F1 of 0."""
+    judged = task("one", "True", *["False"] * 3, metrics=("f1_positive", "accuracy"), averaged=True)
+    assert answers({"one": ["False"] * 4}, [judged]).figures(None)["score"] == 37.5
 
 
 def test_held_out_tasks_do_not_decide_which_checkpoint_is_best():
