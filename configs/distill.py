@@ -26,5 +26,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.task.update(to_dict(trained.find(directory).settings)["task"])
     config.init.checkpoint = ""
     config.moe.update(num_experts=1, route_one=False)
+    config.train.update(trainable="", patience=0)  # the teacher's own, where it was a fine-tuned run
     config.distill.teacher = directory
     return finetune.tuned(config) if task else config

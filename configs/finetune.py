@@ -24,5 +24,6 @@ def tuned(config: ConfigDict) -> ConfigDict:
     config.data.update(batch_size=64, streams=0)
     config.optimizer.update(schedule="constant", learning_rate=1e-3, clip_norm=0.0)
     config.train.update(num_steps=500, log_every=20, eval_every=100, eval_batches=16, accumulate=1)
+    config.train.update(trainable="", patience=0)  # the run's own were for another training
     config.checkpoint.update(every=100, keep=1, keep_best=1)
     return config

@@ -4,7 +4,7 @@
       --config.data.source='text/*.txt.xz' --config.data.documents=block --resources=CPU=1
     python -m experiments.sweep --config=configs/paper_tiny.py --dry_run     # every run of every claim
 
-Give it 60 MB of text or more, as a run reads 14.7 M tokens of about four letters.
+Give it 25 MB of text or more, as a run reads 14.7 M tokens of about 1.5 letters.
 
 A decoder alone of two blocks with experts in both: 0.07 M parameters dense, 0.20 M with 16 experts, 600 steps of 256 rows of
 96 tokens. A batch is one group: 1,536 tokens for each of 16 experts and 1,920 slots at factor 1.25. The balancing loss, the

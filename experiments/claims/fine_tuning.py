@@ -34,6 +34,7 @@ def _dropout_checks(scale: Scale) -> list[Check]:
     ]
 
 
+SAME = 0.01  # nats a token of the right answers; to guess a class by its share costs but 0.2 or so
 SUBSETS = ("all", "non_moe", "moe_only", "attention", "ffn")
 
 
@@ -51,24 +52,28 @@ def _drops(scale: Scale) -> dict:
             scale, sparse, capacity_factor=train, eval_capacity_factor=other, balance_loss_weight=weight
         )
         for aux, weight in (("balanced", 1e-2), ("free", 0.0))
-        for train, other in ((0.75, 2.0), (1.25, 2.0), (2.0, 3.0))
+        for train, other in ((0.75, 2.0), (1.25, 2.0))
     }
 
 
 def _drop_checks(scale: Scale) -> list[Check]:
     return [
-        equal("balanced, 0.75 / 2", "balanced, 1.25 / 2", within=0.05, paper="86.5 and 86.7"),
-        equal("free, 0.75 / 2", "free, 1.25 / 2", within=0.05, paper="85.7 and 85.8"),
+        equal("balanced, 0.75 / 2", "balanced, 1.25 / 2", within=SAME, paper="86.5 and 86.7"),
+        equal("free, 0.75 / 2", "free, 1.25 / 2", within=SAME, paper="85.7 and 85.8"),
         better("balanced, 1.25 / 2", "free, 1.25 / 2", paper="0.9"),
         lower("balanced, 1.25 / 2", "free, 1.25 / 2"),
     ]
 
 
 def _students(scale: Scale) -> dict:
-    """A dense model that a fine-tuned sparse one teaches on the task."""
+    """The pre-trained dense model, tuned alone and beside a fine-tuned sparse one that teaches it."""
     teacher, alone = tuned(scale, switch(scale.experts)), tuned(scale, dense())
-    student = {field: value for field, value in alone.items() if field != "init.checkpoint"}
-    return {"T5": alone, "Switch": teacher, "distilled": student | {"distill.teacher": teacher}}
+    return {
+        "T5": alone,
+        "Switch": teacher,
+        # With the teacher's parameters (`distill.init`) no feed-forward would be pre-trained where every block is sparse.
+        "distilled": alone | {"distill.teacher": teacher, "distill.init": False},
+    }
 
 
 CLAIMS = [
@@ -98,7 +103,7 @@ CLAIMS = [
             lower("distilled", "T5"),
             gain_kept("distilled", "T5", "Switch", (0.15, 0.6), "score", paper="30 %"),
         ],
-        "The student begins with the fine-tuned teacher's non-expert weights, the dense model with its own pre-trained ones.",
+        "Student and dense model begin with the same pre-trained dense weights, so they differ by the teacher's soft labels alone.",
     ),
     Claim(
         "frozen_subsets",
@@ -107,8 +112,8 @@ CLAIMS = [
         {},
         _subsets,
         lambda scale: [
-            equal("non_moe", "all", within=0.05, paper="about the same"),
-            equal("attention", "all", within=0.05, paper="about the same"),
+            equal("non_moe", "all", within=SAME, paper="about the same"),
+            equal("attention", "all", within=SAME, paper="about the same"),
             *([] if scale.all_sparse else [lower("ffn", "moe_only", paper="drastic")]),
             lower("all", "moe_only", paper="drastic"),
             better("all", "moe_only", paper="drastic"),
@@ -122,13 +127,12 @@ CLAIMS = [
         {
             "balanced, 0.75 / 2": "86.5, 10.6 % dropped",
             "balanced, 1.25 / 2": "86.7, 0.3 %",
-            "balanced, 2 / 3": "85.8, 0 %",
             "free, 0.75 / 2": "85.7, 15.6 %",
             "free, 1.25 / 2": "85.8, 2.9 %",
-            "free, 2 / 3": "85.9, 0.4 %",
         },
         _drops,
         _drop_checks,
-        "Within 0.05 nats of the right answers counts as no difference.",
+        "Within 0.01 nats of the right answers counts as no difference. The losses are at the factor of evaluation; the score is not, "
+        "as answers are written without capacities.",
     ),
 ]

@@ -5,8 +5,12 @@ from switchmoe.analysis.verdicts import lower, sooner
 
 
 def _arms(scale: Scale) -> dict:
-    """As many steps again as the dense model had, from its parameters and its optimizer's state, or from the beginning."""
-    further = {"init.checkpoint": dense(), "init.optimizer": True}
+    """As many steps again as the dense model had, from its parameters or from the beginning.
+
+    The schedule begins anew in each arm: with the optimizer's state (`init.optimizer`) comes its place in the schedule, and a
+    cosine has ended there.
+    """
+    further = {"init.checkpoint": dense()}
     return {
         "upcycled": switch(scale.experts, unit_gates=True) | further | {"init.upcycle": True},
         "dense continued": dense() | further,
@@ -19,7 +23,7 @@ CLAIMS = [
         "upcycling",
         "Sparse upcycling, section 4",
         "A dense model made sparse and trained on ends ahead of the dense model trained on, and reaches what a sparse model of as many "
-        "steps from scratch does in half of them.",
+        "steps from scratch does in fewer of them.",
         {
             "upcycled": "ahead of both, for about 50 % of the dense model's cost (T5 Base, Large, XL; SuperGLUE)"
         },
@@ -29,6 +33,7 @@ CLAIMS = [
             lower("upcycled", "from scratch", paper="ahead"),
             sooner("upcycled", "from scratch", "steps", paper="2"),
         ],
-        "The paper's routers take two experts a token (decoder) or choose tokens (encoder), ours one; its gates are not normalised.",
+        "The paper's routers take two experts a token (decoder) or choose tokens (encoder), ours one; its gates are not normalised. "
+        "It goes on with its rate, an inverse square root, and its optimizer; here both begin anew.",
     ),
 ]

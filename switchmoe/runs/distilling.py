@@ -195,7 +195,7 @@ def _gain(
 ) -> dict[str, Any]:
     """What the student kept of the teacher: ``judge``'s figure of both, parameters of both, and of a baseline.
 
-    ``gain_kept`` = (baseline - student) / (baseline - teacher), of which the paper has 0.28 to 0.37; ``compression``: the share of
+    ``gain_kept`` = (baseline - student) / (baseline - teacher), of which the paper has 0.27 to 0.37; ``compression``: the share of
     the teacher's parameters that the student lacks.
     """
     name, figure = best

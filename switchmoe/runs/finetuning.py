@@ -85,7 +85,7 @@ FINETUNING = Kind(lengths, finetuning)
 class Pairs:
     """The examples of a mixture of tasks, and the batches of them (`parts.Data`).
 
-    ``trained`` are the tasks that batches are made of, ``measured`` these and the held-out ones.
+    ``trained`` are the tasks that batches are made of, ``measured`` these, first, and the held-out ones.
 
     Args:
       vocabulary_file: of the run that the parameters are from.
@@ -276,8 +276,10 @@ def load_vocabulary(settings: Settings, path: str) -> vocabulary.Vocabulary:
 class Answers:
     """The tasks' metrics on what the model writes, one token after the other, each time the likeliest.
 
-    ``score`` is the mean over tasks of each one's first metric, 0 to 100, ``shortfall`` what it lacks of 100. A task with classes
-    has ``ranked`` too: how often the likeliest of them is the right one.
+    ``score`` is the mean over tasks of their scores (`Task.scored`), 0 to 100; ``shortfall`` is what that of the tasks that are trained on
+    lacks of 100: by it the best checkpoint is chosen, which held-out tasks must not decide. A task with classes
+    has ``ranked`` too: how often the likeliest of them is the right one, and ``ranked_mean``: the same by the likelihood of a token
+    in the mean (lm-eval's `acc_norm` divides by characters), as classes of more tokens are the less likely.
     """
 
     name = "tasks"
@@ -308,20 +310,20 @@ class Answers:
             right = [example.right for example in examples]
             texts = self._written(params, examples)
             values = {name: METRICS[name](texts, right) for name in task.metrics}
-            ranked = self._ranked(params, task, examples) if task.options else None
-            if ranked is not None:
-                values["ranked"] = METRICS["accuracy"](ranked, right)
-            scores.append(values[task.metrics[0]])
+            ranked = self._ranked(params, task, examples) if task.options else {}
+            values |= {name: METRICS["accuracy"](likeliest, right) for name, likeliest in ranked.items()}
+            scores.append(float(np.mean([values[name] for name in task.scored])))
             found |= {f"{task.name}/{name}": value for name, value in values.items()}
             self.answers[task.name] = [
                 {"task": task.name, "inputs": example.prompt, "targets": example.targets, "prediction": text}
-                | ({} if ranked is None else {"ranked": ranked[number]})
+                | {name: likeliest[number] for name, likeliest in ranked.items()}
                 | (
                     {"cut": True} if self._data.cut_held_out[task.name][number, 0] else {}
                 )  # not all of it was read
                 for number, (example, text) in enumerate(zip(examples, texts, strict=True))
             ]
-        self.found = found | {"score": float(np.mean(scores)), "shortfall": 100 - float(np.mean(scores))}
+        of_trained = scores[: len(self._data.trained)]
+        self.found = found | {"score": float(np.mean(scores)), "shortfall": 100 - float(np.mean(of_trained))}
         return dict(self.found)
 
     def _written(self, params: Any, examples: Sequence[Example]) -> list[str]:
@@ -337,9 +339,9 @@ class Answers:
             texts += [self._data.vocabulary.decode(answer) for answer in answers[: len(prompts)]]
         return texts
 
-    def _ranked(self, params: Any, task: Task, examples: Sequence[Example]) -> list[str]:
-        """The option of the highest likelihood of each example."""
-        nll_ON = []
+    def _ranked(self, params: Any, task: Task, examples: Sequence[Example]) -> dict[str, list[str]]:
+        """The likeliest option of each example: of its tokens together, and of a token of it in the mean."""
+        nll_ON, tokens_O1 = [], []
         for option in task.options:
             asked = [example._replace(targets=option) for example in examples]
             parts = [
@@ -347,7 +349,12 @@ class Answers:
                 for batch, rows in pairs.eval_batches(asked, self._data.encoder)
             ]
             nll_ON.append(np.concatenate(parts))
-        return [task.options[best] for best in np.argmin(np.stack(nll_ON), axis=0)]
+            tokens_O1.append([len(self._data.encoder.tokens(Example("", option))[1]) + 1])  # and EOS
+        ranked = {"ranked": np.stack(nll_ON), "ranked_mean": np.stack(nll_ON) / np.array(tokens_O1)}
+        return {
+            name: [task.options[best] for best in np.argmin(nll_ON, axis=0)]
+            for name, nll_ON in ranked.items()
+        }
 
 
 def row_nll(params: Any, batch: objective.Batch, settings: Settings) -> jax.Array:
@@ -376,7 +383,7 @@ def finish(answers: Answers, held_out: HeldOut, workdir: Path, params: Any) -> d
 
 
 def write_predictions(path: Path, answers: Answers) -> None:
-    """A JSON object a line: task, inputs, targets, prediction, of classes the likeliest (`ranked`)."""
+    """A JSON object a line: task, inputs, targets, prediction, of classes the likeliest (`ranked`, `ranked_mean`)."""
     lines = [json.dumps(one, ensure_ascii=False) for rows in answers.answers.values() for one in rows]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -103,8 +103,9 @@ def yardstick(
 def _task(
     model: trained.Source, settings: Settings, task: str, overrides: Mapping[str, Any], mesh: Any, workdir: Path, note: Note
 ) -> tuple[Settings, finetuning.Pairs]:  # fmt: skip
-    groups = to_dict(settings)
-    groups["task"] = to_dict(Settings())["task"] | {"names": task}
+    groups, plain = to_dict(settings), to_dict(Settings())
+    groups["distill"] = plain["distill"]  # a student is measured without its teacher
+    groups["task"] = plain["task"] | {"names": task}
     groups["task"] |= {n.partition(".")[2]: v for n, v in overrides.items() if n.startswith("task.")}
     groups["init"]["checkpoint"] = str(model.step)
     free = [name for name in ("input_length", "target_length") if f"data.{name}" not in overrides]

@@ -16,7 +16,7 @@ from switchmoe.parallel.sharding import path_keys
 from switchmoe.runs import buckets, integrity, upcycling
 from switchmoe.runs.parts import Context, Start
 from switchmoe.settings import InitSettings, Settings, from_config
-from switchmoe.training import train_state
+from switchmoe.training import optimizers, train_state
 from switchmoe.training.train_state import TrainState
 
 VOCABULARY_FILE = "vocabulary.model"
@@ -54,7 +54,9 @@ def beginning(context: Context) -> Beginning:
         fresh = flatten_dict(state.params, sep="/")
         read = read_parameters(step, {name: fresh[name] for name in taken})
         state = state.replace(params=unflatten_dict(fresh | read, sep="/"))
-        return state.replace(opt_state=_optimizer(init, step, state.opt_state)) if init.optimizer else state
+        if not init.optimizer:
+            return state
+        return _goes_on(context, state, _optimizer(init, step, state.opt_state))
 
     return Beginning(Start(load, record), vocabulary)
 
@@ -106,9 +108,21 @@ def _upcycled(context: Context, step: epath.Path, saved: dict[str, tuple[int, ..
             raise ValueError(
                 f"init.optimizer=True: {step} has no state of this optimizer ({error}); accepted is False"
             ) from error
-        return state.replace(opt_state=jax.tree.map(_placed, state.opt_state, found))
+        return _goes_on(context, state, jax.tree.map(_placed, state.opt_state, found))
 
     return Start(load, {"checkpoint": init.checkpoint, "step": int(step.name), "upcycle": True})
+
+
+def _goes_on(context: Context, state: TrainState, opt_state: Any) -> TrainState:
+    """With the optimizer's state; warns where its place in the schedule is the end, as the rate is 0 from there on."""
+    settings, done = context.settings, optimizers.updates(opt_state)
+    rate = float(optimizers.schedule(settings.optimizer, settings.train.num_steps)(done))
+    if rate == 0:
+        context.note(
+            f"warning: init.optimizer=True: {done} updates are done there, and optimizer.schedule={settings.optimizer.schedule} is 0"
+            f" from train.num_steps={settings.train.num_steps} on: nothing is learnt; accepted are constant, rsqrt, or init.optimizer=False"
+        )
+    return state.replace(opt_state=opt_state)
 
 
 def _placed(like: jax.Array, value: np.ndarray) -> jax.Array:

@@ -1,12 +1,14 @@
 """Benchmarks: T5's phrasing by hand, and every data set's records through tfds's mock."""
 
+import types
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from switchmoe.data import tasks
 from switchmoe.data.errors import DataError
-from switchmoe.data.tasks import benchmarks, metrics
+from switchmoe.data.tasks import Example, Task, baselines, benchmarks, metrics
 from switchmoe.data.tasks.benchmarks import BENCHMARKS
 from switchmoe.settings import DataSettings, TaskSettings
 
@@ -92,6 +94,26 @@ def test_records_of_the_mock_become_examples(name, tmp_path):
                 assert all(isinstance(answer, str) for answer in example.right)
                 if task.options:
                     assert example.targets in (*task.options, "<unk>") or name.startswith("arc")
+
+
+def test_scores_of_two_metrics_are_their_mean_in_glue_and_superglue():
+    averaged = {name for name, one in BENCHMARKS.items() if one.averaged}
+    assert averaged == {"mrpc", "qqp", "stsb", "cb", "multirc", "record"}
+    rows = [Example("good words", label) for label in ("True", "False", "False", "False")]
+    for mean, score in ((True, 37.5), (False, 0.0)):  # to answer False always: an F1 of 0, 75 % right
+        task = Task("a", lambda split: rows, ("f1_positive", "accuracy"), ("True", "False"), averaged=mean)
+        assert baselines.scores(task, rows)["majority"] == score
+
+
+def test_of_wsc_what_is_true_is_learnt_and_all_is_judged(monkeypatch):
+    """Of a false record the noun is the wrong one to write."""
+    record, _, _ = BY_HAND["wsc"]
+    labelled = [record | {"label": label, "span1_text": f"Ann {n}"} for n, label in enumerate((1, 0, 0, 1))]
+    builder = types.SimpleNamespace(as_data_source=lambda split, file_format: labelled)
+    monkeypatch.setattr(benchmarks.sources, "tfds_builder", lambda *_: builder)
+    task = benchmarks.task("wsc", DataSettings(data_dir="there"))
+    assert [one.targets for one in task.examples("train")] == ["Ann 0", "Ann 3"]
+    assert [one.right[1] for one in task.examples("validation")] == ["True", "False", "False", "True"]
 
 
 def test_what_is_not_prepared_says_how_to_prepare_it(tmp_path):

@@ -111,12 +111,32 @@ def test_squads_format_has_questions_with_all_their_answers(tmp_path):
         ("", dict(inputs="{text}", targets="{label}"), "no records"),
         (JSONL, dict(inputs="{text}", targets="{label}", metrics="speed"), "task.metrics=speed: accepted are accuracy"),
         (JSONL, dict(inputs="{text:d}", targets="{label}"), "task.inputs={text:d}: .*a.jsonl:1: Unknown format code"),
+        (JSONL, dict(inputs="{text.x}", targets="{label}"), "task.inputs={text.x}: .*a.jsonl:1: 'str' object has no attribute 'x'"),
+        (JSONL, dict(inputs="{text}", targets="{label[x]}"), "task.targets={label.x.}: .*a.jsonl:1: string indices"),
+        ('{"text": "a", "label": null}\n', dict(inputs="{text}", targets="{label}"), "task.targets={label}: .*a.jsonl:1: label is null; accepted is"),
+        ('{"text": "a", "label": null}\n', dict(inputs="{text}", targets="{label:.0f}"), "a.jsonl:1: label is null; accepted is"),
+        ('{"text": "a", "label": [1]}\n', dict(inputs="{text}", targets="{label:.0f}"), "a.jsonl:1: unsupported format string"),
     ],
 )  # fmt: skip
 def test_what_files_lack_is_one_line(tmp_path, content, settings, message):
     path = write(tmp_path / "a.jsonl", content)
     with pytest.raises(DataError, match=message) as caught:
         find(path, DataSettings(validation_share=0.3), **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", "text,label\na,b\n" + 140_000 * "c" + ",d\n", "a.csv: after row 2: field larger than field limit"),
+        ("a.json", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers": [{"text": null}]}]}]}]}', "SQuAD's format without text in each answer"),
+        ("a.json", '{"data": [{"paragraphs": [{"context": null, "qas": [{"question": "q", "answers": []}]}]}]}', "context is null; accepted is"),
+    ],
+)  # fmt: skip
+def test_tables_and_squads_format_that_can_not_be_read_are_one_line(tmp_path, name, content, message):
+    path, plain = write(tmp_path / name, content), dict(inputs="{text}", targets="{label}")
+    with pytest.raises(DataError, match=message) as caught:
+        find(path, DataSettings(validation_share=0.3), **(plain if name == "a.csv" else {}))
     assert "\n" not in str(caught.value)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import configs
 from switchmoe.planning import flops
+from switchmoe.runs import trained
 from switchmoe.settings import from_config
 from switchmoe.training import train_state
 
@@ -106,6 +107,15 @@ def test_every_config_is_valid_and_says_how_to_run_it():
             settings(path.stem)
         text = importlib.import_module(f"configs.{path.stem}").__doc__
         assert f"--config=configs/{path.name}" in text or "python -m experiments.run" in text, path
+
+
+@pytest.mark.parametrize("name, argument", [("finetune", "DIR"), ("distill", "DIR"), ("distill", "task:DIR")])
+def test_what_a_run_froze_and_waited_for_is_not_passed_on(name, argument, monkeypatch):
+    """A run of the router alone that stops early is fine-tuned, or teaches a student, of which all is trained to the last step."""
+    before = from_config({"train": {"trainable": "router", "patience": 5, "seed": 7}})
+    monkeypatch.setattr(trained, "find", lambda text: trained.Source(text, before, None))
+    train = importlib.import_module(f"configs.{name}").get_config(argument).train
+    assert (train.trainable, train.patience, train.seed) == ("", 0, 7)
 
 
 def test_a_wrong_variant_is_named():

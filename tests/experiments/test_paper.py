@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from experiments import claims, exits
 from experiments.claims import CLAIMS, SCALES
@@ -14,9 +15,11 @@ from experiments.paper import __main__ as paper
 from experiments.paper import finished, scorecard, times
 from experiments.sweep import command, study
 from switchmoe.analysis.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
+from switchmoe.data import pairs, tasks, vocabulary
 from switchmoe.parallel import sharding
-from switchmoe.runs import kinds, rundir
-from switchmoe.settings import to_dict
+from switchmoe.runs import finetuning, kinds, rundir
+from switchmoe.settings import DataSettings, TaskSettings, to_dict
+from switchmoe.training import optimizers
 
 LISTED = {
     "table1", "table2", "table3", "table4", "table6", "table7", "table8", "table10", "table11", "figure1", "figure4",
@@ -82,6 +85,71 @@ def test_arms_of_equal_settings_are_one_run(scale):
     plain = {"moe.num_experts": SCALES[scale].experts, "train.seed": 0}
     for name in ("table11", "alpha", "z_loss", "eval_capacity", "twins"):
         assert plain in claims.runs(CLAIMS[name], scale), name
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_run_learns_until_its_last_step(scale):
+    """No rate is 0, though `init.optimizer` begins at the place in the schedule at which the run before it ended."""
+    found = whole(scale)
+    steps = {run.name: run.settings.train.num_steps for run in found.whole}
+    for run in found.runs:
+        settings = run.settings
+        begun = steps[run.parents["init.checkpoint"]] if settings.init.optimizer else 0
+        rate = optimizers.schedule(settings.optimizer, settings.train.num_steps)
+        assert rate(begun) > 0 and rate(begun + settings.train.num_steps - 1) > 0, run.name
+
+
+@pytest.fixture(scope="module")
+def packaged():
+    """The packaged texts, of which 400 pieces and 16,000 are as long as those of the scales' own vocabularies."""
+    topics = tasks.find(TaskSettings(names="topic"), DataSettings())[0]
+    return [example.inputs for example in topics.examples("train")]
+
+
+@pytest.mark.parametrize("scale, texts", [("tiny", 1500), ("small", 7000)])
+def test_what_fine_tuned_models_read_and_write_is_whole(scale, texts, packaged):
+    """Of each task that a claim's runs learn or are judged by, but few examples are cut; a solved one before them counts, too."""
+    found, cut = whole(scale), {}
+    file = vocabulary.train(packaged[:texts], found.base.data.vocab_size)
+    pieces = vocabulary.Vocabulary.from_bytes(file, scale)
+    tuned = (run.settings for run in found.runs if run.settings.task.names)
+    for settings in {(one.task, one.data): one for one in tuned}.values():
+        encoder = pairs.Encoder(settings.data, settings.stacks, pieces)
+        for task in finetuning.find_tasks(settings)[1]:
+            examples = pairs.spread(task.examples("validation"), 100)
+            shares = np.mean([encoder.is_cut(example) for example in examples], axis=0)
+            cut[task.name, settings.data.input_length] = float(shares.max())
+    assert len(cut) > 25 and {key: share for key, share in cut.items() if share > 0.05} == {}
+
+
+@pytest.mark.parametrize("scale", ["tiny", "laptop"])
+def test_fine_tuning_of_few_steps_may_move_the_parameters(scale):
+    """Adafactor's rate is a share of a parameter's size: 300 steps of 1e-3 are 0.3 of it, where pre-training has 15."""
+    tuned = [run.settings for run in whole(scale).runs if run.settings.task.names]
+    assert tuned and all(one.optimizer.learning_rate * one.train.num_steps >= 1 for one in tuned)
+
+
+def test_what_counts_as_no_difference_in_fine_tuning_is_small_against_a_guess():
+    """A guess by the classes' shares costs their entropy, in nats for each of the some 13 pieces of a class's name."""
+    examples = tasks.find(TaskSettings(names="topic"), DataSettings())[0].examples("train")
+    counts = np.unique([example.targets for example in examples], return_counts=True)[1]
+    a_token = stats.entropy(counts) / 13
+    for name in ("frozen_subsets", "dropped_fine_tuning"):
+        arms, checks = CLAIMS[name].arms(SCALES["tiny"]), CLAIMS[name].checks(SCALES["tiny"])
+        assert set(arms) == {arm for check in checks for arm in check.arms}, "every arm is in a check"
+        assert all(check.below < a_token / 10 for check in checks if "within" in check.says)
+
+
+@pytest.mark.parametrize("scale", [name for name in SCALES if not SCALES[name].mixture])
+def test_the_student_of_table_8_differs_from_the_dense_model_by_its_teacher_alone(scale):
+    """Both begin with the dense pre-trained weights: none of the student's are random, whatever blocks are sparse."""
+    arms = CLAIMS["table8"].arms(SCALES[scale])
+    alone, student = (claims.run_of(arms[name], 0, scale) for name in ("T5", "distilled"))
+    assert "init.checkpoint" in student and student["distill.init"] is False
+    assert {field for field in student if student[field] != alone.get(field)} == {
+        "distill.teacher",
+        "distill.init",
+    }
 
 
 def test_a_dense_run_does_not_depend_on_what_routers_do():

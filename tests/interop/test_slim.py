@@ -1,5 +1,6 @@
 """`experiments.slim`: what it writes is a run, of the bytes it claims; it goes on after a stop, and refuses what is wrong."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from switchmoe.data import vocabulary
 from switchmoe.inference import generation
 from switchmoe.interop import run_files, slim, slim_table
 from switchmoe.runs import integrity, measuring, slimming, trained
-from switchmoe.settings import from_config, to_dict
+from switchmoe.settings import DistillSettings, from_config, to_dict
 from switchmoe.training import places
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -246,6 +247,15 @@ def test_integers_are_measured_by_finetune_and_not_trained(files, tmp_path, caps
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "trained" / "config.json").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_student_is_measured_by_a_task_without_its_teacher(files, tmp_path):
+    """Which needs not be there any more."""
+    model = trained.find(str(files / "run"))
+    taught = dataclasses.replace(model.settings, distill=DistillSettings(teacher=str(tmp_path / "gone")))
+    fields = {"task.inputs": "{text}", "task.targets": "{label}", "data.validation_share": 0.2}
+    task, student = str(files / "task.jsonl"), model._replace(settings=taught)
+    assert measuring.yardstick(student, "", task, fields, 1, tmp_path, print).counted
 
 
 def test_so_many_batches_of_a_task(files, tmp_path):

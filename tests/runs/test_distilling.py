@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -136,7 +135,8 @@ def test_on_a_task(teacher, tmp_path):
     more = ["--config.task.eval_examples=8", "--config.data.input_length=32", "--config.data.batch_size=8"]
     assert distil(teacher, tmp_path / "run", "--task=topic", *more, *FEW) == 0
     found = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert found["distilled"]["figure"] == "tasks/shortfall" and found["scores"]["topic/ranked"] >= 0
+    assert found["distilled"]["figure"] == "tasks/shortfall"
+    assert found["distilled"]["of_student"] == pytest.approx(100 - found["scores"]["topic/accuracy"])
     assert (tmp_path / "run" / "predictions.jsonl").exists()
 
 
@@ -208,4 +208,3 @@ def test_killed_it_goes_on_to_the_bit(teacher, tmp_path, environment, mode):
     if mode == "written":
         one, two = (np.load(path / "teacher" / "ids.npy") for path in (broken, tmp_path / "whole"))
         np.testing.assert_array_equal(one, two)
-    assert jax.process_count() == 1

@@ -140,10 +140,17 @@ def test_a_dense_run_goes_on_with_experts_that_are_copies(tmp_path, capsys):
     assert run(tmp_path / "run", *sparse, "--config.init.optimizer=True", *still) == 0
     (*_, was), (*_, found) = (read_metrics(path / "metrics.jsonl") for path in (dense, tmp_path / "run"))
     np.testing.assert_allclose(found["cross_entropy"], was["cross_entropy"], rtol=1e-5)
-    assert "each feed-forward copied to 4 experts" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "each feed-forward copied to 4 experts" in out and "warning: init.optimizer" not in out
     _, opt_state = parameters(tmp_path / "run", 1)
     counts = [leaf for leaf in jax.tree.leaves(opt_state) if np.ndim(leaf) == 0]
     assert counts and all(leaf == 6 for leaf in counts)
+    ended = ["--config.optimizer.schedule=warmup_cosine", "--config.optimizer.warmup_steps=1"]
+    assert run(tmp_path / "ended", *sparse, "--config.init.optimizer=True", *ended, still[-1]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "5 updates are done there, and optimizer.schedule=warmup_cosine is 0 from train.num_steps=1 on" in out
+    )
     for arguments, message in (
         (["--config.model.d_ff=24"], "accepted with init.upcycle is a dense model's run"),
         ([f"--config.init.checkpoint={tmp_path / 'run'}"], "it has 4 experts"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchmoe.settings import DistillSettings, from_config
+from switchmoe.settings import from_config
 from switchmoe.training import distillation, objective, train_state, train_step
 
 GROUPS = {
@@ -138,4 +138,3 @@ def test_microbatches_and_the_teachers_parameters_as_an_argument():
 def test_refused(distill, message):
     with pytest.raises(ValueError, match=message):
         settings(distill)
-    assert DistillSettings().teacher == ""

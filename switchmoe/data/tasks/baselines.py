@@ -4,6 +4,8 @@ import collections
 import contextlib
 from collections.abc import Sequence
 
+import numpy as np
+
 from switchmoe.data.tasks.metrics import METRICS
 from switchmoe.data.tasks.task import Example, Task
 
@@ -12,7 +14,7 @@ WORDS = 5
 
 
 def scores(task: Task, held_out: Sequence[Example]) -> dict[str, float]:
-    """The task's first metric by what answers: with classes the most frequent one, and a logistic regression on words and pairs of words
+    """The task's score by what answers: with classes the most frequent one, and a logistic regression on words and pairs of words
     (TF-IDF, scikit-learn, by stochastic gradients, where it is installed); else the first five words that are read.
     """
     if not task.options:
@@ -26,7 +28,8 @@ def scores(task: Task, held_out: Sequence[Example]) -> dict[str, float]:
 
 
 def _score(task: Task, held_out: Sequence[Example], answers: Sequence[str]) -> float:
-    return METRICS[task.metrics[0]](answers, [example.right for example in held_out])
+    right = [example.right for example in held_out]
+    return float(np.mean([METRICS[name](answers, right) for name in task.scored]))
 
 
 def _first_words(text: str) -> str:

@@ -25,21 +25,25 @@ class Benchmark(NamedTuple):
     options: tuple[str, ...] = ()
     held_out: str = "validation"  # tfds's name of the split
     train: str = "train"
+    averaged: bool = False  # the score is the mean of the metrics
+    learnt: Callable[[Record], bool] | None = None  # of which records a model is taught; None: all
 
 
 class Records(Sequence):
-    """Examples made of a data set's records when they are asked for."""
+    """Examples made of a data set's records, or of those to ``keep``, when they are asked for."""
 
-    def __init__(self, source: Any, make: Make):
+    def __init__(self, source: Any, make: Make, keep: Callable[[Record], bool] | None = None):
         self._source, self._make = source, make
+        every = range(len(source))
+        self._numbers = [n for n in every if keep(_plain(source[n]))] if keep else every
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._numbers)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        return self._make(_plain(self._source[int(index)]))
+        return self._make(_plain(self._source[self._numbers[int(index)]]))
 
 
 def _plain(value: Any) -> Any:
@@ -62,14 +66,15 @@ def task(name: str, data: DataSettings) -> Task:
         builder = sources.tfds_builder(found.dataset, data.data_dir or sources.cache_directory(data))
         wanted = found.train if split == "train" else found.held_out
         try:
-            return Records(builder.as_data_source(wanted, file_format="array_record"), found.make)
+            source = builder.as_data_source(wanted, file_format="array_record")
+            return Records(source, found.make, found.learnt if split == "train" else None)
         except (KeyError, ValueError, OSError, RuntimeError) as error:
             raise DataError(
                 f"task.names={name}: split {wanted} of {found.dataset} can't be read ({str(error).splitlines()[0]}); accepted is one"
                 f" that is prepared: tfds build {found.dataset} --file_format=array_record, and data.data_dir"
             ) from error
 
-    return Task(name, examples, found.metrics, found.options)
+    return Task(name, examples, found.metrics, found.options, averaged=found.averaged)
 
 
 def classes(name: str, fields: Sequence[str], labels: Sequence[str]) -> Make:
@@ -86,7 +91,8 @@ def classes(name: str, fields: Sequence[str], labels: Sequence[str]) -> Make:
 def _classes(
     dataset: str, name: str, fields: Sequence[str], labels: Sequence[str], metrics: Sequence[str] = ("accuracy",), held_out: str = "validation"
 ) -> Benchmark:  # fmt: skip
-    return Benchmark(dataset, classes(name, fields, labels), tuple(metrics), tuple(labels), held_out)
+    make, averaged = classes(name, fields, labels), len(metrics) > 1
+    return Benchmark(dataset, make, tuple(metrics), tuple(labels), held_out, averaged=averaged)
 
 
 def similarity(record: Record) -> Example:
@@ -195,7 +201,7 @@ BENCHMARKS = {
     "cola": _classes("glue/cola", "cola", ["sentence"], ("unacceptable", "acceptable"), ("matthews",)),
     "sst2": _classes("glue/sst2", "sst2", ["sentence"], ("negative", "positive")),
     "mrpc": _classes("glue/mrpc", "mrpc", ["sentence1", "sentence2"], ("not_equivalent", "equivalent"), ("f1_positive", "accuracy")),
-    "stsb": Benchmark("glue/stsb", similarity, ("pearson", "spearman")),
+    "stsb": Benchmark("glue/stsb", similarity, ("pearson", "spearman"), averaged=True),
     "qqp": _classes("glue/qqp", "qqp", ["question1", "question2"], ("not_duplicate", "duplicate"), ("f1_positive", "accuracy")),
     "mnli": _classes("glue/mnli", "mnli", ["hypothesis", "premise"], NLI, held_out="validation_matched"),
     "qnli": _classes("glue/qnli", "qnli", ["question", "sentence"], ENTAILMENT),
@@ -205,11 +211,11 @@ BENCHMARKS = {
     "boolq": _classes("super_glue/boolq", "boolq", ["passage", "question"], ("False", "True")),
     "cb": _classes("super_glue/cb", "cb", ["hypothesis", "premise"], ("entailment", "contradiction", "neutral"), ("macro_f1", "accuracy")),
     "copa": Benchmark("super_glue/copa", copa, ("accuracy",), ("choice1", "choice2")),
-    "multirc": Benchmark("super_glue/multirc", multirc, ("f1_positive", "accuracy"), ("False", "True")),
-    "record": Benchmark("super_glue/record", record_task, ("f1", "exact_match")),
+    "multirc": Benchmark("super_glue/multirc", multirc, ("f1_positive", "accuracy"), ("False", "True"), averaged=True),
+    "record": Benchmark("super_glue/record", record_task, ("f1", "exact_match"), averaged=True),
     "superglue_rte": _classes("super_glue/rte", "rte", ["hypothesis", "premise"], ENTAILMENT),
     "wic": _classes("super_glue/wic", "wic", ["sentence1", "sentence2", "word"], ("False", "True")),
-    "wsc": Benchmark("super_glue/wsc", wsc, ("wsc",)),
+    "wsc": Benchmark("super_glue/wsc", wsc, ("wsc",), learnt=lambda record: bool(record["label"])),  # else the noun is wrong
     # questions
     "squad": Benchmark("squad/v1.1", squad, ("f1", "exact_match")),
     **{

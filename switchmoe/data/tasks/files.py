@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import os
+import string
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ SUFFIXES = tuple(kind + packing for kind in KINDS for packing in local_files.PAC
 ACCEPTED = (
     ".jsonl, .ndjson, .json (a list of records, or SQuAD's), .csv, .tsv (all also .gz, .xz, .bz2, .zst)"
 )
+FORMATTER = string.Formatter()
 SQUAD = "question: {question} context: {context}"  # T5's (1910.10683, appendix D.15)
 
 
@@ -84,12 +86,19 @@ def _all(name: str, settings: TaskSettings, data: DataSettings) -> tuple[tuple[E
 def _filled(field: str, template: str, record: dict[str, Any], where: str) -> str:
     group = "data" if field == "split_field" else "task"
     try:
+        for _, name, *_ in FORMATTER.parse(template):
+            if name and FORMATTER.get_field(name, (), record)[0] is None:
+                raise ValueError(f"{name} is null; accepted is a text or a number")
         return template.format_map(record)
     except (KeyError, IndexError) as error:
         raise DataError(
             f"{group}.{field}={template}: {where} has no field {error}; accepted are {', '.join(map(str, record))}"
         ) from error
-    except ValueError as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # of a format or an attribute that a value has not
         raise DataError(f"{group}.{field}={template}: {where}: {error}") from error
 
 
@@ -109,13 +118,20 @@ def _records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if kind == ".json":
             yield from _json(path, text)
         else:
-            rows = csv.DictReader(io.StringIO(text), delimiter="\t" if kind == ".tsv" else ",")
-            for number, row in enumerate(rows, 2):
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"{path}:{number}: another number of columns than in line 1; accepted is a table"
-                    )
-                yield f"{path}:{number}", row
+            yield from _table(path, text, "\t" if kind == ".tsv" else ",")
+
+
+def _table(path: str, text: str, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 1
+    try:
+        for number, row in enumerate(csv.DictReader(io.StringIO(text), delimiter=delimiter), 2):
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{path}:{number}: another number of columns than in line 1; accepted is a table"
+                )
+            yield f"{path}:{number}", row
+    except csv.Error as error:
+        raise DataError(f"{path}: after row {number}: {error}; accepted is a table, or .jsonl") from error
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
@@ -143,6 +159,8 @@ def _json(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
                         answers = tuple(dict.fromkeys(answer["text"] for answer in one["answers"])) or (
                             "no answer",
                         )
+                        if not all(isinstance(answer, str) for answer in answers):
+                            raise TypeError("text in each answer")
                         record = {
                             "question": one["question"],
                             "context": paragraph["context"],

@@ -29,7 +29,8 @@ class Example(NamedTuple):
 class Task:
     """``examples(split)`` gives those of `train` or `validation`, the same each time and in the same order.
 
-    ``metrics`` are names in `metrics.METRICS`, of which the first is the task's score. ``options`` are the classes, where
+    ``metrics`` are names in `metrics.METRICS`, of which the first is the task's score, or with ``averaged`` their mean, as GLUE and
+    SuperGLUE have it for tasks of two. ``options`` are the classes, where
     there are some: then an answer is the likeliest of them as well (rank classification). ``bare`` is the task without the
     solved examples before its questions, where it has some.
     """
@@ -39,3 +40,9 @@ class Task:
     metrics: tuple[str, ...]
     options: tuple[str, ...] = ()
     bare: "Task | None" = None
+    averaged: bool = False
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The metrics whose mean is the task's score."""
+        return self.metrics if self.averaged else self.metrics[:1]
