@@ -79,8 +79,5 @@ def check(one: traces.Info, other: traces.Info) -> None:
 
 def check_rows(one: Layer, other: Layer) -> None:
     """Raises ValueError: the rows of the two are not the same tokens."""
-    same = len(one.token_N) == len(other.token_N) and all(
-        (getattr(one, name) == getattr(other, name)).all() for name in ("sequence_N", "position_N", "token_N")
-    )
-    if not same:
+    if not traces.same_rows(one, other, ("sequence_N", "position_N", "token_N")):
         raise ValueError(f"--against: {other.name} has other tokens; accepted is a trace of the same text")

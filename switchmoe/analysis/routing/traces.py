@@ -260,12 +260,16 @@ def read_layer(directory: str | os.PathLike, name: LayerName, tokens: int = 0) -
     return layer.take(slice(tokens)) if tokens else layer
 
 
+def same_rows(one: Layer, other: Layer, columns: Sequence[str] = ("sequence_N", "position_N")) -> bool:
+    """Whether the rows of two layers are of the same tokens, as these columns say."""
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in columns)
+
+
 def check_rows(one: Layer, other: Layer) -> None:
     """Raises ValueError: two layers of a stack have not rows of the same tokens."""
-    places = [np.stack([layer.sequence_N, layer.position_N]) for layer in (one, other)]
-    if not np.array_equal(*places):
+    if not same_rows(one, other):
         raise ValueError(
-            f"--trace: {other.name} has rows of other tokens than {one.name} ({places[1].shape[1]} and {places[0].shape[1]});"
+            f"--trace: {other.name} has rows of other tokens than {one.name} ({len(other.token_N)} and {len(one.token_N)});"
             " accepted is a trace with a row of each token in each layer of its stack"
         )
 
