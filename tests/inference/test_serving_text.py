@@ -65,6 +65,8 @@ def test_an_emoji_comes_whole_and_a_broken_one_at_the_end():
     ids = [int(vocabulary.byte_ids[value]) for value in "\U0001f6b2".encode()]
     assert streamed(vocabulary, ids)[0] == ["", "", "", "\U0001f6b2", ""]
     assert streamed(vocabulary, ids[:2])[0] == ["", "", "\ufffd"]
+    with_pad = [*ids[:2], vocabulary.pad_id, *ids[2:]]
+    assert streamed(vocabulary, with_pad)[0] == ["", "", "", "", "\U0001f6b2", ""]
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)

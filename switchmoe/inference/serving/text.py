@@ -51,15 +51,17 @@ class TextStream:
 
     def _decode(self, count: int) -> None:
         before = len(self.text)
-        # An EOS that was to be ignored is no end of the text.
-        ids = [token for token in self.ids[:count] if token != self._vocabulary.eos_id]
-        self.text = self._vocabulary.decode(ids)
+        self.text = self._vocabulary.decode(list(filter(self._shows, self.ids[:count])))
         # The stop that is whole first, wherever tokens end; of those that are whole together the longest.
         longest = max(map(len, self._stops), default=0)
         found = [(stop, self.text.find(stop, max(0, before - longest + 1))) for stop in self._stops]
         places = [(place + len(stop), place) for stop, place in found if place >= 0]
         if places:
             self.stopped, self._end = True, min(places)[1]
+
+    def _shows(self, token: int) -> bool:
+        """Whether a token is text: pads are none, and an EOS that was to be ignored is no end."""
+        return token not in (self._vocabulary.pad_id, self._vocabulary.eos_id)
 
     def _piece(self, end: int) -> Piece:
         text, self._shown = self.text[self._shown : end], end
@@ -76,12 +78,14 @@ class TextStream:
         )
 
     def _open_bytes(self) -> int:
-        """Tokens at the end that are bytes of a character which is not whole yet."""
-        run: list[int] = []
-        for token in reversed(self.ids[-4:]):
-            if token not in self._bytes:
+        """Tokens from the first byte of a character which is not whole yet; those that show nothing may lie between."""
+        run: list[tuple[int, int]] = []  # (place from the end, byte)
+        for place, token in enumerate(reversed(self.ids), 1):
+            if token in self._bytes and len(run) < 4:
+                run.insert(0, (place, self._bytes[token]))
+            elif self._shows(token):
                 break
-            run.insert(0, self._bytes[token])
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(bytes(run))
-        return len(decoder.getstate()[0])
+        decoder.decode(bytes(byte for _, byte in run))
+        waiting = len(decoder.getstate()[0])
+        return run[-waiting][0] if waiting else 0
