@@ -11,7 +11,7 @@ import numpy as np
 from experiments import claims
 from experiments.claims import CLAIMS, SCALES, Claim
 from experiments.paper import finished, times
-from switchmoe.analysis import plots, report, sweep_plots, sweeps, verdicts
+from switchmoe.analysis import intervals, plots, report, sweep_plots, sweeps, verdicts
 from switchmoe.analysis.verdicts import Check, Finding, Table, Verdict
 from switchmoe.runs.reporting import duration
 
@@ -96,7 +96,7 @@ def part(finding: Finding) -> list[str]:
     check: Check = finding.check
     if finding.interval is None:
         return [check.says, check.paper, report.MDASH, "0", finding.outcome]
-    here = verdicts.written(finding.interval, check.unit)
+    here = intervals.written(finding.interval, check.unit)
     return [check.says, check.paper, here, str(finding.interval.seeds), finding.outcome]
 
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from switchmoe.analysis import scaling
+from switchmoe.analysis.intervals import Interval, t_interval
 from switchmoe.analysis.sweeps import Run
-from switchmoe.analysis.verdicts import Check, Interval, Table, t_interval
+from switchmoe.analysis.verdicts import Check, Table
 
 S_BASE = scaling.PUBLISHED["S-BASE"]
 

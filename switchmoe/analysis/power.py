@@ -1,6 +1,6 @@
 """How many seeds decide a difference? From a few pilot runs, before any claim is tried. Pure functions.
 
-A claim's part is decided if the 95 % interval of a mean over seeds (`verdicts.t_interval`) lies on one side of its bound.
+A claim's part is decided if the 95 % interval of a mean over seeds (`intervals.t_interval`) lies on one side of its bound.
 The chance of that, for a true difference of ``effect`` and differences that vary over seeds by ``spread`` (their standard
 deviation), is the power of Student's t test.
 
@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from switchmoe.analysis.intervals import LEVEL
 from switchmoe.analysis.sweeps import Run
-from switchmoe.analysis.verdicts import LEVEL, MIN_SEEDS
+from switchmoe.analysis.verdicts import MIN_SEEDS
 
 POWER = 0.8  # the chance that an effect which is there is decided
 MOST_SEEDS = 1000

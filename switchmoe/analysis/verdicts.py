@@ -9,12 +9,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 from scipy import stats
 
+from switchmoe.analysis.intervals import LEVEL, Interval, f_interval, log_ratio, ratio_interval, t_interval
 from switchmoe.analysis.sweeps import Run, first_reached
 
-LEVEL = 0.95
 MIN_SEEDS = 3
 UNSTABLE = 0.1  # nats that the held-out loss ends above its lowest
 HELD, NOT_HELD, UNDECIDED, NOT_RUN = "held", "did not hold", "not decidable at this scale", "not run"
@@ -31,15 +30,6 @@ RULE = (
 Table = Mapping[
     str, Mapping[int, Run | None]
 ]  # runs by arm and seed; None: stopped at a loss that is no number
-
-
-class Interval(NamedTuple):
-    """A figure over ``seeds`` seeds; infinite where a run diverged or a loss was never reached."""
-
-    mean: float
-    low: float
-    high: float
-    seeds: int
 
 
 class Check(NamedTuple):
@@ -175,7 +165,7 @@ def faster(fast: str, slow: str, paper: str = "") -> Check:
     """A step of ``fast`` takes less time."""
 
     def speed_up(fast: Run | None, slow: Run | None) -> float:
-        return math.nan if fast is None or slow is None else _log_ratio(slow.step_seconds, fast.step_seconds)
+        return math.nan if fast is None or slow is None else log_ratio(slow.step_seconds, fast.step_seconds)
 
     says = f"steps of {fast} faster than {slow}"
     return paired(says, fast, slow, speed_up, (0.0, math.inf), "ratio", paper)._replace(timed=True)
@@ -192,7 +182,7 @@ def sooner(fast: str, slow: str, against: str, to: str = "", paper: str = "") ->
     def interval(table: Table) -> Interval:
         return t_interval(
             [
-                _log_ratio(*(_reached(table[arm][seed], table[goal][seed], against) for arm in (slow, fast)))
+                log_ratio(*(_reached(table[arm][seed], table[goal][seed], against) for arm in (slow, fast)))
                 for seed in table[fast]
             ]
         )
@@ -260,88 +250,6 @@ def alike(
     return _shares(says, one, other, figure, (-within, within), paper)
 
 
-def t_interval(values: Sequence[float]) -> Interval:
-    """Mean and interval by Student's t; an infinite value is beyond all others, and opens the interval on its side.
-
-    Unknown (-inf to inf, mean NaN) where a value is NaN or both infinities occur.
-    """
-    found = np.array(values, dtype=float)
-    up, down = (found == math.inf).any(), (found == -math.inf).any()
-    if np.isnan(found).any() or (up and down):
-        return Interval(math.nan, -math.inf, math.inf, len(found))
-    finite = found[np.isfinite(found)]
-    if not len(finite):
-        return Interval(*[float(found[0])] * 3, len(found))
-    half = math.inf
-    if len(finite) > 1:
-        quantile = stats.t.ppf((1 + LEVEL) / 2, len(finite) - 1)
-        half = float(quantile * finite.std(ddof=1) / math.sqrt(len(finite)))
-    mean = float(finite.mean())
-    low, high = -math.inf if down else mean - half, math.inf if up else mean + half
-    return Interval(float(found.mean()), low, high, len(found))
-
-
-def ratio_interval(tops: Sequence[float], bottoms: Sequence[float]) -> Interval:
-    """The ratio of two means of pairs, with the interval of Fieller (1954).
-
-    Its ends r solve (mean top - r mean bottom)^2 = t^2 var(top - r bottom) / n. Unknown where a value is no number, or the mean
-    of ``bottoms`` is not above 0 for sure.
-    """
-    pairs, count = np.array([tops, bottoms], float), len(tops)
-    unknown = Interval(math.nan, -math.inf, math.inf, count)
-    if count < 2 or not np.isfinite(pairs).all():
-        return unknown
-    top, bottom = pairs.mean(axis=1)
-    noise = np.cov(pairs) * stats.t.ppf((1 + LEVEL) / 2, count - 1) ** 2 / count
-    square, middle, rest = bottom**2 - noise[1, 1], top * bottom - noise[0, 1], top**2 - noise[0, 0]
-    if square <= 0 or bottom <= 0:
-        return unknown
-    half = math.sqrt(max(middle**2 - square * rest, 0.0))
-    return Interval(top / bottom, (middle - half) / square, (middle + half) / square, count)
-
-
-def f_interval(larger: Sequence[float], smaller: Sequence[float]) -> Interval:
-    """Logarithm of the ratio of two samples' variances, with the interval by Fisher's F; no number varies most."""
-    infinite = [not np.isfinite(values).all() for values in (larger, smaller)]
-    seeds = min(len(larger), len(smaller))
-    if all(infinite) or seeds < 2:
-        return Interval(math.nan, -math.inf, math.inf, seeds)
-    top, bottom = (
-        math.inf if no_number else float(np.var(values, ddof=1))
-        for values, no_number in zip((larger, smaller), infinite, strict=True)
-    )
-    if top == bottom == 0:
-        return Interval(math.nan, -math.inf, math.inf, seeds)
-    middle = _log_ratio(top, bottom)
-    quantiles = (
-        stats.f.ppf((1 + LEVEL) / 2, len(a) - 1, len(b) - 1)
-        for a, b in ((larger, smaller), (smaller, larger))
-    )
-    down, up = (math.log(quantile) for quantile in quantiles)
-    return Interval(middle, middle - down, middle + up, seeds)
-
-
-def written(found: Interval, unit: str) -> str:
-    """``+0.0060 nats (-0.0010 to +0.0130)``; logarithms of ratios as ratios, of which 0 is a loss never reached."""
-    form = {"nats": "{:+.4f}", "ratio": "{:.2f}", "share": "{:.2%}", "points": "{:+.2f}"}[unit]
-    if unit == "ratio" and not math.isfinite(found.mean):
-        return _without_number(found)
-    values = [float(np.exp(x)) if unit == "ratio" else x for x in found[:3]]
-    mean, low, high = (form.format(value) for value in values)
-    return f"{mean}{f' {unit}' if unit in ('nats', 'points') else ''} ({low} to {high})"
-
-
-def _without_number(found: Interval) -> str:
-    """Of a ratio: a run of an arm, or of both, diverged or did not reach the loss."""
-    if math.isnan(found.mean):
-        return "not known: diverged or not reached by a seed of either"
-    if found.mean < 0:
-        return "not reached by each seed" if found.high > -math.inf else "not reached"
-    if found.low == math.inf:
-        return "the other did not reach it"
-    return f"{np.exp(found.low):.2f} or more, as the other did not reach it with each seed"
-
-
 def paired(
     says: str,
     one: str,
@@ -395,18 +303,6 @@ def _reached(run: Run | None, goal: Run | None, against: str) -> float:
     if step is None:
         return math.inf
     return step if against == "steps" else float(run.seconds_at(step))
-
-
-def _log_ratio(top: float, bottom: float) -> float:
-    if math.isnan(top) or math.isnan(bottom) or (top == bottom and not 0 < top < math.inf):
-        return math.nan
-    return (
-        math.inf
-        if bottom == 0 or top == math.inf
-        else -math.inf
-        if bottom == math.inf or top == 0
-        else math.log(top / bottom)
-    )
 
 
 def _unstable(run: Run | None) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_verdicts import run
 
-from switchmoe.analysis import power, verdicts
+from switchmoe.analysis import intervals, power, verdicts
 
 
 @pytest.mark.parametrize("effect, seeds", [(0.5, 34), (0.8, 15), (1.0, 10)])
@@ -19,7 +19,7 @@ def test_seeds_are_those_of_the_tables_for_paired_t_tests(effect, seeds):
 def test_the_chance_is_how_often_the_rule_decides():
     rng, effect, spread, seeds = np.random.default_rng(0), 0.012, 0.01, 5
     samples = rng.normal(effect, spread, (4000, seeds))
-    share = np.mean([verdicts.t_interval(sample).low > 0 for sample in samples])
+    share = np.mean([intervals.t_interval(sample).low > 0 for sample in samples])
     assert share == pytest.approx(power.chance(seeds, effect, spread), abs=0.025)
 
 

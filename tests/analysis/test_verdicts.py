@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from switchmoe.analysis import verdicts
+from switchmoe.analysis import intervals, verdicts
 from switchmoe.analysis.sweeps import Routing, Run
 from switchmoe.analysis.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
 from switchmoe.settings import Settings
@@ -117,7 +117,7 @@ def test_a_speed_up_by_hand():
     for against, speed_up in (("steps", 2.0), ("time", 4 / 3)):
         found = verdicts.sooner("fast", "slow", against).interval(arms)
         assert math.exp(found.mean) == pytest.approx(speed_up)
-        assert verdicts.written(found, "ratio") == f"{speed_up:.2f} ({speed_up:.2f} to {speed_up:.2f})"
+        assert intervals.written(found, "ratio") == f"{speed_up:.2f} ({speed_up:.2f} to {speed_up:.2f})"
 
 
 def test_the_loss_to_reach_may_be_a_third_ones():
@@ -127,13 +127,13 @@ def test_the_loss_to_reach_may_be_a_third_ones():
     assert math.exp(check.interval(arms).mean) == pytest.approx(2) and check.arms == ("fast", "slow", "goal")
     never = arms | table(slow=[run(6.5, 6.4)] * 3)
     assert verdicts.verdict([check], never).outcome == HELD
-    assert verdicts.written(check.interval(never), "ratio") == "the other did not reach it"
-    assert "1.50 or more" in verdicts.written(
-        verdicts.Interval(math.inf, math.log(1.5), math.inf, 3), "ratio"
+    assert intervals.written(check.interval(never), "ratio") == "the other did not reach it"
+    assert "1.50 or more" in intervals.written(
+        intervals.Interval(math.inf, math.log(1.5), math.inf, 3), "ratio"
     )
-    assert "of either" in verdicts.written(verdicts.Interval(math.nan, -math.inf, math.inf, 3), "ratio")
+    assert "of either" in intervals.written(intervals.Interval(math.nan, -math.inf, math.inf, 3), "ratio")
     unreached = verdicts.sooner("slow", "fast", "steps", to="goal").interval(never)
-    assert verdicts.written(unreached, "ratio") == "not reached"
+    assert intervals.written(unreached, "ratio") == "not reached"
     assert verdicts.verdict([check], never | table(fast=[run(6.5, 6.4)] * 3)).outcome == UNDECIDED
 
 
@@ -200,9 +200,9 @@ def test_shares_of_unstable_runs_by_hand():
 def test_a_ratio_of_means_by_hand():
     """Over numbers without noise its ends are Student's over them; else where the means' distance is t standard errors."""
     half = 4.30265 / math.sqrt(3)
-    found = verdicts.ratio_interval([1.0, 2.0, 3.0], [10.0] * 3)
+    found = intervals.ratio_interval([1.0, 2.0, 3.0], [10.0] * 3)
     assert found == pytest.approx((0.2, (2 - half) / 10, (2 + half) / 10, 3), rel=1e-5)
-    low, high = verdicts.ratio_interval([1.0, 2.0, 3.5], [9.0, 10.0, 12.0])[1:3]
+    low, high = intervals.ratio_interval([1.0, 2.0, 3.5], [9.0, 10.0, 12.0])[1:3]
     for end in (low, high):
         gaps = [top - end * bottom for top, bottom in zip([1.0, 2.0, 3.5], [9.0, 10.0, 12.0], strict=True)]
         mean = sum(gaps) / 3
@@ -235,11 +235,11 @@ def test_times_that_were_not_measured_decide_nothing():
 def test_intervals_by_hand():
     """t(0.975, 2) = 4.3027, F(0.975, 2, 2) = 39."""
     half = 4.30265 / math.sqrt(3)
-    assert verdicts.t_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - half, 2 + half, 3), rel=1e-5)
-    found = verdicts.f_interval([0.0, 2.0, 4.0], [0.0, 1.0, 2.0])
+    assert intervals.t_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - half, 2 + half, 3), rel=1e-5)
+    found = intervals.f_interval([0.0, 2.0, 4.0], [0.0, 1.0, 2.0])
     assert [math.exp(x) for x in found[:3]] == pytest.approx([4, 4 / 39, 4 * 39])
-    assert verdicts.t_interval([math.inf, 1.0, 1.0]) == (math.inf, 1.0, math.inf, 3)
-    assert verdicts.t_interval([math.inf, -math.inf])[1:3] == (-math.inf, math.inf)
+    assert intervals.t_interval([math.inf, 1.0, 1.0]) == (math.inf, 1.0, math.inf, 3)
+    assert intervals.t_interval([math.inf, -math.inf])[1:3] == (-math.inf, math.inf)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_only_seeds_that_all_arms_have_are_compared():
     arms = table(a=[3.0, 3.0, 3.0, 9.0], b=[4.0, 4.0, 4.0])
     (finding,) = verdicts.verdict([verdicts.lower("a", "b")], arms).findings
     assert finding.outcome == HELD and finding.interval == (1.0, 1.0, 1.0, 3)
-    assert verdicts.written(finding.interval, "nats") == "+1.0000 nats (+1.0000 to +1.0000)"
+    assert intervals.written(finding.interval, "nats") == "+1.0000 nats (+1.0000 to +1.0000)"
 
 
 @pytest.mark.parametrize("seconds", [0.0, math.nan, math.inf])
