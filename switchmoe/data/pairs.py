@@ -18,6 +18,7 @@ import numpy as np
 
 from switchmoe.data.batches import Batch, stream_rows
 from switchmoe.data.tasks import Example, Task, expanded
+from switchmoe.data.tasks.task import spread
 from switchmoe.data.vocabulary import Vocabulary
 from switchmoe.settings import DataSettings, TaskSettings
 
@@ -52,7 +53,8 @@ def shares(tasks: Sequence[Task], settings: TaskSettings) -> np.ndarray:
         rate_T = np.ones(len(tasks))
     else:
         size_T = np.array([len(task.examples("train")) for task in tasks], float)
-        rate_T = np.minimum(size_T, settings.ceiling or np.inf) ** (1 / settings.temperature)
+        size_T = np.minimum(size_T, settings.ceiling or np.inf)
+        rate_T = (size_T / size_T.max()) ** (1 / settings.temperature)  # at most 1, at whatever temperature
     return rate_T / rate_T.sum()
 
 
@@ -226,12 +228,6 @@ def filling(
         sum(count(batch[name]) for batch in found for name in names) for count in (np.count_nonzero, np.size)
     )
     return sum(mixture.get_state()["0"]["taken"]) / (batches * rows.size), float(1 - real / places)
-
-
-def spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """So many of the examples, at equal distances: files are often sorted by class."""
-    count = min(count, len(examples))
-    return [examples[number * len(examples) // count] for number in range(count)]
 
 
 def held_out(task: Task, settings: TaskSettings) -> Sequence[Example]:

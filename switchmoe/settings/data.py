@@ -1,6 +1,7 @@
 """Settings of the text, and of tasks: text in, text out."""
 
 import dataclasses
+import math
 
 from switchmoe.settings.checks import at_least, bad, one_of, positive
 
@@ -115,5 +116,7 @@ class TaskSettings:
             found = [float(rate) for rate in self.rates.split(",")] if self.rates else []
         except ValueError:
             found = [0.0]
-        if any(not rate > 0 for rate in found) or (found and len(found) != self.names.count(",") + 1):
+        if any(not 0 < rate < math.inf for rate in found) or (
+            found and len(found) != self.names.count(",") + 1
+        ):
             raise bad("task.rates", self.rates, f"a number above 0 for each of task.names={self.names}")

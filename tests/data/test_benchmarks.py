@@ -27,15 +27,15 @@ BY_HAND = {  # a record, what is read, what is to be written
         "copa choice1: wet choice2: dry premise: It rained. question: effect", "choice1",
     ),
     "multirc": (
-        {"paragraph": "<b>Sent 1: </b>One.<br><b>Sent 2: </b>Two.<br>", "question": "q?", "answer": "a", "label": 0},
-        "multirc question: q? answer: a paragraph: One. Two.", "False",
+        {"paragraph": "<b>Sent 1: </b>One.<br><b>Sent 2: </b>Two.<br>", "question": "q?", "answer": "a", "label": 0, "idx": {"paragraph": 3, "question": 5}},
+        "multirc question: q? answer: a paragraph: Sent 1: One. Sent 2: Two.", "False",
     ),
     "wic": (
         {"sentence1": "a bank", "sentence2": "the bank", "word": "bank", "label": 1},
         "wic sentence1: a bank sentence2: the bank word: bank", "True",
     ),
     "wsc": (
-        {"text": "Ann saw Eve as she left", "span1_text": "Ann", "span2_index": 4, "label": 1},
+        {"text": "Ann saw Eve as she left", "span1_text": "Ann", "span2_index": 5, "span2_text": "she", "label": 1},
         "wsc: Ann saw Eve as *she* left", "Ann",
     ),
     "record": (
@@ -130,8 +130,44 @@ def test_metrics_of_the_benchmarks():
     assert metrics.pearson([answer for (answer,) in numbers], numbers) == pytest.approx(100)
     assert metrics.spearman(["0.0", "x", "0.1", "3.0", "5.0"], numbers) > 90
     assert metrics.pearson(["1.0"] * 5, numbers) == 0
-    nouns = [("the tall man", "True"), ("Ann", "False"), ("Eve", "True")]
-    assert metrics.wsc(["man", "Bob", ""], nouns) == pytest.approx(200 / 3)
+    below = [(f"{n / 2}",) for n in range(-4, 0)]
+    assert metrics.pearson([answer for (answer,) in below], below) == pytest.approx(100)
+    nouns = [
+        ("the tall man", "True"),
+        ("Ann", "False"),
+        ("Eve", "True"),
+        ("Bob 's hat", "True"),
+        ("Ann", "False"),
+    ]
+    assert metrics.wsc(["man", "Bob", "", "Bob", ""], nouns) == pytest.approx(40)
+
+
+def test_what_is_no_class_is_wrong_of_f1():
+    assert metrics.f1_positive(["True", "?"], [("True",), ("False",)]) == pytest.approx(200 / 3)
+
+
+def test_multirc_asks_for_all_answers_of_a_question():
+    """Of two questions with four answers one answer each is judged wrong."""
+    make = BENCHMARKS["multirc"].make
+    record, _, _ = BY_HAND["multirc"]
+    examples = [
+        make(record | {"label": n % 2, "idx": {"paragraph": 0, "question": n // 4}}) for n in range(8)
+    ]
+    answers = [example.targets for example in examples]
+    right = [example.right for example in examples]
+    assert metrics.multirc_em(answers, right) == 100
+    assert metrics.accuracy(answers, right) == 100
+    assert metrics.multirc_em(["True", *answers[1:]], right) == 50
+    assert metrics.multirc_em(["True", *answers[1:7], "False"], right) == 0
+
+
+def test_questions_without_an_answer_are_not_asked(monkeypatch):
+    record, _, _ = BY_HAND["natural_questions"]
+    none = {"short_answers": {"text": [[], []]}, "yes_no_answer": [-1, -1]}
+    builder = types.SimpleNamespace(as_data_source=lambda *_, **__: [record, record | {"annotations": none}])
+    monkeypatch.setattr(benchmarks.sources, "tfds_builder", lambda *_: builder)
+    task = benchmarks.task("natural_questions", DataSettings(data_dir="there"))
+    assert [len(task.examples(split)) for split in tasks.SPLITS] == [1, 1]
 
 
 def test_bytes_and_arrays_of_records_become_text_and_lists():

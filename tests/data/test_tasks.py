@@ -28,8 +28,19 @@ def test_embedded_tasks_are_split_by_title_and_come_in_the_same_order(name):
     }
     if name == "title":
         assert {example.targets for example in held_out} == titles
-        assert not any(example.targets in example.inputs for example in train[:500])
     assert not {example.inputs for example in train} & {example.inputs for example in held_out}
+
+
+def test_no_title_is_asked_for_where_it_can_be_read():
+    """Neither with a small letter nor in capitals; a title within a longer word is no title."""
+    for split in tasks.SPLITS:
+        for inputs, title, *_ in tasks.TASKS["title"].examples(split):
+            text = inputs.partition(": ")[2]
+            assert not re.search(rf"(?<!\w){re.escape(title)}s?(?!\w)", text, re.IGNORECASE)
+    assert (
+        embedded.hidden("An accordion: ACCORDIONS of accordionists", "Accordion")
+        == "An It: It of accordionists"
+    )
 
 
 def test_topics_are_eleven_classes_and_every_target_is_one():
@@ -76,6 +87,22 @@ def test_files_of_each_kind_give_the_same_examples(tmp_path, name, text):
     assert task.metrics == ("accuracy",) and task.options == ("even", "odd")
 
 
+def test_a_quote_in_a_tsv_is_a_letter_and_an_open_one_in_a_csv_is_refused(tmp_path):
+    rows = [f"plain {n}" for n in range(30)]
+    rows[6], rows[13] = '"He said so', 'x" was near'
+    for name, delimiter in (("a.tsv", "\t"), ("a.csv", ",")):
+        write(
+            tmp_path / name,
+            "".join(f"{row}{delimiter}1\n" for row in ["text", *rows]).replace("1", "label", 1),
+        )
+    form = dict(inputs="{text}", targets="{label}")
+    (task,) = find(str(tmp_path / "a.tsv"), DataSettings(validation_share=0.3), **form)
+    found = [example.inputs for split in tasks.SPLITS for example in task.examples(split)]
+    assert sorted(found) == sorted(rows)
+    with pytest.raises(DataError, match="a.csv: after row 7: .*accepted is a table"):
+        find(str(tmp_path / "a.csv"), DataSettings(validation_share=0.3), **form)
+
+
 def test_numbers_are_rounded_by_the_template(tmp_path):
     path = write(tmp_path / "a.jsonl", JSONL)
     (task,) = find(path, DataSettings(validation_share=0.3), inputs="{text}", targets="{score:.0f}")
@@ -116,6 +143,11 @@ def test_squads_format_has_questions_with_all_their_answers(tmp_path):
         ('{"text": "a", "label": null}\n', dict(inputs="{text}", targets="{label}"), "task.targets={label}: .*a.jsonl:1: label is null; accepted is"),
         ('{"text": "a", "label": null}\n', dict(inputs="{text}", targets="{label:.0f}"), "a.jsonl:1: label is null; accepted is"),
         ('{"text": "a", "label": [1]}\n', dict(inputs="{text}", targets="{label:.0f}"), "a.jsonl:1: unsupported format string"),
+        ('{"text": "\\ud800", "label": "b"}\n', dict(inputs="{text}", targets="{label}"), "a.jsonl:1: .*surrogates not allowed"),
+        ("[" * 100_000, dict(inputs="{text}", targets="{label}"), "a.jsonl:1: no JSON"),
+        (JSONL, dict(inputs="{text}", targets="{label}", options="even,odd", metrics="f1_positive"), "none of task.options='even,odd' is the class"),
+        (JSONL, dict(inputs="{text}", targets="{label}", metrics="pearson"), "task.metrics=pearson: the answer 'even' is no number"),
+        (JSONL, dict(inputs="{text}", targets="{label}", metrics="wsc"), "task.metrics=wsc: of a benchmark's own answers; accepted are accuracy"),
     ],
 )  # fmt: skip
 def test_what_files_lack_is_one_line(tmp_path, content, settings, message):
@@ -194,6 +226,12 @@ def test_baselines_by_hand():
     found = baselines.scores(task, rows[:30])
     assert found["majority"] == pytest.approx(200 / 3)
     assert found["TF-IDF"] == 100
+    chinese = [
+        Example(f"t: \u6771\u4eac{n}", row.targets) for n, row in enumerate(rows)
+    ]  # no word comes twice
+    assert list(baselines.scores(Task("t", lambda split: chinese, ("accuracy",), ("a", "b")), rows)) == [
+        "majority"
+    ]
     texts = [Example("describe: one two three four five six", "one two three four five")]
     assert baselines.scores(Task("t", lambda split: texts, ("exact_match",)), texts) == {
         "first five words": 100

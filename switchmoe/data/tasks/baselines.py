@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from switchmoe.data.tasks.metrics import METRICS
-from switchmoe.data.tasks.task import Example, Task
+from switchmoe.data.tasks.task import Example, Task, spread
 
 FITTED = 20_000  # training examples at most
 WORDS = 5
@@ -15,14 +15,17 @@ WORDS = 5
 
 def scores(task: Task, held_out: Sequence[Example]) -> dict[str, float]:
     """The task's score by what answers: with classes the most frequent one, and a logistic regression on words and pairs of words
-    (TF-IDF, scikit-learn, by stochastic gradients, where it is installed); else the first five words that are read.
+    (TF-IDF, scikit-learn, by stochastic gradients, where it is installed and the text has words that come twice); else the first
+    five words that are read.
     """
     if not task.options:
         return {"first five words": _score(task, held_out, [_first_words(one.inputs) for one in held_out])}
-    train = task.examples("train")[:FITTED]
+    train = spread(task.examples("train"), FITTED)
     most = collections.Counter(example.targets for example in train).most_common(1)[0][0]
     found = {"majority": _score(task, held_out, [most] * len(held_out))}
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(
+        ImportError, ValueError
+    ):  # no word comes twice, as in text without blanks; or one class
         found["TF-IDF"] = _score(task, held_out, _tf_idf(train, held_out))
     return found
 

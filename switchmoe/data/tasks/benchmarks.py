@@ -27,6 +27,7 @@ class Benchmark(NamedTuple):
     train: str = "train"
     averaged: bool = False  # the score is the mean of the metrics
     learnt: Callable[[Record], bool] | None = None  # of which records a model is taught; None: all
+    kept: Callable[[Record], bool] | None = None  # the records that are asked at all; None: all
 
 
 class Records(Sequence):
@@ -67,7 +68,7 @@ def task(name: str, data: DataSettings) -> Task:
         wanted = found.train if split == "train" else found.held_out
         try:
             source = builder.as_data_source(wanted, file_format="array_record")
-            return Records(source, found.make, found.learnt if split == "train" else None)
+            return Records(source, found.make, (found.learnt if split == "train" else None) or found.kept)
         except (KeyError, ValueError, OSError, RuntimeError) as error:
             raise DataError(
                 f"task.names={name}: split {wanted} of {found.dataset} can't be read ({str(error).splitlines()[0]}); accepted is one"
@@ -102,9 +103,11 @@ def similarity(record: Record) -> Example:
 
 
 def multirc(record: Record) -> Example:
-    paragraph = re.sub(r"<b>Sent \d+: </b>|<br>", " ", record["paragraph"])
-    text = f"multirc question: {record['question']} answer: {record['answer']} paragraph: {' '.join(paragraph.split())}"
-    return Example(text, ("False", "True")[record["label"]])
+    """``answers``: the judgement, and the question that it belongs to."""
+    paragraph = re.sub(r"</?b>", "", record["paragraph"].replace("<br>", " "))
+    text = f"multirc question: {record['question']} answer: {record['answer']} paragraph: {paragraph.strip()}"
+    truth = ("False", "True")[record["label"]]
+    return Example(text, truth, (truth, f"question {record['idx']['paragraph']}-{record['idx']['question']}"))
 
 
 def copa(record: Record) -> Example:
@@ -125,7 +128,9 @@ def record_task(record: Record) -> Example:
 def wsc(record: Record) -> Example:
     """The pronoun between stars; the noun is written, and counts as said of what it stands for. ``answers``: noun, True or False."""
     words = record["text"].split(" ")
-    place = record["span2_index"]
+    # Of two records the index is a word or so off.
+    same = (n for n, word in enumerate(words) if word == record["span2_text"])
+    place = min(same, key=lambda n: abs(n - record["span2_index"]), default=record["span2_index"])
     words[place] = f"*{words[place]}*"
     return Example(
         f"wsc: {' '.join(words)}", record["span1_text"], (record["span1_text"], str(bool(record["label"])))
@@ -142,7 +147,7 @@ def summary(inputs: str, targets: str) -> Make:
 
 
 def winogrande(record: Record) -> Example:
-    """The option that fills the gap, in the words of the sentence."""
+    """Which of the two options fills the gap: ``option1`` or ``option2``."""
     options = record["option1"], record["option2"]
     text = f"winogrande sentence: {record['sentence']} option1: {options[0]} option2: {options[1]}"
     return Example(text, ("option1", "option2")[record["label"]] if record["label"] in (0, 1) else "<unk>")
@@ -211,11 +216,11 @@ BENCHMARKS = {
     "boolq": _classes("super_glue/boolq", "boolq", ["passage", "question"], ("False", "True")),
     "cb": _classes("super_glue/cb", "cb", ["hypothesis", "premise"], ("entailment", "contradiction", "neutral"), ("macro_f1", "accuracy")),
     "copa": Benchmark("super_glue/copa", copa, ("accuracy",), ("choice1", "choice2")),
-    "multirc": Benchmark("super_glue/multirc", multirc, ("f1_positive", "accuracy"), ("False", "True"), averaged=True),
+    "multirc": Benchmark("super_glue/multirc", multirc, ("f1_positive", "multirc_em"), ("False", "True"), averaged=True),
     "record": Benchmark("super_glue/record", record_task, ("f1", "exact_match"), averaged=True),
     "superglue_rte": _classes("super_glue/rte", "rte", ["hypothesis", "premise"], ENTAILMENT),
     "wic": _classes("super_glue/wic", "wic", ["sentence1", "sentence2", "word"], ("False", "True")),
-    "wsc": Benchmark("super_glue/wsc", wsc, ("wsc",), learnt=lambda record: bool(record["label"])),  # else the noun is wrong
+    "wsc": Benchmark("super_glue/wsc.fixed", wsc, ("wsc",), learnt=lambda record: bool(record["label"])),  # else the noun is wrong
     # questions
     "squad": Benchmark("squad/v1.1", squad, ("f1", "exact_match")),
     **{
@@ -224,7 +229,7 @@ BENCHMARKS = {
     "winogrande": Benchmark("winogrande", winogrande, ("accuracy",), ("option1", "option2"), train="train_xl"),
     "arc_easy": Benchmark("ai2_arc/ARC-Easy", arc, ("accuracy",), ("A", "B", "C", "D", "E")),
     "arc_challenge": Benchmark("ai2_arc/ARC-Challenge", arc, ("accuracy",), ("A", "B", "C", "D", "E")),
-    "natural_questions": Benchmark("natural_questions/default", lambda record: _natural(_question_text(record)), ("exact_match", "f1")),
+    "natural_questions": Benchmark("natural_questions/default", lambda record: _natural(_question_text(record)), ("exact_match", "f1"), kept=lambda record: bool(_short_answers(record))),
     "web_questions": Benchmark("web_questions", closed_book("wq", lambda record: record["answers"]), ("exact_match", "f1"), held_out="test"),
     "trivia_qa": Benchmark("trivia_qa/unfiltered.nocontext", closed_book("trivia", _trivia), ("exact_match", "f1")),
     # summaries and translation

@@ -1,6 +1,7 @@
 """Tasks of the packaged Wikipedia summaries, split by title."""
 
 import functools
+import re
 from collections.abc import Callable
 
 from switchmoe.data.tasks.task import SPLITS, Example, Task
@@ -37,10 +38,13 @@ def _description(record: dict[str, str]) -> Example | None:
     return Example(f"describe: {record['title']}. {record['text'][:OPENING]}", record["short"])
 
 
+def hidden(text: str, title: str) -> str:
+    """The text with `It` wherever it has the title or its plural, in capitals or not: else the title would be copied."""
+    return re.sub(rf"(?<!\w){re.escape(title)}(s|es)?(?!\w)", "It", text, flags=re.IGNORECASE)
+
+
 def _title(record: dict[str, str]) -> Example:
-    """The title's words are hidden where the summary has them, else it would be copied."""
-    text = record["text"][:OPENING].replace(record["title"], "It")
-    return Example(f"title of: {text}", record["title"])
+    return Example(f"title of: {hidden(record['text'][:OPENING], record['title'])}", record["title"])
 
 
 @functools.cache

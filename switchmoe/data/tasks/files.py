@@ -6,11 +6,12 @@ import io
 import json
 import os
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from switchmoe.data import local_files
 from switchmoe.data.errors import DataError
+from switchmoe.data.tasks import metrics
 from switchmoe.data.tasks.task import Example, Task
 from switchmoe.settings import DataSettings, TaskSettings
 
@@ -47,14 +48,30 @@ def task(name: str, settings: TaskSettings, data: DataSettings) -> Task:
             one for one, place in _all(name, settings, data) if (place < data.validation_share) == held_out
         )
 
-    metrics = (
-        tuple(settings.metrics.split(","))
-        if settings.metrics
-        else ("accuracy",)
-        if options
-        else ("exact_match", "f1")
-    )
-    return Task(name, examples, metrics, options)
+    default = ("accuracy",) if options else ("exact_match", "f1")
+    names = tuple(settings.metrics.split(",")) if settings.metrics else default
+    _check_metrics(names, options, [one.right for one, _ in _all(name, settings, data)], settings)
+    return Task(name, examples, names, options)
+
+
+def _check_metrics(
+    names: Sequence[str], options: Sequence[str], right: Sequence[tuple[str, ...]], settings: TaskSettings
+) -> None:
+    """Raises DataError: a metric that is made for other answers than these."""
+    for name in names:
+        if name in metrics.OWN:
+            others = ", ".join(one for one in metrics.METRICS if one not in metrics.OWN)
+            raise DataError(f"task.metrics={name}: of a benchmark's own answers; accepted are {others}")
+        if name == "f1_positive" and not set(options) & set(metrics.POSITIVE):
+            raise DataError(
+                f"task.metrics={name}: none of task.options={settings.options!r} is the class that it is of;"
+                f" accepted are options with one of {', '.join(metrics.POSITIVE)}, or macro_f1"
+            )
+        words = (answers[0] for answers in right if metrics.number(answers[0]) is None)
+        if name in ("pearson", "spearman") and (word := next(words, None)) is not None:
+            raise DataError(
+                f"task.metrics={name}: the answer {word!r} is no number; accepted are those that are"
+            )
 
 
 @functools.cache
@@ -89,7 +106,9 @@ def _filled(field: str, template: str, record: dict[str, Any], where: str) -> st
         for _, name, *_ in FORMATTER.parse(template):
             if name and FORMATTER.get_field(name, (), record)[0] is None:
                 raise ValueError(f"{name} is null; accepted is a text or a number")
-        return template.format_map(record)
+        text = template.format_map(record)
+        text.encode()  # half of a surrogate pair is a ValueError
+        return text
     except (KeyError, IndexError) as error:
         raise DataError(
             f"{group}.{field}={template}: {where} has no field {error}; accepted are {', '.join(map(str, record))}"
@@ -124,7 +143,10 @@ def _records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _table(path: str, text: str, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 1
     try:
-        for number, row in enumerate(csv.DictReader(io.StringIO(text), delimiter=delimiter), 2):
+        # A quote in a .tsv is a letter like others; one in a .csv that does not close where a field does is refused.
+        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+        rows = csv.DictReader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
+        for number, row in enumerate(rows, 2):
             if None in row or None in row.values():
                 raise DataError(
                     f"{path}:{number}: another number of columns than in line 1; accepted is a table"
@@ -137,7 +159,7 @@ def _table(path: str, text: str, delimiter: str) -> Iterator[tuple[str, dict[str
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: no JSON ({error}); accepted is an object a line") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: {type(record).__name__}; accepted is a JSON object")
@@ -147,7 +169,7 @@ def _record(line: str, where: str) -> dict[str, Any]:
 def _json(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         whole = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: no JSON ({error}); accepted is a list of records, or SQuAD's format"
         ) from error

@@ -104,7 +104,7 @@ def _description(record: Record, draw: Draw, split: str) -> Fields | None:
 def _title(record: Record, draw: Draw, split: str) -> Fields:
     """The title is hidden where the text has it."""
     return {
-        "hidden": passage(record["text"]).replace(record["title"], "It"), "sentence": sentences(record["text"])[0],
+        "hidden": embedded.hidden(passage(record["text"]), record["title"]), "sentence": sentences(record["text"])[0],
         "answer": record["title"],
     }  # fmt: skip
 
@@ -115,16 +115,16 @@ def _matches(record: Record, draw: Draw, split: str) -> Fields | None:
         return None
     right = draw.random() < 0.5
     title = record["title"] if right else _another(record, draw, split)["title"]
-    hidden = passage(record["text"]).replace(record["title"], "It")
+    hidden = embedded.hidden(passage(record["text"]), record["title"])
     return {"title": title, "hidden": hidden, "answer": "yes" if right else "no"}
 
 
 def _blank(record: Record, draw: Draw, split: str) -> Fields | None:
-    """The word that is left out is among words of other summaries."""
+    """The word that is left out, where it stands first, is among words of other summaries."""
     sentence = next((one for one in _short(record["text"]) if WORD.search(one)), None)
     if sentence is None:
         return None
-    found = draw.choice(list(WORD.finditer(sentence)))
+    found = draw.choice(list({word[0]: word for word in reversed(list(WORD.finditer(sentence)))}.values()))
     choices, records = [found[0]], embedded.records(split)
     while len(choices) < CHOICES:
         other = draw.choice(words(draw.choice(records)["text"]) or choices)
@@ -229,9 +229,11 @@ class Prompts(Sequence):
 
 
 def family(name: str) -> str:
-    """What a task is about, by which it is held out: that of an inverse and of the plain task too; a question is of descriptions."""
+    """What a task is about, by which it is held out: that of an inverse and of the plain task too; a question is of descriptions,
+    and of GLUE and SuperGLUE both have RTE and the Winograd schemas.
+    """
     own = name.removesuffix(INVERTED).removeprefix(PREFIX)
-    return {"question": "description"}.get(own, own)
+    return {"question": "description", "superglue_rte": "rte", "wnli": "wsc"}.get(own, own)
 
 
 def tasks() -> list[Task]:

@@ -25,7 +25,8 @@ def check(name: str) -> None:
 
 
 def accuracy(predictions: Sequence[str], right: Right) -> float:
-    return _mean(found.strip() in answers for found, answers in zip(predictions, right, strict=True))
+    pairs = zip(predictions, right, strict=True)
+    return _mean(found.strip() in map(str.strip, answers) for found, answers in pairs)
 
 
 def macro_f1(predictions: Sequence[str], right: Right) -> float:
@@ -50,11 +51,21 @@ POSITIVE = ("equivalent", "duplicate", "True")  # the classes that F1 is of: MRP
 
 
 def f1_positive(predictions: Sequence[str], right: Right) -> float:
-    """F1 of the class that is asked for."""
+    """F1 of the class that is asked for; what is no class counts as wrong, as T5 has it."""
     truth = [answers[0] in POSITIVE for answers in right]
-    found = [prediction.strip() in POSITIVE for prediction in predictions]
+    classes = {*POSITIVE, *(answers[0] for answers in right)}
+    pairs = zip((one.strip() for one in predictions), truth, strict=True)
+    found = [one in POSITIVE if one in classes else not true for one, true in pairs]
     both = sum(a and b for a, b in zip(truth, found, strict=True))
     return 200 * both / max(1, sum(truth) + sum(found))
+
+
+def multirc_em(predictions: Sequence[str], right: Right) -> float:
+    """Questions of which each answer is judged as it should be; ``right``: the judgement and its question (`benchmarks.multirc`)."""
+    questions = collections.defaultdict(list)
+    for found, (truth, question) in zip(predictions, right, strict=True):
+        questions[question].append(found.strip() == truth)
+    return _mean(map(all, questions.values()))
 
 
 def pearson(predictions: Sequence[str], right: Right) -> float:
@@ -70,37 +81,35 @@ def _correlation(kind: str, predictions: Sequence[str], right: Right) -> float:
     from scipy import stats
 
     truth = [float(answers[0]) for answers in right]
-    found = [float(text) if re.fullmatch(r"\d+(\.\d+)?", text := one.strip()) else 0.0 for one in predictions]
+    found = [number(one) or 0.0 for one in predictions]
     if len(set(found)) < 2 or len(set(truth)) < 2:
         return 0.0
     return 100 * float(getattr(stats, kind)(truth, found).statistic)
 
 
+def number(text: str) -> float | None:
+    """None: it is none, or none that is finite."""
+    return float(text) if re.fullmatch(r"\s*[-+]?\d+(\.\d+)?\s*", text) else None
+
+
 def wsc(predictions: Sequence[str], right: Right) -> float:
-    """The noun that is written is the one asked about, or not, as it should be (T5, appendix D.13): one's words are among the other's."""
-    said = []
-    for found, (noun, _) in zip(predictions, right, strict=True):
+    """The noun that is written is the one asked about, or not, as it should be (T5, appendix D.13): one's words are among the other's,
+    and both or neither have an apostrophe. Nothing written is always wrong.
+    """
+
+    def same(found: str, noun: str) -> bool:
         one, other = (set(text.lower().split()) - DETERMINERS for text in (found, noun))
-        said.append(bool(one) and (one <= other or other <= one))
-    return _mean(now == (truth == "True") for now, (_, truth) in zip(said, right, strict=True))
+        return ("'" in found) == ("'" in noun) and (one <= other or other <= one)
+
+    pairs = zip(predictions, right, strict=True)
+    return _mean(
+        bool(found.strip()) and same(found, noun) == (truth == "True") for found, (noun, truth) in pairs
+    )
 
 
-DETERMINERS = {
-    "a",
-    "an",
-    "the",
-    "my",
-    "your",
-    "his",
-    "her",
-    "its",
-    "our",
-    "their",
-    "this",
-    "that",
-    "these",
-    "those",
-}
+DETERMINERS = set(
+    "a an few her his each every many much my our some that the their these this those which whose your".split()
+)
 
 
 def exact_match(predictions: Sequence[str], right: Right) -> float:
@@ -172,6 +181,7 @@ METRICS: dict[str, Callable[[Sequence[str], Right], float]] = {
         macro_f1,
         f1_positive,
         matthews,
+        multirc_em,
         pearson,
         spearman,
         exact_match,
@@ -183,3 +193,4 @@ METRICS: dict[str, Callable[[Sequence[str], Right], float]] = {
         bleu,
     )
 }
+OWN = {"multirc_em", "wsc"}  # of benchmarks whose examples carry more than the answer

@@ -25,6 +25,12 @@ class Example(NamedTuple):
         return "".join((*self.shots, self.inputs))
 
 
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """So many of the examples, at equal distances: files are often sorted by class."""
+    count = min(count, len(examples))
+    return [examples[number * len(examples) // count] for number in range(count)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """``examples(split)`` gives those of `train` or `validation`, the same each time and in the same order.
