@@ -45,7 +45,8 @@ def paths(
         raise DataError(
             f"{field}={source}: a directory; accepted is a glob of its files, such as {source.rstrip('/')}/*{suffixes[0]}"
         )
-    found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    whole = os.path.isfile(pattern)  # a name may have a glob's signs
+    found = [pattern] if whole else sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     if not found:
         raise DataError(
             f"{field}={source}: no file matches; accepted is a path or glob of local files ending in {accepted}"
@@ -134,6 +135,8 @@ def _stripped(found: Iterable[tuple[str, str]], settings: DataSettings) -> Itera
 def _unpacked(path: str, file: IO[bytes], asked: str) -> Any:
     """The file's own bytes, line by line."""
     packing = os.path.splitext(path.lower())[1]
+    if packing in PACKINGS[1:] and not os.fstat(file.fileno()).st_size:
+        raise EOFError("empty")
     if packing == ".zst":
         with _needed("zstandard", "zstd", asked, path):
             import zstandard
@@ -180,7 +183,9 @@ def lines(path: str, file: IO[bytes], asked: str) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(_unpacked(path, file, asked), 1):
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{asked}: {path}, line {number}: not UTF-8 text ({error.reason})") from error
+        raise DataError(
+            f"{asked}: {path}, line {number}: not UTF-8 text ({error.reason}); accepted is UTF-8"
+        ) from error
     except DataError:
         raise
     except Exception as error:  # each packing has errors of its own
@@ -264,7 +269,7 @@ def _records(
         for value in (text, key):
             if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
                 raise DataError(
-                    f"data.source={settings.source}: {where}: half of a surrogate pair, not Unicode text"
+                    f"data.source={settings.source}: {where}: half of a surrogate pair; accepted is Unicode text"
                 )
         yield text, key
 

@@ -2,7 +2,7 @@
 
 A corpus that is small stays in memory. A larger one goes into array_record files in the cache, under a name made of
 what the files hold and of the settings that say what a document is, so that it is read again only when one of these
-changes. Memory is a few bytes a held-out document, and one shard's buffers.
+changes. Memory is some 40 bytes a held-out document while it is made, 8 once it is there, and one shard's buffers.
 """
 
 import array
@@ -25,9 +25,9 @@ from switchmoe.data.progress import Note, told
 from switchmoe.settings import DataSettings
 
 IN_MEMORY = (
-    32_000_000  # bytes of text, or of packed files a quarter of it, up to which a corpus stays in memory
+    32_000_000  # letters of text, or of packed files a quarter of it, up to which a corpus stays in memory
 )
-SHARD = 256_000_000  # bytes of text after which a shard is closed, and what is there so far outlasts a kill
+SHARD = 256_000_000  # letters of text after which a shard is closed, and what is there so far outlasts a kill
 SPLITS = ("train", "validation")
 DONE, JOURNAL = "done.json", "journal.json"
 
@@ -36,7 +36,7 @@ DONE, JOURNAL = "done.json", "journal.json"
 class Split:
     """Documents of one split: those to train on in the files' order, held-out ones in the order of their hashes.
 
-    ``files`` has the numbers of each file's own documents.
+    ``files`` has the numbers of each file's own documents, where `data.parts` asks for them.
     """
 
     records: Sequence[Any] = dataclasses.field(repr=False)
@@ -83,12 +83,17 @@ def _in_memory(reading: local_files.Reading, settings: DataSettings) -> dict[str
 
 def _split(pairs: Sequence[tuple[str, int]], files: int) -> Split:
     texts = [text for text, _ in pairs]
-    return Split(texts, fingerprint(texts), _by_file(np.array([number for _, number in pairs], int), files))
+    file_N = np.array([number for _, number in pairs], int)
+    return Split(texts, fingerprint(texts), [np.flatnonzero(file_N == file) for file in range(files)])
 
 
-def _by_file(file_N: np.ndarray, files: int) -> list[np.ndarray]:
-    """The numbers of each file's documents, in their order."""
-    return [np.flatnonzero(file_N == file) for file in range(files)]
+def _of_files(counts: Sequence[int], order_N: np.ndarray | None) -> list[Sequence[int]]:
+    """The numbers of each file's documents, of which there are so many, in the files' order or in another."""
+    ends = np.cumsum(counts).tolist()
+    if order_N is None:
+        return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    file_N = np.searchsorted(ends, order_N, "right")
+    return [np.flatnonzero(file_N == file) for file in range(len(ends))]
 
 
 def fingerprint(texts: Sequence[str]) -> str:
@@ -104,7 +109,9 @@ def _digest(text: str) -> bytes:
 
 
 def no_text(settings: DataSettings, files: int) -> DataError:
-    return DataError(f"data.source={settings.source}: no text in {files} file(s)")
+    return DataError(
+        f"data.source={settings.source}: no text in {files} file(s); accepted are files with some"
+    )
 
 
 def order(places_N: np.ndarray, share: float) -> dict[str, np.ndarray]:
@@ -146,7 +153,7 @@ class _Preparation:
                     if not self._done(directory):
                         self._make(directory)
             return self._open(directory)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # array_record's own errors are the latter
             raise DataError(
                 f"data.data_dir={self.root.parent}: text of {self._size()} cannot be prepared there ({error}); accepted is a"
                 " directory that can be written, with as much room as the text takes unpacked"
@@ -230,15 +237,13 @@ class _Preparation:
             for name in SPLITS:
                 shards = [str(directory / shard) for shard in done["shards"][name]]
                 records = array_record_data_source.ArrayRecordDataSource(shards) if shards else []
-                # What was prepared before there were parts does not tell how many documents a file has.
-                file_N = np.repeat(range(len(self.paths)), done.get("files", {}).get(name, 0))
-                if name == "validation":
-                    order_N = np.load(directory / "order.npy")
+                order_N = np.load(directory / "order.npy") if name == "validation" else None
+                if order_N is not None:
                     records = Reordered(records, order_N)
-                    file_N = file_N[order_N] if len(file_N) else file_N
                 if len(records) != done["documents"][name]:
                     raise ValueError(f"{len(records)} documents of {done['documents'][name]}")
-                found[name] = Split(records, done["fingerprints"][name], _by_file(file_N, len(self.paths)))
+                files = _of_files(done["files"][name], order_N) if self.settings.parts else ()
+                found[name] = Split(records, done["fingerprints"][name], files)
         except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
             raise DataError(
                 f"data.source={self.settings.source}: what was prepared of it in {directory} is damaged ({error}); accepted is"
@@ -256,14 +261,21 @@ class _Shards:
         self.directory, self.share = directory, share
         self.shards: dict[str, list[str]] = {name: [] for name in SPLITS}
         self.files = {name: [0] * files for name in SPLITS}  # documents of each
+        self.file, self.in_file = 0, 0  # where the text has been read to
+        self.size, self.open = 0, {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """No document has been met."""
         self.counts = dict.fromkeys(SPLITS, 0)
         self.train = hashlib.sha256()
         self.places, self.digests = array.array("d"), bytearray()  # of the held-out documents
-        self.file, self.in_file = 0, 0  # where the text has been read to
-        self.size, self.open = 0, {}
 
     def resume(self) -> tuple[int, int]:
-        """(file, documents of it) that the closed shards end at; what they hold is looked through again."""
+        """(file, documents of it) that the closed shards end at; what they hold is looked through again.
+
+        Where one of them is damaged or gone, all is made anew.
+        """
         from array_record.python import array_record_data_source
 
         try:
@@ -271,11 +283,15 @@ class _Shards:
             file, in_file, shards, files = (journal[name] for name in ("file", "in_file", "shards", "files"))
         except (OSError, ValueError, KeyError):
             return 0, 0
+        try:
+            for name in SPLITS:
+                paths = [str(self.directory / shard) for shard in shards[name]]
+                for record in array_record_data_source.ArrayRecordDataSource(paths) if paths else ():
+                    self._note(name, record.decode())
+        except (OSError, RuntimeError, ValueError):
+            self._forget()
+            return 0, 0
         self.file, self.in_file, self.shards, self.files = file, in_file, shards, files
-        for name in SPLITS:
-            paths = [str(self.directory / shard) for shard in self.shards[name]]
-            for record in array_record_data_source.ArrayRecordDataSource(paths) if paths else ():
-                self._note(name, record.decode())
         return self.file, self.in_file
 
     def write(self, file: int, text: str, place: float) -> None:

@@ -5,6 +5,7 @@ read is a ``DataError`` of one line that names the config field, its value and w
 """
 
 import array
+import bisect
 import contextlib
 import dataclasses
 import importlib
@@ -58,7 +59,9 @@ class Documents:
         if isinstance(text, str):
             return text
         if not isinstance(text, bytes):
-            raise DataError(f"data.text_field={self.text_field}: not text, but {type(text).__name__}")
+            raise DataError(
+                f"data.text_field={self.text_field}: not text, but {type(text).__name__}; accepted is a field of text"
+            )
         try:
             return text.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -102,7 +105,22 @@ def load_whole(settings: DataSettings, note: Note = lambda _: None) -> Sequence[
       DataError: as `load_splits`; there is no document.
     """
     parts = _local(settings, note) if local_files.is_local(settings.source) else load_splits(settings, note)
-    return [part[index] for part in parts.values() for index in range(len(part))]
+    return _Joined(list(parts.values()))
+
+
+class _Joined(Sequence):
+    """Parts one after another, of which each document is read when it is asked for."""
+
+    def __init__(self, parts: Sequence[Sequence[str]]):
+        self._parts, self._ends = parts, np.cumsum([len(part) for part in parts]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        part = bisect.bisect_right(self._ends, index)
+        return self._parts[part][index - self._ends[part] + len(self._parts[part])]
 
 
 def _local(settings: DataSettings, note: Note) -> dict[str, Documents]:
@@ -233,7 +251,9 @@ def _load_tfds(settings: DataSettings, split: str, note: Note) -> Documents:
             "is a complete dataset: delete it and prepare it again"
         ) from error
     if not len(source):
-        raise DataError(f"data.source={name}: its split {split_name} is empty")
+        raise DataError(
+            f"data.source={name}: its split {split_name} is empty; accepted is one with documents"
+        )
     features = list(source.dataset_info.features)
     if settings.text_field not in features:
         raise DataError(

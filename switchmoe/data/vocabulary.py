@@ -198,8 +198,13 @@ def load_vocabulary(
 
     Raises:
       DataError: the model file is missing, foreign, or has not `data.vocab_size` pieces; the corpus
-        has too little text for a vocabulary of that size.
+        has too little text for a vocabulary of that size; `data.eos_id` is another's.
     """
+    if settings.eos_id != Vocabulary.eos_id:
+        raise DataError(
+            f"data.eos_id={settings.eos_id}: accepted is {Vocabulary.eos_id}, which ends a text in every vocabulary that is trained"
+            " with"
+        )
     if settings.vocab:
         return _checked(epath.Path(settings.vocab).expanduser(), settings)
     trainer = TRAINER | (IDENTITY if settings.normalization == "identity" else {})

@@ -100,6 +100,53 @@ def test_a_preparation_that_was_cut_short_goes_on(wanted, corpus, small_shards, 
     assert total - after <= len(written) <= min(total, total - after + 400)
 
 
+@pytest.mark.parametrize(
+    "harm", [Path.unlink, lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 50_000)]
+)
+def test_a_preparation_that_was_cut_short_and_damaged_begins_anew(
+    wanted, corpus, small_shards, monkeypatch, harm
+):
+    write, count = prepared._Shards.write, iter(range(10**6))
+
+    def killed(self, *arguments):
+        if next(count) == 1500:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    monkeypatch.setattr(prepared._Shards, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        loaded(corpus)
+    monkeypatch.setattr(prepared._Shards, "write", write)
+    (shard, *_) = sorted(Path(corpus.data_dir).glob("prepared/*/train-*"))
+    harm(shard)
+    assert loaded(corpus) == wanted
+
+
+def test_a_disk_without_room_is_named(corpus, small_shards, monkeypatch):
+    """The writer's own error is no OSError."""
+
+    def full(*_):
+        raise RuntimeError("write() failed: No space left on device")
+
+    monkeypatch.setattr(prepared._Shards, "close", full)
+    with pytest.raises(
+        DataError, match="^data.data_dir=.*No space left.*accepted is a directory that can be written"
+    ):
+        loaded(corpus)
+
+
+def test_files_are_told_apart_only_where_parts_are_asked_for(corpus, small_shards):
+    for kept in ("shards", "memory"):
+        found = prepared.splits(corpus, corpus.data_dir)
+        apart = prepared.splits(dataclasses.replace(corpus, parts="file"), corpus.data_dir)
+        assert kept == "memory" or found["train"].files == ()
+        for split, file in ((name, file) for name in apart for file in (0, 1)):
+            texts = {apart[split].records[int(n)] for n in apart[split].files[file]}
+            texts = {text.decode() if isinstance(text, bytes) else text for text in texts}
+            assert texts and texts <= set(LINES[:1700] if file == 0 else LINES[1700:] + LINES[:50])
+        prepared.IN_MEMORY = 10**9
+
+
 @pytest.mark.slow
 def test_killed_and_two_at_a_time(wanted, corpus, tmp_path):
     program = (

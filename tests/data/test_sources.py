@@ -435,6 +435,33 @@ def test_a_truncated_file_is_named(tmp_path, packing):
     assert f"{path} cannot be read after line" in refusal(DataSettings(source=str(path)))
 
 
+@pytest.mark.parametrize("packing", [".gz", ".xz", ".bz2", ".zst"])
+def test_a_packed_file_without_a_byte_is_named(tmp_path, packing):
+    """A download that failed, beside one that did not."""
+    (tmp_path / "a.txt").write_text("\n".join(LINES))
+    path = tmp_path / f"b.txt{packing}"
+    path.touch()
+    assert f"{path} cannot be read after line 0" in refusal(DataSettings(source=f"{tmp_path}/*"))
+
+
+def test_a_file_whose_name_has_the_signs_of_a_glob(tmp_path):
+    path = tmp_path / "c[1].txt"
+    path.write_text("\n".join(LINES))
+    assert sorted(both(DataSettings(source=str(path)))) == sorted(LINES)
+
+
+def test_the_whole_text_is_read_as_it_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n".join(LINES))
+    read, one = [], sources.Documents.__getitem__
+    monkeypatch.setattr(sources.Documents, "__getitem__", lambda self, n: read.append(n) or one(self, n))
+    found = sources.load_whole(DataSettings(source=str(tmp_path / "a.txt")))
+    assert len(found) == len(LINES) and not read
+    assert found[0] and len(read) == 1
+    assert sorted(found) == sorted(LINES) and found[-1] == found[len(LINES) - 1]
+    with pytest.raises(IndexError):
+        found[len(LINES)]
+
+
 @pytest.mark.parametrize(
     "package, name, extra", [("zstandard", "a.jsonl.zst", "zstd"), ("pyarrow", "a.parquet", "parquet")]
 )

@@ -124,20 +124,31 @@ def _filled(field: str, template: str, record: dict[str, Any], where: str) -> st
 def _records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it is, a record) of all files; of SQuAD's format a question with its context and ``answers``, a tuple."""
     for path in paths(name):
-        kind = os.path.splitext(
-            path.removesuffix(next((p for p in local_files.PACKINGS[1:] if path.endswith(p)), ""))
-        )[1]
-        with open(path, "rb") as file:
-            if kind in (".jsonl", ".ndjson"):
-                for number, line in local_files.lines(path, file, f"task.names={name}"):
-                    if line.strip():
-                        yield f"{path}:{number}", _record(line, f"{path}:{number}")
-                continue
-            text = "\n".join(line for _, line in local_files.lines(path, file, f"task.names={name}"))
-        if kind == ".json":
-            yield from _json(path, text)
-        else:
-            yield from _table(path, text, "\t" if kind == ".tsv" else ",")
+        try:
+            yield from _of_file(path, f"task.names={name}")
+        except _Foreign as error:
+            raise DataError(f"task.names={name}: {error}") from error
+
+
+class _Foreign(ValueError):
+    """What a file holds, and what would be accepted."""
+
+
+def _of_file(path: str, asked: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    kind = os.path.splitext(
+        path.removesuffix(next((p for p in local_files.PACKINGS[1:] if path.endswith(p)), ""))
+    )[1]
+    with open(path, "rb") as file:
+        if kind in (".jsonl", ".ndjson"):
+            for number, line in local_files.lines(path, file, asked):
+                if line.strip():
+                    yield f"{path}:{number}", _record(line, f"{path}:{number}")
+            return
+        text = "\n".join(line for _, line in local_files.lines(path, file, asked))
+    if kind == ".json":
+        yield from _json(path, text)
+    else:
+        yield from _table(path, text, "\t" if kind == ".tsv" else ",")
 
 
 def _table(path: str, text: str, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -148,21 +159,21 @@ def _table(path: str, text: str, delimiter: str) -> Iterator[tuple[str, dict[str
         rows = csv.DictReader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
         for number, row in enumerate(rows, 2):
             if None in row or None in row.values():
-                raise DataError(
+                raise _Foreign(
                     f"{path}:{number}: another number of columns than in line 1; accepted is a table"
                 )
             yield f"{path}:{number}", row
     except csv.Error as error:
-        raise DataError(f"{path}: after row {number}: {error}; accepted is a table, or .jsonl") from error
+        raise _Foreign(f"{path}: after row {number}: {error}; accepted is a table, or .jsonl") from error
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: no JSON ({error}); accepted is an object a line") from error
+        raise _Foreign(f"{where}: no JSON ({error}); accepted is an object a line") from error
     if not isinstance(record, dict):
-        raise DataError(f"{where}: {type(record).__name__}; accepted is a JSON object")
+        raise _Foreign(f"{where}: {type(record).__name__}; accepted is a JSON object")
     return record
 
 
@@ -170,7 +181,7 @@ def _json(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(
+        raise _Foreign(
             f"{path}: no JSON ({error}); accepted is a list of records, or SQuAD's format"
         ) from error
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
@@ -190,10 +201,10 @@ def _json(path: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
                         }
                         yield f"{path}: {one.get('id', one['question'])}", record | {"answers": answers}
         except (KeyError, TypeError) as error:
-            raise DataError(
+            raise _Foreign(
                 f"{path}: SQuAD's format without {error}; accepted is data/paragraphs/qas/answers/text"
             ) from error
     elif isinstance(whole, list) and all(isinstance(record, dict) for record in whole):
         yield from ((f"{path}: record {number}", record) for number, record in enumerate(whole))
     else:
-        raise DataError(f"{path}: accepted is a list of records, or SQuAD's format")
+        raise _Foreign(f"{path}: accepted is a list of records, or SQuAD's format")
