@@ -11,12 +11,14 @@ and bfloat16, against Hugging Face's model with the same weights; with more --ex
 ``offload``: experts on disk under a memory limit, by predictor, form and way of reading (see its --help).
 ``accelerator``: all that is to be known of a GPU or TPU, within ``--budget=480`` seconds (see its --help).
 
-Exit codes: 0 done; 2 bad input.
+Exit codes: 0 done; 2 bad input; 4 --out can't be written.
 """
 
 import argparse
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 from experiments import exits, process
 from experiments.bench import tools
@@ -65,12 +67,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error("argument --lengths: accepted are two integers, of the encoder and the decoder")
     if options.out.exists() and not options.out.is_dir():
         parser.error(f"argument --out: {options.out}: accepted is a directory")
+    read = _bench(options.what).OPTIONS
+    for name in vars(options):
+        if name not in (*read, "out") and any(a.split("=")[0] == f"--{name}" for a in argv):
+            accepted = ", ".join(f"--{one}" for one in read[1:])
+            parser.error(
+                f"argument --{name}: {options.what} does not read it; accepted are {accepted}, --out"
+            )
     layer = options.what == "layer"
     options.experts = options.experts or ([2, 8, 32, 64, 128, 256, 512] if layer else [8, 64])
     for experts in options.experts:
         if layer and experts > options.tokens:
             parser.error(f"argument --experts: {experts}: accepted is at most --tokens={options.tokens}")
     return options
+
+
+def _bench(what: str) -> Any:
+    return importlib.import_module(f"experiments.bench.{what}")
 
 
 def main(argv: list[str]) -> int:
@@ -88,15 +101,14 @@ def main(argv: list[str]) -> int:
         return serving.main(argv)
     options = _parse(argv)
     process.keep_memory()
-    try:
-        process.check_devices()
-    except ValueError as error:
-        return exits.fail("experiments.bench", error, exits.EXIT_BAD_INPUT)
-    from experiments.bench import generate, layer, step
+    return exits.guarded("experiments.bench", lambda: _measured(options, argv))
 
-    bench = {"layer": layer, "step": step, "generate": generate}[options.what]
-    used = getattr(bench, "OPTIONS", vars(options))
-    settings = {name: value for name, value in vars(options).items() if name in used and name != "out"}
+
+def _measured(options: argparse.Namespace, argv: list[str]) -> int:
+    process.check_devices()
+    options.out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
+    bench = _bench(options.what)
+    settings = {name: value for name, value in vars(options).items() if name in bench.OPTIONS}
     found = {
         "command": " ".join(["python -m experiments.bench", *(a for a in argv if not a.startswith("--out"))]),
         "options": settings,
@@ -112,7 +124,6 @@ def main(argv: list[str]) -> int:
         for row in new:
             print(bench.line(row), flush=True)
     found["rows"] = rows
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.what}.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     picture = bench.plot(found)

@@ -15,6 +15,9 @@ from switchmoe.model.moe import MoELayer
 from switchmoe.settings import ModelSettings, MoESettings
 
 MODES = ("forward", "forward + backward")
+OPTIONS = (
+    "what", "experts", "dispatch", "tokens", "d_model", "d_ff", "factor", "dtype", "repeats", "seed", "hf",
+)  # fmt: skip  # those that it reads
 
 
 def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) -> tools.Rows:

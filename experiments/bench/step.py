@@ -21,6 +21,9 @@ from switchmoe.settings import Settings, from_config
 from switchmoe.training import objective, optimizers, train_state, train_step
 
 HEADS = 4
+OPTIONS = (
+    "what", "experts", "d_model", "d_ff", "factor", "dtype", "layers", "vocab", "batch", "lengths", "repeats", "seed", "hf",
+)  # fmt: skip  # those that it reads
 
 
 def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) -> tools.Rows:

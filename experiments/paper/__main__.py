@@ -32,7 +32,14 @@ from experiments.paper import times
 
 COMMANDS = ("power", "times", "report", "page")
 
-ACCEPTED = {"report": "--scale=, --workdir= and --kept=", "page": "--results="}  # options
+RUNS = ("scale", "workdir", "kept")
+TAKES = {
+    "": RUNS,
+    "power": RUNS,
+    "times": (*RUNS, "repeats"),
+    "report": RUNS,
+    "page": ("results",),
+}  # options
 
 
 class Arguments(NamedTuple):
@@ -69,7 +76,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
       ValueError: a claim or a scale that there is not, or a claim that can't be run; one line.
     """
     names, rest = [], []
-    chosen = {"scale": "tiny", "workdir": "", "kept": "", "repeats": "", "results": ""}
+    chosen = dict.fromkeys((*RUNS, "repeats", "results"), "")
     for argument in command_line.joined(arguments):
         name, equals, value = argument.lstrip("-").partition("=")
         if not argument.startswith("-"):
@@ -82,15 +89,19 @@ def parse(arguments: Sequence[str]) -> Arguments:
             chosen[name] = value
         else:
             rest.append(argument)
-    scale = chosen["scale"]
+    scale = chosen["scale"] or "tiny"
     if scale not in SCALES:
         raise ValueError(f"--scale={scale}: accepted is one of {', '.join(SCALES)}")
     command = names.pop(0) if names and names[0] in COMMANDS else ""
     names = _names(command, names, scale)
-    if command in ACCEPTED and rest:
-        raise ValueError(f"{rest[0]}: accepted with {command} are {ACCEPTED[command]}")
+    others = [f"--{one}={value}" for one, value in chosen.items() if value and one not in TAKES[command]]
+    others += rest if command in ("report", "page") else []
+    others += ["--dry_run"] if command == "times" and "--dry_run" in rest else []
+    if others:
+        accepted = ", ".join(f"--{one}=" for one in TAKES[command])
+        raise ValueError(f"{others[0]}: accepted with {command or 'claims'} are {accepted}")
     repeats = chosen["repeats"] or str(times.REPEATS)
-    if chosen["repeats"] and command != "times" or not repeats.isdecimal() or int(repeats) < 3:
+    if not repeats.isdecimal() or int(repeats) < 3:
         raise ValueError(f"--repeats={repeats}: accepted is an integer >= 3, with times")
     kept = Path(chosen["kept"]) if chosen["kept"] else None
     workdir = Path(chosen["workdir"] or f"runs/paper_{scale}")
@@ -168,6 +179,7 @@ def _power(arguments: Arguments) -> int:
 
 
 def _times(arguments: Arguments) -> int:
+    from experiments.paper import finished
     from experiments.sweep import study
     from switchmoe.settings import to_dict
 
@@ -178,6 +190,7 @@ def _times(arguments: Arguments) -> int:
             f"{', '.join(arguments.names) or f'--scale={arguments.scale}'}: nothing about time; accepted are claims about it, or no name"
         )
     base = study.read(_sweep(arguments), __doc__, ()).base
+    finished.check_base(base, arguments.workdir, arguments.scale, arguments.kept)
     path = times.place(arguments.workdir, arguments.scale, arguments.kept)
     seeds = max(
         claims.seeds(claim, arguments.scale) for claim in chosen if times.arms(claim, arguments.scale)

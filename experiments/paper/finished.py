@@ -91,6 +91,20 @@ def missing(
     return [run for run in wanted if key(run) not in runs]
 
 
+def check_base(base: Settings, workdir: Path, scale: str, kept: Path | None) -> None:
+    """Raises ValueError, one line: runs of another base are in the directory, or kept."""
+    there = study.read_definition(workdir)
+    for where, known in (
+        (f"--kept={kept}", _kept(kept, scale)[0]),
+        (f"--workdir={workdir}", there and there["base"]),
+    ):
+        if known and (differ := different(known, to_dict(base))):
+            raise ValueError(
+                f"{where}: its runs differ from those that are asked in {', '.join(differ)}; accepted are the overrides that they"
+                " were made with"
+            )
+
+
 def update(kept: Path, workdir: Path, scale: str) -> None:
     """Adds the runs that are done in the directory to the file, at once or not at all."""
     kept.parent.mkdir(parents=True, exist_ok=True)

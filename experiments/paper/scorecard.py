@@ -1,6 +1,7 @@
 """The scorecard: what the runs in a directory say of each claim, as text, Markdown and HTML."""
 
 import html
+import math
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -107,6 +108,8 @@ def _arm(claim: Claim, arm: str, runs: dict[int, sweeps.Run | None]) -> list[str
     losses = [run.loss for run in done]
     loss = f"{np.mean(losses):.4f}" if losses else report.MDASH
     sparse = [verdicts.dropped(run) for run in done if run.routing]
+    speeds = [run.settings.data.batch_size / run.step_seconds for run in done]
+    speed = float(np.mean(speeds)) if done else math.nan
     return [
         arm,
         claim.paper.get(arm, ""),
@@ -114,7 +117,7 @@ def _arm(claim: Claim, arm: str, runs: dict[int, sweeps.Run | None]) -> list[str
         f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "",
         str(len(runs)),
         f"{np.mean(sparse):.2%}" if sparse else "",
-        f"{np.mean([run.settings.data.batch_size / run.step_seconds for run in done]):.4g}" if done else "",
+        "" if math.isnan(speed) else f"{speed:.4g}",
     ]
 
 

@@ -8,6 +8,7 @@ some rounds; a seed's time is the median of its process.
 import concurrent.futures
 import dataclasses
 import json
+import math
 import multiprocessing
 import sys
 from collections.abc import Sequence
@@ -106,10 +107,12 @@ def newest(claim: Claim, scale: str, base: dict[str, Any], found: Times) -> dict
 
 
 def timed(run: sweeps.Run | None, arm: Overrides, seed: int, measured: dict[str, Any] | None) -> Any:
-    """The run with its arm's time of its seed; as it is where there is none."""
+    """The run with its arm's time of its seed, or without one; as it is where nothing was measured."""
     seconds = measured["seconds"].get(_key(arm), []) if measured else []
-    if run is None or seed >= len(seconds):
+    if run is None or measured is None:
         return run
+    if seed >= len(seconds):  # beside times that were measured a run's own record says nothing
+        return dataclasses.replace(run, step_seconds=math.nan)
     second, steps = float(np.median(seconds[seed])), run.settings.train.num_steps
     return dataclasses.replace(
         run, step_seconds=second, step_T=np.array([steps]), seconds_T=np.array([steps * second])

@@ -116,8 +116,8 @@ def _plan(what: str, settings: Any, options: dict[str, str], compiles: bool) -> 
         if compiles:
             raise ValueError("--compile: accepted with one --layout")
         names = sharding.LAYOUTS if layout in ("", "all") else [layout]
-        _table(what, settings, lengths, names, (devices, slices, device, hbm), options["device"])
-        return 0
+        target = devices, slices, device, hbm
+        return 0 if _table(what, settings, lengths, names, target, options["device"]) else EXIT_TOO_LARGE
     settings = dataclasses.replace(settings, mesh=dataclasses.replace(settings.mesh, layout=layout))
     plan = planner.make(settings, lengths, devices, slices, device)
     print("\n".join(_report(plan, options["device"], lengths, hbm)))
@@ -126,7 +126,8 @@ def _plan(what: str, settings: Any, options: dict[str, str], compiles: bool) -> 
     return 0 if plan.memory.peak <= hbm else EXIT_TOO_LARGE
 
 
-def _table(what: str, settings: Any, lengths: dict, names: Any, target: tuple, name: str) -> None:
+def _table(what: str, settings: Any, lengths: dict, names: Any, target: tuple, name: str) -> bool:
+    """Prints a line for each layout; returns whether any fits."""
     from switchmoe.planning import planner
 
     devices, slices, device, hbm = target
@@ -139,6 +140,7 @@ def _table(what: str, settings: Any, lengths: dict, names: Any, target: tuple, n
     print(
         f"{'layout':<18} {'fsdp':<5} {head:<8} {'mesh':>12} {'state':>10} {'peak':>10} {'bound':>9} {'step':>9}"
     )
+    any_fits = False
     for layout in names:
         for fsdp in (False, True):
             chosen = planner.with_layout(settings, layout, fsdp)
@@ -152,6 +154,7 @@ def _table(what: str, settings: Any, lengths: dict, names: Any, target: tuple, n
             if plan is None:
                 print(f"{row}{'none' if what == 'smallest' else 'no':<8} {why}")
                 continue
+            any_fits |= what == "smallest" or plan.memory.peak <= hbm
             fits = plan.devices if what == "smallest" else "yes" if plan.memory.peak <= hbm else "no"
             mesh = "x".join(str(plan.inner[axis] * plan.outer[axis]) for axis in plan.inner)
             state = plan.memory.parameters + plan.memory.optimizer
@@ -159,6 +162,7 @@ def _table(what: str, settings: Any, lengths: dict, names: Any, target: tuple, n
                 f"{row}{fits:<8} {mesh:>12} {_bytes(state):>10} {_bytes(plan.memory.peak):>10}"
                 f" {_seconds(plan.bound):>9} {_seconds(plan.seconds):>9}"
             )
+    return any_fits
 
 
 def _report(plan: Any, name: str, lengths: dict[str, int], hbm: float) -> list[str]:

@@ -156,7 +156,7 @@ class _Loop:
         self.told[run.name] = 0
         try:
             self.jobs[run.name] = self.launcher.start(order)
-        except InUse as error:
+        except (InUse, OSError, ValueError) as error:  # another sweep has it; no process or job can be made
             self.failed[run.name] = f"can't start: {error}"
             return self._show(run, self.failed[run.name])
         self._pass_on(run.name)  # what came since before there was a job to pass it on to

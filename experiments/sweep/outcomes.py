@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from experiments.sweep.study import Cost, Run, Sweep
-from switchmoe.runs import reporting
+from switchmoe.runs import buckets, reporting
+from switchmoe.runs.buckets import CHECKPOINTS
 from switchmoe.runs.rundir import REPORT_FILE, last_step, read_run
 
 RESULTS_FILE = "results.csv"
@@ -31,6 +32,8 @@ def result(directory: Path, run: Run, cost: Cost) -> dict[str, Any]:
     held_out = [r for r in records if r["split"] == "validation"]
     steps = last_step(run.settings, known)
     ended = bool(held_out) and held_out[-1]["step"] == steps and (directory / REPORT_FILE).exists()
+    # A report without the last checkpoint is of a run whose last save failed, but where all checkpoints were removed.
+    ended = ended and max(buckets.complete_steps(directory / CHECKPOINTS), default=steps) == steps
     losses = [r["cross_entropy"] for r in held_out if r["cross_entropy"] is not None]
     last = held_out[-1] if held_out else {}
     layers = last.get("layer_expert_load", [])

@@ -111,7 +111,12 @@ def _products(path: str) -> list[dict[str, list]]:
         raise ValueError(
             f"--config={path}: no sweep; accepted is a config with get_sweep(), as {DEFAULT_CONFIG}"
         )
-    products = module.get_sweep()
+    try:
+        products = module.get_sweep()
+    except Exception as error:  # whatever a user's code raises
+        raise ValueError(
+            f"--config={path}: get_sweep(): {type(error).__name__}: {error}; accepted is a list of products"
+        ) from error
     if not (products and isinstance(products, list) and all(p and isinstance(p, dict) for p in products)):
         raise ValueError(f"get_sweep()={products!r}: accepted is a list of {{'group.field': [values]}}")
     for field, values in (item for product in products for item in product.items()):
@@ -273,7 +278,7 @@ def table(sweep: Sweep, costs: Sequence[Cost], peak: float, results: Sequence[di
         nearest = (
             min(done, key=lambda d, p=cost.parameters: abs(d[0] - p)) if done else (0, ASSUMED_PEAK_SHARE)
         )
-        if result["state"] == "done":
+        if result["state"] == "done" and result["seconds"] is not None:
             time = f"{duration(result['seconds'])} (done)"
         else:
             seconds = cost.flops * steps / (peak * nearest[1])

@@ -74,9 +74,7 @@ class Fit:
     residual: float | None  # standard deviation in log10 L; None where no run is left over
     runs: int
     notes: tuple[str, ...]
-    falls: bool = (
-        True  # whether the loss falls with the experts, as the law has it; of one size b' < 0 for sure
-    )
+    falls: bool = True  # whether the loss falls with the experts, as the law has it: at each size; of one alone for sure
 
 
 def fit(
@@ -139,7 +137,7 @@ def fit(
         for (name, value), error in zip(values.items(), errors, strict=True)
     }
     a, b, c, d = (0.0, values["b'"], 0.0, values["d'"]) if sizes == 1 else linear.tolist()
-    falls = sizes > 1 or intervals["b'"] is None or intervals["b'"][1] < 0
+    falls = bool(np.all(slope_R < 0)) if sizes > 1 else intervals["b'"] is None or intervals["b'"][1] < 0
     notes = _notes(sizes, at_edge, residual, falls)
     return Fit(Law(a, b, c, d, e_start, e_max), values, intervals, level, residual, len(loss_R), notes, falls)
 
@@ -201,7 +199,12 @@ def _interval(value: float, reach: float, in_logarithm: bool) -> tuple[float, fl
 def _notes(sizes: int, at_edge: np.ndarray, residual: float | None, falls: bool) -> tuple[str, ...]:
     said = {
         "one model size: found are b' = b + c log10 N and d' = a log10 N + d, not their parts": sizes == 1,
-        "b' is not below 0 for sure: these runs do not say whether the loss falls with the experts as the law has it": not falls,
+        "b + c log10 N is not below 0 at each of the sizes: the loss does not fall with the experts as the law has it": sizes
+        > 1
+        and not falls,
+        "b' is not below 0 for sure: these runs do not say whether the loss falls with the experts as the law has it": sizes
+        == 1
+        and not falls,
         "E_start is not determined by these runs: its search ended at an edge of its range": at_edge[0],
         "E_max is not determined by these runs: its search ended at an edge of its range": at_edge[1],
         "no runs are left over to tell how sure the coefficients are": residual is None,

@@ -92,6 +92,15 @@ def test_a_loss_that_rises_again_is_said_not_to_follow_the_law():
     assert [one.falls for one in fits] == [True, False]
 
 
+def test_of_several_sizes_too_a_loss_that_rises_is_said_not_to_follow_the_law():
+    sizes = np.repeat([2e6, 2e7], len(EXPERTS))
+    rise = 4 * np.tile(EXPERTS, 2) ** 0.005 * (sizes / 2e6) ** -0.05
+    law = np.concatenate([S_BASE.loss(size, EXPERTS) for size in (2e6, 2e7)])
+    fits = [fit(sizes, np.tile(EXPERTS, 2), loss) for loss in (law, rise)]
+    assert [one.falls for one in fits] == [True, False]
+    assert any("not below 0 at each of the sizes" in note for note in fits[1].notes)
+
+
 def test_as_many_coefficients_as_runs_leave_no_intervals():
     found = fit([2e6] * 4, EXPERTS[[0, 3, 6, 9]], S_BASE.loss(2e6, EXPERTS[[0, 3, 6, 9]]))
     assert found.residual is None and set(found.intervals.values()) == {None}

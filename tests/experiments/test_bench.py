@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import process
+from experiments import exits, process
 from experiments.bench import __main__ as bench
 from switchmoe.analysis import timing
 from switchmoe.model.moe import MoELayer
@@ -97,6 +97,26 @@ def test_bad_input_gets_one_line_and_writes_nothing(argument, tmp_path, capsys):
     assert stopped.value.code == 2 and not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and argument.partition("=")[0].lstrip("-") in error
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["layer", "--tiny"], "argument --tiny: layer does not read it; accepted are --experts, --dispatch"),
+        (["step", "--tokens=64"], "argument --tokens: step does not read it"),
+        (["generate", "--dtype=bfloat16"], "argument --dtype: generate does not read it"),
+    ],
+)
+def test_what_a_part_does_not_read_is_refused(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main([*arguments, f"--out={tmp_path / 'out'}"])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_out_that_can_not_be_made_is_told_before_anything_is_measured(capsys):
+    assert bench.main([*LAYER, "--out=/proc/nope"]) == exits.EXIT_IO
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("experiments.bench: ") and err.count("\n") == 1
 
 
 def test_out_that_is_a_file_is_refused_before_anything_is_measured(tmp_path, capsys):

@@ -178,13 +178,18 @@ def test_a_dense_run_does_not_depend_on_what_routers_do():
         (["table3", "--config.data.batch_size=-1"], "data.batch_size=-1"),
         (["table3", "--config.train.seed=4"], "accepted are fields that the sweep does not vary"),
         (["table3", "--dryrun"], "argument --dryrun (did you mean --dry_run?): accepted are"),
-        (["report", "--config.train.num_steps=4"], "accepted with report are --scale=, --workdir= and --kept="),
+        (["report", "--config.train.num_steps=4"], "accepted with report are --scale=, --workdir=, --kept="),
+        (["report", "--results=x"], "--results=x: accepted with report are --scale=, --workdir=, --kept="),
+        (["table3", "--repeats=4"], "--repeats=4: accepted with claims are --scale=, --workdir=, --kept="),
+        (["times", "--dry_run"], "--dry_run: accepted with times are --scale=, --workdir=, --kept=, --repeats="),
+        (["page", "--kept=x"], "--kept=x: accepted with page are --results="),
         (["report"], "no runs; accepted is a directory of this command's"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("here")
 def test_mistakes_get_one_line(tmp_path, capsys, arguments, message):
-    assert paper.main(["paper", *arguments, f"--workdir={tmp_path / 'out'}"]) == exits.EXIT_BAD_INPUT
+    where = [] if "page" in arguments else [f"--workdir={tmp_path / 'out'}"]
+    assert paper.main(["paper", *arguments, *where]) == exits.EXIT_BAD_INPUT
     err = capsys.readouterr().err
     assert err.startswith("experiments.paper: ") and message in err and err.count("\n") == 1, err
     assert not (tmp_path / "out").exists()
@@ -402,9 +407,18 @@ def test_times_that_are_measured_take_the_place_of_those_of_the_runs(tmp_path, c
     (part,) = (f for f in scorecard.judge(CLAIMS["table10"], results).findings if f.check.timed)
     assert np.exp(part.interval.mean) == pytest.approx((1.5 * 2 * 2.5) ** (1 / 3))
     assert results.clocks == {"table10": "2 x a clock, commit 77"}, "figure 5 has other arms as well"
+    claim = CLAIMS["table10"]
+    speeds = {arm: scorecard._arm(claim, arm, runs)[-1] for arm, runs in results.tables["table10"].items()}
+    assert [arm for arm, speed in speeds.items() if speed] == [
+        "feed-forward, float32",
+        "with attention, float32",
+    ]
     other = finished.merged(base, {"model.d_model": 32})
     path.write_text(json.dumps([measured | {"base": other}]))
     assert scorecard.read(out, "tiny").clocks == {}
+    options = [f"--workdir={out}", "--config.data.documents=block"]
+    assert paper.main(["paper", "times", *options]) == exits.EXIT_BAD_INPUT
+    assert "differ from those that are asked in" in capsys.readouterr().err
     path.write_text("{}")
     assert paper.main(["paper", "report", f"--workdir={out}"]) == exits.EXIT_BAD_INPUT
     assert "times_tiny.json: not what `times` writes" in capsys.readouterr().err

@@ -193,6 +193,31 @@ def test_a_run_that_patience_ended_is_done(config):
         assert (one["state"], one["step"]) == (state, 16)
 
 
+@pytest.mark.parametrize("saved, state", [((), "done"), ((16, 24), "done"), ((8, 16), "unfinished")])
+def test_a_run_whose_last_checkpoint_was_not_saved_is_not_done(config, saved, state):
+    """Its report is written before; a run whose checkpoints were all removed stays done."""
+    found = read(*config("[{'moe.num_experts': [4]}]"))
+    (run,) = found.runs
+    fabricate(found.workdir / run.name, run, 24)
+    for step in saved:
+        (found.workdir / run.name / "checkpoints" / str(step)).mkdir(parents=True)
+    (one,) = results(found, Cost(100, 50, 3.0, 10, 15))
+    assert one["state"] == state
+
+
+def test_a_done_run_that_says_no_time_has_its_line(config):
+    found = read(*config("[{'moe.num_experts': [4]}]"))
+    done = {"state": "done", "seconds": None, "tokens_per_second": None}
+    assert "num_experts=4" in study.table(found, [Cost(100, 50, 3.0, 10, 15)], 1e9, [done])
+
+
+@pytest.mark.usefixtures("here")
+def test_an_error_in_a_users_sweep_gets_one_line(config, capsys):
+    assert sweep.main(["sweep", *config("[{'moe.num_experts': [2 // 0]}]")]) == exits.EXIT_BAD_INPUT
+    err = capsys.readouterr().err
+    assert "get_sweep(): ZeroDivisionError: " in err and err.count("\n") == 1
+
+
 def test_a_prediction_goes_by_the_done_run_nearest_in_size(config):
     """Of two done runs at 10 % and 40 % of the peak, the one with about as many parameters counts."""
     found = read(*config("[{'moe.num_experts': [1, 2, 4]}]"))

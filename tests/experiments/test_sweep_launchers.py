@@ -145,6 +145,24 @@ def test_lost_runs_are_started_again_so_often_and_failed_ones_are_not(config, ca
     assert states == {"seed=0": "failed", "seed=1": "done", "seed=2": "failed", "seed=3": "done"}
 
 
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("error", [OSError("no process"), ValueError("sbatch refused a job: too many")])
+def test_a_run_that_can_not_be_started_does_not_stop_the_others(config, capsys, error):
+    found = read(*config("[{'train.seed': [0, 1, 2]}]"))
+    launcher = Script(found, {"seed=0": [0], "seed=2": [0]})
+    start = launcher.start
+
+    def refused(order):
+        if order.workdir.name == "seed=1":
+            raise error
+        return start(order)
+
+    launcher.start = refused
+    assert command.run(found, launcher) == EXIT_FAILED
+    out, err = capsys.readouterr()
+    assert "2 of 3 runs done" in out and f"seed=1 can't start: {error}" in err
+
+
 FURTHER = """[
     {'init.checkpoint': ['train.seed=0', 'train.seed=1'], 'optimizer.learning_rate': [0.5]},
     {'train.seed': [0, 1, 2]},

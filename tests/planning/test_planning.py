@@ -266,6 +266,8 @@ def test_a_table_has_a_line_for_each_layout_or_the_reason(capsys):
     assert code == 0 and len(lines) == 2 * len(sharding.LAYOUTS)
     for line in lines:
         assert ("model.num_heads: 12" if line.startswith("model ") else "GiB") in line
+    code, output = run(capsys, BASE, *arguments, "--hbm=1MiB")
+    assert code == 3 and " yes " not in "".join(line[20:] for line in output.out.splitlines()[2:])
 
 
 def test_smallest_is_the_first_that_fits(capsys):
