@@ -102,6 +102,23 @@ def test_another_number_of_tokens_is_traced_into_another_directory():
     assert first != second and len(first) == 1 and "--tokens=300" in given[1]
 
 
+FIELD = re.compile(r"^(\w+) = (.+?)  # @param", re.MULTILINE)
+
+
+@every
+def test_what_a_form_changes_goes_into_another_directory(name):
+    """A directory's run is of one setting: the command refuses another there. Each field that a cell trains with is in its path."""
+    fields = {field for source in codes(name) for field, _ in FIELD.findall(source)} - {"REPO", "RUN"}
+    for source in codes(name):
+        for node in ast.walk(ast.parse(source)):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "notebooks.train"):
+                continue
+            directory, *others = node.args
+            used = {one.id for other in others for one in ast.walk(other) if isinstance(one, ast.Name)}
+            missing = used & fields - {one.id for one in ast.walk(directory) if isinstance(one, ast.Name)}
+            assert not missing, f"{ast.unparse(directory)}: not in its name: {missing}"
+
+
 @pytest.mark.long
 @every
 def test_it_runs_from_top_to_bottom(name, environment, tmp_path):

@@ -36,7 +36,7 @@ mixed free licences and so not part of this project), file's SHA-256 12c0d635...
 One seed: 0.01 between neighbours says nothing (E = 16 and 32). The loss falls up to 64 experts. Beyond, an encoder's
 expert sees 0.13 M tokens (E = 128) and less in the whole run, a decoder's a quarter of that; a third and more of the
 tokens are dropped in the first steps of 256 and 512, and some experts end without any: the text is too short for them.
-So the law of Clark et al., fitted to all ten, does not hold here (fit.json says so). E = 256 and 512 took 19 and 28
+So all ten do not show the law of Clark et al.: the interval of its slope reaches across 0 (fit.json). E = 256 and 512 took 19 and 28
 minutes of training, as other work took part of the cores; at the speed of their last steps, 26,400 and 16,500 tokens/s,
 it is 13 and 21. The others took 7 to 10 minutes, E = 64 with a little work beside it.
 """
