@@ -328,6 +328,20 @@ def test_soft_by_hand():
     close(routing.load_E, [0.5, 0.5])
 
 
+def test_a_choice_is_rerouted_to_the_next_best_expert():
+    """Token 1's second choice, expert 1, is full; the next it ranks is expert 3, then expert 0."""
+    probs_SE = np.array([[0.5, 0.4, 0.06, 0.04], [0.04, 0.3, 0.6, 0.06]])
+    assert route("top_k", np.log(probs_SE), capacity=1).kept_SK.tolist() == [[True, True], [True, False]]
+    for reroute in (1, 7):
+        routing = route("top_k", np.log(probs_SE), capacity=1, reroute=reroute)
+        assert routing.expert_SK.tolist() == [[0, 1], [2, 3]] and routing.kept_SK.all()
+        close(routing.gate_SK[1], [0.6 / 0.66, 0.06 / 0.66])
+    # Both choices of token 1 are refused: the first of them tries first.
+    probs_SE = np.array([[0.5, 0.4, 0.06, 0.04], [0.5, 0.4, 0.04, 0.06]])
+    routing = route("top_k", np.log(probs_SE), capacity=1, reroute=1)
+    assert routing.expert_SK.tolist() == [[0, 1], [3, 2]] and routing.kept_SK.all()
+
+
 # Properties.
 
 
@@ -350,9 +364,10 @@ def test_token_choice_invariants(name, more, capacity, key):
     filled_E = np.bincount(routing.expert_SK[kept_SK], minlength=4)
     for e in range(4):
         assert sorted(slot for expert, slot in places if expert == e) == list(range(filled_E[e]))
-    refused = routing.expert_SK[mask_S[:, None] & ~kept_SK]
-    if not more.get("reroute"):
-        assert (filled_E[refused] == capacity).all(), "a free slot was refused"
+    for s in np.flatnonzero(mask_S & ~kept_SK.all(axis=1)):
+        best = np.argsort(-routing.rank_SE[s], kind="stable")[: kept_SK.shape[1] + more.get("reroute", 0)]
+        tried = set(best) - set(routing.expert_SK[s][kept_SK[s]])
+        assert all(filled_E[e] == capacity for e in tried), "a free slot was refused"
     assert routing.load_E.sum() == pytest.approx(1)
     dropped = 1 - kept_SK.sum() / (mask_S.sum() * kept_SK.shape[1])
     assert routing.fraction_dropped == pytest.approx(dropped, abs=1e-6)
