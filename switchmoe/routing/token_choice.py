@@ -29,6 +29,7 @@ def switch(
     rank_SE = logits_SE
     if settings.explore == "sample" and key is not None:
         rank_SE = logits_SE + jax.random.gumbel(key, logits_SE.shape)
+        key = jax.random.fold_in(key, 1)  # the threshold, if there is one, draws as well
     return _balanced(rank_SE, logits_SE, prob_SE, mask_S, key, settings)
 
 

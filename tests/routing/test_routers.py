@@ -53,6 +53,24 @@ def test_switch_sampling_draws_from_the_distribution():
     assert route("switch", logits_SE, explore="sample").load_E.tolist() == [1, 0, 0], "not in evaluation"
 
 
+def test_what_is_sampled_and_what_the_threshold_keeps_are_drawn_from_two_keys(monkeypatch):
+    drawn = []
+
+    def recorded(function):
+        def draw(key, *rest):
+            drawn.append(jax.random.key_data(key).tolist())
+            return function(key, *rest)
+
+        return draw
+
+    for name in ("gumbel", "uniform"):
+        monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
+    finer = settings("switch", choices=2, explore="sample", threshold=0.2)
+    ROUTERS["switch"](jnp.asarray(scores("switch")), jnp.ones(16, bool), jax.random.key(0), finer)
+    assert drawn[0] == jax.random.key_data(jax.random.key(0)).tolist()
+    assert len(drawn) == 2 and drawn[0] != drawn[1]
+
+
 PROBS_SE = np.array([[0.5, 0.3, 0.1, 0.1], [0.2, 0.5, 0.2, 0.1], [0.6, 0.3, 0.05, 0.05]])
 
 
