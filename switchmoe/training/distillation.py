@@ -41,15 +41,22 @@ def kept() -> Objective:
         shape = (*log_q_BLV.shape[:2], -1)
         ids_BLK = batch[IDS].reshape(shape)
         log_p_BLK = jax.lax.bitcast_convert_type(batch[LOG_PROBS], jnp.float32).reshape(shape)
-        log_q_BLK = jnp.take_along_axis(log_q_BLV, ids_BLK, axis=-1)
-        inside_BL = -(jnp.exp(log_p_BLK) * log_q_BLK).sum(-1)
-        return inside_BL - _rest(log_p_BLK) * jnp.log(jnp.maximum(_rest(log_q_BLK), 1e-9))
+        return soft_of_likeliest(log_q_BLV, ids_BLK, log_p_BLK)
 
     return _objective(soft)
 
 
-def _rest(log_p_BLK: jax.Array) -> jax.Array:
-    return jnp.maximum(1 - jnp.exp(log_p_BLK).sum(-1), 0.0)
+def soft_of_likeliest(log_q_BLV: jax.Array, ids_BLK: jax.Array, log_p_BLK: jax.Array) -> jax.Array:
+    """[B, L] The soft cross-entropy of the teacher's likeliest tokens and the rest, as one event of K + 1."""
+    log_q_BLK = jnp.take_along_axis(log_q_BLV, ids_BLK, axis=-1)
+    soft_BL = -(jnp.exp(log_p_BLK) * log_q_BLK).sum(-1)
+    if ids_BLK.shape[-1] == log_q_BLV.shape[-1]:
+        return soft_BL  # nothing is left
+    rest_BL = jnp.maximum(1 - jnp.exp(log_p_BLK).sum(-1), 0.0)
+    # Of the student summed, never 1 - sum: where that rounds to 0 the student is most wrong, and would learn nothing.
+    kept_BLV = jnp.put_along_axis(jnp.zeros(log_q_BLV.shape, bool), ids_BLK, True, axis=-1, inplace=False)
+    log_rest_BL = jax.nn.logsumexp(jnp.where(kept_BLV, -jnp.inf, log_q_BLV), axis=-1)
+    return soft_BL - rest_BL * log_rest_BL
 
 
 def log_probs(params: Any, batch: Batch, settings: Settings, temperature: float) -> jax.Array:
