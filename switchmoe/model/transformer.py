@@ -310,7 +310,7 @@ class Transformer(nn.Module):
 
     def token_losses(
         self, batch: dict[str, jax.Array], label_smoothing: float = 0.0
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], dict]:
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], dict]:
         """`output_loss.output_cross_entropy` of a batch's teacher-forced targets, and ``aux`` as of a call."""
         x_BLD, aux = self._read_batch(batch)
         table_VD = self._output_table().astype(x_BLD.dtype)

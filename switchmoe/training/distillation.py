@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switchmoe.model.output_loss import cross_entropy
+from switchmoe.model.output_loss import cross_entropy, hits
 from switchmoe.settings import Settings
 from switchmoe.training import objective
 from switchmoe.training.objective import Batch, Objective
@@ -84,20 +84,22 @@ def _objective(soft: Callable[..., jax.Array], constants: Callable[[], tuple] = 
     def sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | None, *fixed: Any) -> dict:
         logits_BLV, aux = objective.applied(params, batch, settings, key, method="batch_logits")
         smoothing = 0.0 if key is None else settings.train.label_smoothing
-        nll_BL, z_BL = cross_entropy(logits_BLV, batch["targets"], smoothing)
+        nll_BL, z_BL = cross_entropy(logits_BLV, batch["targets"])
         soft_BL = soft(jax.nn.log_softmax(logits_BLV / settings.distill.temperature), batch, settings, *fixed)
-        correct_BL = logits_BLV.argmax(-1) == batch["targets"]
+        correct_BL = hits(logits_BLV, batch["targets"])
         values = {"nll": nll_BL, "output_z": z_BL, "correct": correct_BL, "soft": soft_BL}
+        if smoothing:
+            values["smoothed"], _ = cross_entropy(logits_BLV, batch["targets"], smoothing)
         return objective.summed(values, aux, batch)
 
     def summarize(sums: dict, counts: dict[str, jax.Array], settings: Settings) -> dict[str, jax.Array]:
         rest = {name: value for name, value in sums.items() if name != "soft"}
         metrics, distill = objective.summarize(rest, counts, settings), settings.distill
-        metrics["soft_cross_entropy"] = sums["soft"] / jnp.maximum(
-            counts.get("predicted", counts["decoder"]), 1.0
-        )
+        tokens = jnp.maximum(counts.get("predicted", counts["decoder"]), 1.0)
+        metrics["soft_cross_entropy"] = sums["soft"] / tokens
         soft = distill.temperature**2 * metrics["soft_cross_entropy"]
-        metrics["loss"] += distill.weight * (soft - metrics["cross_entropy"])
+        hard = sums["smoothed"] / tokens if "smoothed" in sums else metrics["cross_entropy"]
+        metrics["loss"] += distill.weight * (soft - hard)
         return metrics
 
     return Objective(sums, objective.token_counts, summarize, constants)
