@@ -2,7 +2,7 @@
 
 48 layers of width 2048, all sparse: 128 experts (SwiGLU, 768 wide), the 8 best of each token with renormalised gates. 32
 heads of 128 (so twice the model's width), 4 of keys and values; queries and keys are normed head by head; rotary positions
-with theta 1e6. Its balance loss is taken over the whole batch.
+with theta 1e6. Its balance loss is taken over the whole batch (2501.11873); with `train.accumulate` over a microbatch.
 
     python -m experiments.plan --config=configs/qwen3_30b_a3b.py --devices=64 --layout=data_expert
     python -m experiments.run --config=configs/qwen3_30b_a3b.py --config.data.source=c4/en

@@ -22,4 +22,5 @@ def get_config(variant: str = "geglu") -> ConfigDict:
     if variant == "relu":
         config.model.update(activation="relu", d_ff=3072)
         config.moe.update(jitter=0.0, group_size=8192)
+    config.moe.eval_group_size = config.moe.group_size  # one sequence has too few tokens for the experts
     return config

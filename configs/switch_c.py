@@ -14,4 +14,5 @@ def get_config() -> ConfigDict:
     config = t5_base.get_config()
     config.model.update(d_model=2080, d_ff=6144, num_heads=32, num_layers=15, activation="relu", remat=True)
     config.moe.update(num_experts=2048, every=1, z_loss_weight=0.0)
+    config.moe.eval_group_size = config.moe.group_size  # one sequence has too few tokens for the experts
     return config

@@ -4,6 +4,7 @@ import pytest
 
 from switchmoe.model.moe import without_effect
 from switchmoe.parallel import sharding
+from switchmoe.runs import telling
 from switchmoe.settings import Settings, default_config, from_config, to_dict
 
 LENGTHS = {"encoder": 512, "decoder": 114}
@@ -116,9 +117,21 @@ def test_fields_without_effect_are_named():
     assert idle(router="soft", decoder_router="loss_free", slots=2, score="sigmoid") == []
     assert idle(explore="argmax", jitter=0.1) == ["jitter"]
     assert idle(dropless=True, capacity_factor=2.0, reroute=2) == ["capacity_factor", "reroute"]
+    alone = {"priority": True, "reroute": 2, "route_padding": True}
+    assert idle(**alone) == []
+    assert set(without_effect(from_config({"moe": alone}).moe, ("decoder",))) == set(alone)
     assert idle(router="hash", z_loss_weight=1.0, balance_loss_weight=1.0) == [
         "balance_loss_weight", "z_loss_weight"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "balance, parts, told", [("global", 4, True), ("global", 1, False), ("group", 4, False)]
+)
+def test_a_start_tells_over_what_a_global_balance_loss_is(balance, parts, told):
+    settings = from_config({"moe": {"balance": balance}, "train": {"accumulate": parts}})
+    lines = telling._model(settings, ["encoder/1"], 2, 1, 2)
+    assert any("balance=global: over each of the 4 microbatches" in line for line in lines) == told
 
 
 def test_check_returns_the_tokens_of_a_group():

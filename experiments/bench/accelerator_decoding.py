@@ -46,7 +46,7 @@ def attention(sizes: Sizes, until: float) -> Iterator[Row]:
             keys_B=jnp.full(batch, length, jnp.int32),
         ),
         "decoder": Seen(jnp.where(ahead, MASKED, 0.0)[None, None], causal=True),
-        "decoder, packed": Seen(jnp.where(packed, MASKED, 0.0), causal=True),
+        "decoder, packed": Seen(jnp.where(packed, MASKED, 0.0), causal=True, by_mask=True),
     }
     for name, seen in seens.items():
         for form, function in FORMS.items():

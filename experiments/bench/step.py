@@ -151,7 +151,7 @@ def _output(settings: Settings, x_BLD: jax.Array, options: argparse.Namespace) -
     table_VD = jax.random.normal(jax.random.key(1), (settings.embedding_rows, x_BLD.shape[-1]), jnp.float32)
 
     def value(table_VD: jax.Array, x_BLD: jax.Array) -> jax.Array:
-        nll_BL, z_BL, _ = output_loss.output_cross_entropy(x_BLD, table_VD.astype(x_BLD.dtype), targets_BL)
+        nll_BL, z_BL, *_ = output_loss.output_cross_entropy(x_BLD, table_VD.astype(x_BLD.dtype), targets_BL)
         return nll_BL.sum() + 1e-4 * z_BL.sum()
 
     return timing.compiled(jax.grad(value, (0, 1)), table_VD, x_BLD)

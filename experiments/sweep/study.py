@@ -166,7 +166,8 @@ def _idle(run: Run) -> list[str]:
     """The run's own overrides that nothing reads."""
     from switchmoe.model.moe import without_effect
 
-    return [f"moe.{name}" for name in without_effect(run.settings.moe) if f"moe.{name}" in run.overrides]
+    idle = without_effect(run.settings.moe, run.settings.stacks)
+    return [f"moe.{name}" for name in idle if f"moe.{name}" in run.overrides]
 
 
 def check_directory(sweep: Sweep) -> None:

@@ -30,39 +30,69 @@ class EinsumDispatcher:
 
     slot_GSEC: jax.Array  # 1 where token s sits in slot c of expert e; its share of the slot in Soft MoE
     gate_GSEC: jax.Array  # the gate there
+    # int32, where the choice is among the E * C slots, E * C where it was dropped; None: each token is in every slot
+    place_GSK: jax.Array | None
 
     def dispatch(self, x_GSD: jax.Array) -> jax.Array:
-        return _masked_sum("GSEC,GSD->EGCD", self.slot_GSEC, x_GSD)
+        x_GSD, bad_GS = _finite(x_GSD)
+        x_EGCD = jnp.einsum("GSEC,GSD->EGCD", self.slot_GSEC.astype(x_GSD.dtype), x_GSD)
+        if self.place_GSK is None:
+            reached_EGC = _reached("GSEC,GS->EGC", self.slot_GSEC, bad_GS)
+        else:
+            reached_GN = jax.vmap(partial(_places, self.slot_GSEC[0, 0].size))(bad_GS, self.place_GSK)
+            reached_EGC = jnp.moveaxis(reached_GN.reshape(-1, *self.slot_GSEC.shape[2:]), 0, 1)
+        return jnp.where(reached_EGC[..., None], jnp.nan, x_EGCD)
 
     def matmul(self, x_EGCD: jax.Array, kernel_EDF: jax.Array) -> jax.Array:
         return buffers_matmul(x_EGCD, kernel_EDF)
 
     def combine(self, y_EGCD: jax.Array) -> jax.Array:
-        return _masked_sum("GSEC,EGCD->GSD", self.gate_GSEC, y_EGCD)
+        y_EGCD, bad_EGC = _finite(y_EGCD)
+        y_GSD = jnp.einsum("GSEC,EGCD->GSD", self.gate_GSEC.astype(y_EGCD.dtype), y_EGCD)
+        if self.place_GSK is None:
+            reached_GS = _reached("GSEC,EGC->GS", self.gate_GSEC, bad_EGC)
+        else:
+            bad_GN = jnp.moveaxis(bad_EGC, 1, 0).reshape(len(y_GSD), -1)
+            reached_GS = jax.vmap(_take)(bad_GN, self.place_GSK).any(axis=-1)
+        return jnp.where(reached_GS[..., None], jnp.nan, y_GSD)
 
 
-def _masked_sum(spec: str, mask_GSEC: jax.Array, rows: jax.Array) -> jax.Array:
-    """The product, but a row that is not finite reaches only those whose mask is not 0.
+# As 0 * NaN is NaN, a bare product would spread one bad token to its whole group. So rows that are not finite are left
+# out of it, and what they reach is said apart: by the choices' places, as the masks are the largest arrays here and are
+# read once. (A bad gate's gradient still spreads.)
 
-    As 0 * NaN is NaN, the bare product would spread one bad token to its whole group. (So does still
-    the gradient of a bad gate.)
-    """
-    bad = ~jnp.isfinite(rows).all(axis=-1, keepdims=True)
-    total = jnp.einsum(spec, mask_GSEC.astype(rows.dtype), jnp.where(bad, 0, rows))
-    reached = jnp.einsum(spec, (mask_GSEC != 0).astype(rows.dtype), bad.astype(rows.dtype)) > 0
-    return jnp.where(reached, jnp.nan, total)
+
+def _finite(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(the rows, zeros where one is not finite; where that is)."""
+    good = jnp.isfinite(rows).all(axis=-1)
+    return jnp.where(good[..., None], rows, 0), ~good
+
+
+def _reached(spec: str, mask_GSEC: jax.Array, bad: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, (mask_GSEC != 0).astype(jnp.float32), bad.astype(jnp.float32)) > 0
+
+
+def _places(size: int, bad_S: jax.Array, place_SK: jax.Array) -> jax.Array:
+    """Where the choices of bad tokens are, bool [size]."""
+    bad_SK = jnp.broadcast_to(bad_S[:, None], place_SK.shape)
+    return jnp.zeros(size, bool).at[place_SK].set(bad_SK, mode="drop")
 
 
 def einsum_dispatcher(routing: Routing) -> EinsumDispatcher:
     """Masks from the choices' indices, never from ``gate > 0``: a gate may underflow."""
     if routing.mix_SK is not None:  # every token has a share in every slot: no one-hot needed
         shape = (*routing.gate_SK.shape[:2], routing.num_experts, routing.capacity)
-        return EinsumDispatcher(routing.mix_SK.reshape(shape), routing.gate_SK.reshape(shape))
+        return EinsumDispatcher(routing.mix_SK.reshape(shape), routing.gate_SK.reshape(shape), None)
     expert_GSKE = jax.nn.one_hot(routing.expert_SK, routing.num_experts) * routing.kept_SK[..., None]
     slot_GSKC = jax.nn.one_hot(routing.slot_SK, routing.capacity)
     return EinsumDispatcher(
         slot_GSEC=jnp.einsum("GSKE,GSKC->GSEC", expert_GSKE, slot_GSKC),
         gate_GSEC=jnp.einsum("GSKE,GSKC,GSK->GSEC", expert_GSKE, slot_GSKC, routing.gate_SK),
+        place_GSK=jnp.where(
+            routing.kept_SK,
+            routing.expert_SK * routing.capacity + routing.slot_SK,
+            routing.num_experts * routing.capacity,
+        ),
     )
 
 

@@ -154,10 +154,11 @@ def _read_experts(config: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
         "num_experts": config["num_local_experts" if kind == "mixtral" else "num_experts"],
         "choices": config["num_experts_per_tok"], "router": "top_k", "dropless": True, "every": 1,
         "renormalize": kind == "mixtral" or config["norm_topk_prob"], "jitter": float(config.get("router_jitter_noise") or 0.0),
-        "balance_loss_weight": float(config["router_aux_loss_coef"]), "z_loss_weight": 0.0,
+        "z_loss_weight": 0.0,
     }  # fmt: skip
+    coefficient, choices = config["router_aux_loss_coef"], config["num_experts_per_tok"]
     if not kind.startswith("qwen"):
-        return moe
+        return moe | {"balance_loss_weight": _per_layer(coefficient, choices, layers)}
     first, step = sorted(config["mlp_only_layers"] or []), config["decoder_sparse_step"]
     if first != list(range(len(first))) or (first and step != 1) or len(first) >= layers:
         refuse("mlp_only_layers", "none, or the first ones with decoder_sparse_step=1")
@@ -165,6 +166,7 @@ def _read_experts(config: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
         refuse("decoder_sparse_step", f"a divisor of num_hidden_layers={layers}")
     width = config["moe_intermediate_size"]
     moe |= {
+        "balance_loss_weight": _per_layer(coefficient, choices, (layers - len(first)) // step),
         "dense_first": len(first),
         "every": step,
         "d_ff": 0 if width == config["intermediate_size"] else width,
@@ -175,6 +177,18 @@ def _read_experts(config: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
             refuse("shared_expert_intermediate_size", f"a multiple of moe_intermediate_size={width}")
         moe |= {"num_shared": shared // width, "shared_gate": True}
     return moe
+
+
+def _per_layer(coefficient: float, choices: int, sparse_layers: int) -> float:
+    """Our weight of a layer's balance loss. Theirs is K times it, once over all layers; ours are summed over them."""
+    return float(coefficient) * choices / sparse_layers
+
+
+def _of_all_layers(weight: float, choices: int, sparse_layers: int) -> float:
+    """The shortest number of which `_per_layer` makes this weight: theirs again, where it was read."""
+    exact = weight * sparse_layers / choices
+    shorter = (float(f"{exact:.{digits}g}") for digits in range(1, 17))
+    return next((one for one in shorter if _per_layer(one, choices, sparse_layers) == weight), exact)
 
 
 def kind_of(settings: Settings) -> str:
@@ -213,6 +227,8 @@ def write_config(settings: Settings, refuse: Any) -> dict[str, Any]:
         refuse("moe.num_shared", 0, "1 or more with model.qkv_bias=True")
     if kind == "mixtral" and not moe.renormalize and moe.choices > 1:
         refuse("moe.renormalize", False, "True without a norm of queries and keys")
+    sparse_layers = len(settings.sparse_blocks("decoder"))
+    coefficient = _of_all_layers(moe.balance_loss_weight, moe.choices, sparse_layers)
     config: dict[str, Any] = {
         "architectures": [CLASSES[kind]], "model_type": kind, "hidden_size": model.d_model, "hidden_act": "silu",
         "num_attention_heads": model.num_heads, "num_key_value_heads": model.kv_heads,
@@ -220,7 +236,7 @@ def write_config(settings: Settings, refuse: Any) -> dict[str, Any]:
         "head_dim": model.d_kv, "rope_theta": model.rotary_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_theta},
         "tie_word_embeddings": model.tie_embeddings, "num_experts_per_tok": moe.choices, "attention_bias": False,
-        "router_aux_loss_coef": moe.balance_loss_weight, "bos_token_id": settings.data.bos_id,
+        "router_aux_loss_coef": coefficient, "bos_token_id": settings.data.bos_id,
         "eos_token_id": settings.data.eos_id, "sliding_window": None, "pad_token_id": None,
         "max_position_embeddings": max(4096, settings.data.input_length),
         "num_local_experts" if kind == "mixtral" else "num_experts": moe.num_experts,

@@ -25,10 +25,9 @@ class Seen:
 
     added_B1QM: jax.Array  # float32, 0 or MASKED; broadcast over B and Q
     bias: jax.Array | None = None  # a learned one, float32, [H, Q, M], or [B, H, Q, M]
-    keys_B: jax.Array | None = (
-        None  # int32: the first so many keys are real; None: `added` knows more than that
-    )
+    keys_B: jax.Array | None = None  # int32: the first so many keys are real; None: all are, or see `by_mask`
     causal: bool = struct.field(pytree_node=False, default=False)  # a query sees no later key
+    by_mask: bool = struct.field(pytree_node=False, default=False)  # only `added` says all (packed documents)
 
 
 def attend(
@@ -168,7 +167,7 @@ by_head.defvjp(_forward, _backward)
 def by_cudnn(query_BQHK: jax.Array, key_BMJK: jax.Array, value_BMJK: jax.Array, seen: Seen, scale: float):
     """By cuDNN's kernels: bias and lengths, or the mask, as both would be one bias of the logits' size."""
     terms: dict[str, Any] = {"is_causal": seen.causal, "key_value_seq_lengths": seen.keys_B}
-    if seen.keys_B is None and seen.added_B1QM.shape[0] > 1:
+    if seen.by_mask:
         terms = {"mask": seen.added_B1QM == 0}
     if seen.bias is not None:
         terms["bias"] = seen.bias.astype(query_BQHK.dtype)[None]
@@ -180,8 +179,7 @@ def by_cudnn(query_BQHK: jax.Array, key_BMJK: jax.Array, value_BMJK: jax.Array, 
 def _cudnn(query_BQHK: jax.Array, key_BMJK: jax.Array, seen: Seen) -> bool:
     if jax.default_backend() != "gpu":
         return False
-    packed = seen.keys_B is None and seen.added_B1QM.shape[0] > 1
-    if seen.bias is not None and (packed or seen.bias.ndim != 3):
+    if seen.bias is not None and (seen.by_mask or seen.bias.ndim != 3):
         return False
     shapes = jax.eval_shape(lambda *parts: parts, query_BQHK, key_BMJK, seen)
     leaves, structure = jax.tree.flatten(shapes)

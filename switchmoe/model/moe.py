@@ -116,8 +116,12 @@ def check(moe: MoESettings, causal: bool) -> None:
         refuse("dispatch", "einsum or auto with the router soft, whose slots mix all tokens")
 
 
-def without_effect(moe: MoESettings) -> list[str]:
-    """The fields that are set to other than their defaults, but that nothing reads with the others as they are."""
+def without_effect(moe: MoESettings, stacks: tuple[str, ...] = ("encoder", "decoder")) -> list[str]:
+    """The fields that are set to other than their defaults, but that nothing reads with the others as they are.
+
+    Args:
+      stacks: of the model.
+    """
     changed = [
         field.name
         for field in dataclasses.fields(moe)
@@ -125,7 +129,8 @@ def without_effect(moe: MoESettings) -> list[str]:
     ]
     if not moe.routed:
         return changed
-    routers = {router_name(moe, causal) for causal in (False, True)}
+    routers = {router_name(moe, stack == "decoder") for stack in stacks}
+    encoder = "encoder" in stacks
     balanced = routers & {"switch", "top_k", "hierarchical"}
     noisy, free = "noisy_top_k" in routers, "loss_free" in routers
     has_effect = {
@@ -145,8 +150,9 @@ def without_effect(moe: MoESettings) -> list[str]:
         "renormalize": moe.total_choices > 1 and routers - {"hash", *NOT_CAUSAL},
         "choice_threshold": moe.total_choices > 1 and balanced,
         "router_init_stddev": routers - {"hash", "noisy_top_k"},
-        "priority": moe.router not in ("hash", *NOT_CAUSAL) and not moe.dropless,
-        "reroute": not moe.dropless,
+        "priority": encoder and moe.router not in ("hash", *NOT_CAUSAL) and not moe.dropless,
+        "reroute": encoder and not moe.dropless,
+        "route_padding": encoder,
         "expert_group": moe.expert_bits > 0,
         "shared_gate": moe.num_shared > 0,
         "decoder_offset": moe.decoder_every > 0,

@@ -34,16 +34,14 @@ def cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def output_cross_entropy(
     x_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, label_smoothing: float = 0.0
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`cross_entropy` of the logits ``x @ table.T``, and whether the target's logit is above all others.
-
-    A tie is no hit: a model that says the same of every token would else be right everywhere.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`cross_entropy` of the logits ``x @ table.T``, the `hits`, and what is told of a smoothed loss.
 
     Its own gradient takes the probabilities from the logits and their log-partition in one pass, and
     hands them to the products in the type of ``x``.
 
     Returns:
-      (nll_BL, z_BL, correct_BL).
+      (loss_BL, z_BL, correct_BL, nll_BL): the last is the loss without label smoothing, and has no gradient.
     """
     return _output_forward(x_BLD, table_VD, targets_BL, label_smoothing)[0]
 
@@ -68,25 +66,34 @@ def likeliest(logits_BLV: jax.Array) -> jax.Array:
     return (place_BL * CHUNK + best_BLC.argmax(axis=-1)).astype(jnp.int32)
 
 
+def hits(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
+    """Whether the target's logit is above all others, bool [B, L].
+
+    A tie is no hit: a model that says the same of every token would else be right everywhere.
+    """
+    # Not by argmax: on a CPU it takes half as long as the whole loss.
+    target_BL1 = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)
+    own_BLV = jax.nn.one_hot(targets_BL, logits_BLV.shape[-1], dtype=bool)
+    others_BLV = jnp.where(own_BLV, -jnp.inf, logits_BLV)
+    return target_BL1[..., 0] > others_BLV.max(axis=-1)
+
+
 def _output_forward(x_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, label_smoothing: float):
     logits_BLV = logits(x_BLD, table_VD)
-    # Not by argmax: on a CPU it takes half as long as all else in here.
-    target_BL1 = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)
-    own_BLV = jax.nn.one_hot(targets_BL, len(table_VD), dtype=bool)
-    others_BLV = jnp.where(own_BLV, -jnp.inf, logits_BLV)
-    correct_BL = target_BL1[..., 0] > others_BLV.max(axis=-1)
-    outputs = *cross_entropy(logits_BLV, targets_BL, label_smoothing), correct_BL
+    loss_BL, z_BL = cross_entropy(logits_BLV, targets_BL, label_smoothing)
+    nll_BL = cross_entropy(logits_BLV, targets_BL)[0] if label_smoothing else loss_BL
+    outputs = loss_BL, z_BL, hits(logits_BLV, targets_BL), nll_BL
     return outputs, (x_BLD, table_VD, targets_BL, jax.nn.logsumexp(logits_BLV, axis=-1))
 
 
 def _output_backward(label_smoothing: float, saved: tuple, gradients: tuple):
     x_BLD, table_VD, targets_BL, log_z_BL = saved
-    nll_BL, z_BL, _ = gradients
+    loss_BL, z_BL, *_ = gradients
     vocabulary = len(table_VD)
     target_BLV = jax.nn.one_hot(targets_BL, vocabulary, dtype=bool)
     prob_BLV = jnp.exp(logits(x_BLD, table_VD) - log_z_BL[..., None])
     wanted_BLV = jnp.where(target_BLV, 1 - label_smoothing, 0.0) + label_smoothing / vocabulary
-    grad_BLV = prob_BLV * (nll_BL + 2 * log_z_BL * z_BL)[..., None] - wanted_BLV * nll_BL[..., None]
+    grad_BLV = prob_BLV * (loss_BL + 2 * log_z_BL * z_BL)[..., None] - wanted_BLV * loss_BL[..., None]
     grad_BLV = grad_BLV.astype(x_BLD.dtype)
     x_grad_BLD = jnp.einsum("BLV,VD->BLD", grad_BLV, table_VD)
     if x_BLD.dtype == jnp.float32:

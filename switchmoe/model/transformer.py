@@ -203,7 +203,8 @@ class Stack(nn.Module):
         visible = (distance_LL <= 0)[None, None]
         if segment_BL is not None:
             visible &= (segment_BL[:, None, :] == segment_BL[:, :, None])[:, None]
-        return Seen(jnp.where(visible, 0.0, MASKED), causal=True), distance_LL
+        by_mask = segment_BL is not None
+        return Seen(jnp.where(visible, 0.0, MASKED), causal=True, by_mask=by_mask), distance_LL
 
     def _blocks(self, x_BLD: jax.Array, context: dict, memory: Memory | None) -> tuple[jax.Array, Any]:
         """(x_BLD, aux along an axis of super-blocks), or (x_BLD, (what each block attended to, the trace if there is one))."""
@@ -255,14 +256,14 @@ def _real(real_BM: jax.Array, query_BQ: jax.Array | None, key_BM: jax.Array | No
         added_B11M = jnp.where(real_BM[:, None, None, :], 0.0, MASKED)
         return Seen(added_B11M, keys_B=real_BM.sum(axis=1, dtype=jnp.int32))
     own_BQM = (query_BQ[:, :, None] == key_BM[:, None, :]) & real_BM[:, None, :]
-    return Seen(jnp.where(own_BQM[:, None], 0.0, MASKED))
+    return Seen(jnp.where(own_BQM[:, None], 0.0, MASKED), by_mask=True)
 
 
 def _remembered(slots_BM: jax.Array, position_BL: jax.Array) -> tuple[Seen, jax.Array]:
     """As `Stack._seen`, of what a memory's slots hold, for tokens at these places."""
     distance_BLM = slots_BM[:, None, :] - position_BL[:, :, None]
     visible_BLM = (slots_BM[:, None, :] >= 0) & (distance_BLM <= 0)
-    return Seen(jnp.where(visible_BLM, 0.0, MASKED)[:, None]), distance_BLM
+    return Seen(jnp.where(visible_BLM, 0.0, MASKED)[:, None], by_mask=True), distance_BLM
 
 
 class Transformer(nn.Module):
@@ -309,7 +310,7 @@ class Transformer(nn.Module):
 
     def token_losses(
         self, batch: dict[str, jax.Array], label_smoothing: float = 0.0
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], dict]:
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], dict]:
         """`output_loss.output_cross_entropy` of a batch's teacher-forced targets, and ``aux`` as of a call."""
         x_BLD, aux = self._read_batch(batch)
         table_VD = self._output_table().astype(x_BLD.dtype)

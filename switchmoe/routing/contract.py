@@ -1,7 +1,7 @@
 """What passes from a router to a dispatcher, what a router is told, and how slots are given out.
 
-Letters: S tokens per group, E experts, K choices per token, R choices over all rounds of seating,
-Q = S * K choices in the order of seating.
+Letters: S tokens per group, E experts, K choices per token, R experts that a token may try in all rounds of
+seating, Q = S * K choices in the order of seating.
 """
 
 import dataclasses
@@ -84,9 +84,10 @@ def token_choice(
 
     First choices are seated before second ones (GShard, alg. 1), among equals in the order of the
     tokens, or of their best gates with ``priority`` (V-MoE's batch-prioritised routing). A choice that
-    found no slot tries, ``reroute`` times, the token's next best expert, after all others of that round
-    are seated (Switch, app. B). In each of these a later token may take an earlier one's slot: where
-    ``causal``, all choices of a token are seated before those of the next, and the other two are refused.
+    found no slot tries, ``reroute`` times, the token's next best expert (below its K best, each tried once),
+    after all others of that round are seated (Switch, app. B). In each of these a later token may take an
+    earlier one's slot: where ``causal``, all choices of a token are seated before those of the next, and the
+    other two are refused.
 
     Args:
       rank_SE: what is ranked, larger first, ties to the lower index.
@@ -98,7 +99,8 @@ def token_choice(
     if settings.causal and (settings.priority or settings.reroute):
         raise ValueError("causal=True: accepted is priority=False and reroute=0")
     num_experts, k = rank_SE.shape[-1], settings.choices
-    ranked_SR = _best(rank_SE, min(k * (settings.reroute + 1), num_experts))
+    ranks = min(k * (settings.reroute + 1), num_experts)
+    ranked_SR = _best(rank_SE, ranks)
     first_SK = ranked_SR[:, :k]
     gate_SK = _gates(gate_SE, log_gate_SE, first_SK, settings)
     wanted_SK = jnp.broadcast_to(mask_S[:, None], gate_SK.shape)
@@ -108,16 +110,18 @@ def token_choice(
     order_S = jnp.argsort(-log_gate_SE.max(axis=-1)) if settings.priority else None
 
     expert_SK, slot_SK, kept_SK = first_SK, jnp.zeros_like(first_SK), jnp.zeros_like(wanted_SK)
-    filled_E = jnp.zeros(num_experts, jnp.int32)
-    for start in range(0, ranked_SR.shape[1], k):
-        tried_SK = ranked_SR[:, start : start + k]
-        width = tried_SK.shape[1]  # fewer than k are left where the experts run out
-        tried_SK = jnp.pad(tried_SK, ((0, 0), (0, k - width)))
-        trying_SK = wanted_SK & ~kept_SK & (jnp.arange(k) < width)[None, :]
+    filled_E, next_S = jnp.zeros(num_experts, jnp.int32), jnp.full(len(rank_SE), k, jnp.int32)
+    for again in range(1 + min(settings.reroute, num_experts - k)):
+        tried_SK, trying_SK = first_SK, wanted_SK & ~kept_SK
+        if again:
+            rank_SK = next_S[:, None] + jnp.cumsum(trying_SK, axis=1) - trying_SK
+            trying_SK &= rank_SK < ranks
+            next_S += trying_SK.sum(axis=1)
+            tried_SK = jnp.take_along_axis(ranked_SR, jnp.minimum(rank_SK, ranks - 1), axis=1)
         place_SK, filled_E = _seat(tried_SK, trying_SK, filled_E, settings, order_S)
         seated_SK = trying_SK & (place_SK < settings.capacity)
         expert_SK = jnp.where(seated_SK, tried_SK, expert_SK)
-        slot_SK = jnp.where(seated_SK | (start == 0), place_SK, slot_SK)
+        slot_SK = jnp.where(seated_SK | (not again), place_SK, slot_SK)
         kept_SK |= seated_SK
     if settings.reroute:
         gate_SK = _gates(gate_SE, log_gate_SE, expert_SK, settings)

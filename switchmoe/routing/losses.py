@@ -46,17 +46,18 @@ def router_z(logits_SE: jax.Array, mask_S: jax.Array) -> jax.Array:
 
 def entropy(prob_SE: jax.Array, mask_S: jax.Array) -> jax.Array:
     """Mean over real tokens of the distribution's entropy, in nats."""
-    return masked_mean(jax.scipy.special.entr(prob_SE).sum(axis=-1), mask_S)
+    return masked_mean(jax.scipy.special.entr(prob_SE.astype(jnp.float32)).sum(axis=-1), mask_S)
 
 
 def masked_mean(value_S: jax.Array, mask_S: jax.Array) -> jax.Array:
     """Mean of ``value_S`` where ``mask_S``; 0 if it is nowhere."""
-    return jnp.where(mask_S, value_S, 0.0).sum() / jnp.maximum(mask_S.sum(), 1)
+    return jnp.where(mask_S, value_S.astype(jnp.float32), 0.0).sum() / jnp.maximum(mask_S.sum(), 1)
 
 
 def mean_over_tokens(value_SE: jax.Array, mask_S: jax.Array, axis: str | None = None) -> jax.Array:
     """Mean over the real tokens, of all groups of the vmap axis ``axis`` if given; float32 [E]."""
-    total_E, count = jnp.where(mask_S[:, None], value_SE, 0.0).sum(axis=0), mask_S.sum()
+    total_E = jnp.where(mask_S[:, None], value_SE.astype(jnp.float32), 0.0).sum(axis=0)
+    count = mask_S.sum()
     if axis:
         total_E, count = jax.lax.psum((total_E, count), axis)
     return total_E / jnp.maximum(count, 1)

@@ -29,6 +29,7 @@ def switch(
     rank_SE = logits_SE
     if settings.explore == "sample" and key is not None:
         rank_SE = logits_SE + jax.random.gumbel(key, logits_SE.shape)
+        key = jax.random.fold_in(key, 1)  # the threshold, if there is one, draws as well
     return _balanced(rank_SE, logits_SE, prob_SE, mask_S, key, settings)
 
 
@@ -41,8 +42,9 @@ def top_k(
     ST-MoE's g_i / sum g. With ``threshold`` t a choice after the first is kept with probability
     min(1, gate / t) in training: t = 0.5 is GShard's ``2 g_2 > uniform`` (alg. 1), t = 0.2 ST-MoE's
     (app. G). With one choice and ``renormalize`` the gate stays p, as a constant 1 would leave the
-    router without a gradient. Losses: ``z``, and ``balance`` with f the share of all K choices (Mixtral's
-    code) or, with ``balance_choices="first"``, of the first ones alone (GShard, alg. 1; Mesh TensorFlow).
+    router without a gradient. Losses: ``z``, and ``balance`` with f the share of all K choices or, with
+    ``balance_choices="first"``, of the first ones alone (GShard, alg. 1; Mesh TensorFlow). Mixtral's code has
+    K times the former, and once over all layers' tokens together.
     """
     return _balanced(logits_SE, logits_SE, jax.nn.softmax(logits_SE, axis=-1), mask_S, key, settings)
 

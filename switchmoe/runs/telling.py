@@ -153,9 +153,14 @@ def _model(settings: Settings, layers: list[str], total: int, active: int, train
         lines.append(
             f"trained: {trained / 1e6:.3g} M parameters (train.trainable={settings.train.trainable})"
         )
-    idle = without_effect(settings.moe)
+    idle = without_effect(settings.moe, settings.stacks)
     if idle:
         lines.append(f"settings without effect here: {', '.join(f'moe.{name}' for name in idle)}")
+    parts = settings.train.accumulate
+    if settings.moe.balance == "global" and parts > 1 and "balance" not in idle and layers:
+        lines.append(
+            f"moe.balance=global: over each of the {parts} microbatches by itself (train.accumulate)"
+        )
     return lines
 
 

@@ -131,7 +131,8 @@ class MoESettings:
     z_loss_weight: float = 1e-3  # ST-MoE's router z-loss, likewise; 0 leaves it out
     importance_loss_weight: float = 0.1  # noisy_top_k's
     load_loss_weight: float = 0.1  # noisy_top_k's
-    balance: str = "group"  # group | global: the tokens over which the balancing losses' shares are taken
+    # group | global: the tokens over which the balancing losses' shares are taken; global: all of a microbatch (train.accumulate)
+    balance: str = "group"
     balance_choices: str = "all"  # all | first: choices that the balance loss counts; GShard's: the first
     explore: str = "jitter"  # in training: argmax | sample | input_dropout | jitter (Switch, app. C)
     jitter: float = 1e-2  # router input times U(1 - jitter, 1 + jitter)
@@ -142,7 +143,7 @@ class MoESettings:
     unit_gates: bool = False
     choice_threshold: float = 0.0  # later choices kept with probability gate / threshold; 0.5 is GShard's
     priority: bool = False  # encoder: slots go to the largest gates first (batch-prioritised routing)
-    reroute: int = 0  # encoder: rounds in which choices without a slot try the next best expert
+    reroute: int = 0  # encoder: rounds in which choices without a slot try the token's next best expert
     score: str = "softmax"  # loss_free: softmax | sigmoid
     bias_rate: float = 1e-3  # loss_free: change of an expert's bias a step
     branches: int = 2  # hierarchical: branches of the first level

@@ -46,7 +46,9 @@ class TrainSettings:
     patience: int = (
         0  # evaluations in a row that are no better than the best, after which the run is done; 0: none
     )
-    accumulate: int = 1  # microbatches a step; gradients are those of the whole batch
+    # Microbatches a step; gradients are those of the whole batch where one holds whole groups (batch_size / accumulate x length
+    # a multiple of moe.group_size). Else groups are smaller, with slots and balance of their own.
+    accumulate: int = 1
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary
     output_z_loss_weight: float = 1e-4  # on the vocabulary logits; 0 leaves it out
     skip_nonfinite: int = 0  # updates in a row left out as loss or gradient is not finite; one more: a stop

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switchmoe.model.output_loss import cross_entropy
+from switchmoe.model.output_loss import cross_entropy, hits
 from switchmoe.settings import Settings
 from switchmoe.training import objective
 from switchmoe.training.objective import Batch, Objective
@@ -41,15 +41,22 @@ def kept() -> Objective:
         shape = (*log_q_BLV.shape[:2], -1)
         ids_BLK = batch[IDS].reshape(shape)
         log_p_BLK = jax.lax.bitcast_convert_type(batch[LOG_PROBS], jnp.float32).reshape(shape)
-        log_q_BLK = jnp.take_along_axis(log_q_BLV, ids_BLK, axis=-1)
-        inside_BL = -(jnp.exp(log_p_BLK) * log_q_BLK).sum(-1)
-        return inside_BL - _rest(log_p_BLK) * jnp.log(jnp.maximum(_rest(log_q_BLK), 1e-9))
+        return soft_of_likeliest(log_q_BLV, ids_BLK, log_p_BLK)
 
     return _objective(soft)
 
 
-def _rest(log_p_BLK: jax.Array) -> jax.Array:
-    return jnp.maximum(1 - jnp.exp(log_p_BLK).sum(-1), 0.0)
+def soft_of_likeliest(log_q_BLV: jax.Array, ids_BLK: jax.Array, log_p_BLK: jax.Array) -> jax.Array:
+    """[B, L] The soft cross-entropy of the teacher's likeliest tokens and the rest, as one event of K + 1."""
+    log_q_BLK = jnp.take_along_axis(log_q_BLV, ids_BLK, axis=-1)
+    soft_BL = -(jnp.exp(log_p_BLK) * log_q_BLK).sum(-1)
+    if ids_BLK.shape[-1] == log_q_BLV.shape[-1]:
+        return soft_BL  # nothing is left
+    rest_BL = jnp.maximum(1 - jnp.exp(log_p_BLK).sum(-1), 0.0)
+    # Of the student summed, never 1 - sum: where that rounds to 0 the student is most wrong, and would learn nothing.
+    kept_BLV = jnp.put_along_axis(jnp.zeros(log_q_BLV.shape, bool), ids_BLK, True, axis=-1, inplace=False)
+    log_rest_BL = jax.nn.logsumexp(jnp.where(kept_BLV, -jnp.inf, log_q_BLV), axis=-1)
+    return soft_BL - rest_BL * log_rest_BL
 
 
 def log_probs(params: Any, batch: Batch, settings: Settings, temperature: float) -> jax.Array:
@@ -77,20 +84,22 @@ def _objective(soft: Callable[..., jax.Array], constants: Callable[[], tuple] = 
     def sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | None, *fixed: Any) -> dict:
         logits_BLV, aux = objective.applied(params, batch, settings, key, method="batch_logits")
         smoothing = 0.0 if key is None else settings.train.label_smoothing
-        nll_BL, z_BL = cross_entropy(logits_BLV, batch["targets"], smoothing)
+        nll_BL, z_BL = cross_entropy(logits_BLV, batch["targets"])
         soft_BL = soft(jax.nn.log_softmax(logits_BLV / settings.distill.temperature), batch, settings, *fixed)
-        correct_BL = logits_BLV.argmax(-1) == batch["targets"]
+        correct_BL = hits(logits_BLV, batch["targets"])
         values = {"nll": nll_BL, "output_z": z_BL, "correct": correct_BL, "soft": soft_BL}
+        if smoothing:
+            values["smoothed"], _ = cross_entropy(logits_BLV, batch["targets"], smoothing)
         return objective.summed(values, aux, batch)
 
     def summarize(sums: dict, counts: dict[str, jax.Array], settings: Settings) -> dict[str, jax.Array]:
         rest = {name: value for name, value in sums.items() if name != "soft"}
         metrics, distill = objective.summarize(rest, counts, settings), settings.distill
-        metrics["soft_cross_entropy"] = sums["soft"] / jnp.maximum(
-            counts.get("predicted", counts["decoder"]), 1.0
-        )
+        tokens = jnp.maximum(counts.get("predicted", counts["decoder"]), 1.0)
+        metrics["soft_cross_entropy"] = sums["soft"] / tokens
         soft = distill.temperature**2 * metrics["soft_cross_entropy"]
-        metrics["loss"] += distill.weight * (soft - metrics["cross_entropy"])
+        hard = sums["smoothed"] / tokens if "smoothed" in sums else metrics["cross_entropy"]
+        metrics["loss"] += distill.weight * (soft - hard)
         return metrics
 
     return Objective(sums, objective.token_counts, summarize, constants)

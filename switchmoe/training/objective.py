@@ -42,11 +42,16 @@ class Objective(NamedTuple):
 def token_sums(params: Any, batch: Batch, settings: Settings, key: jax.Array | None = None) -> dict:
     """Sums over the batch's real tokens: ``nll``, ``output_z``, ``correct``, and per stack its aux.
 
-    A key makes it a training pass, with the streams ``dropout`` and ``router``.
+    A key makes it a training pass, with the streams ``dropout`` and ``router``, and with ``train.label_smoothing`` a sum
+    ``smoothed``, which is minimised in place of ``nll``.
     """
     smoothing = 0.0 if key is None else settings.train.label_smoothing
-    (nll_BL, z_BL, correct_BL), aux = applied(params, batch, settings, key, smoothing, method="token_losses")
-    return summed({"nll": nll_BL, "output_z": z_BL, "correct": correct_BL}, aux, batch)
+    found, aux = applied(params, batch, settings, key, smoothing, method="token_losses")
+    loss_BL, z_BL, correct_BL, nll_BL = found
+    values = {"nll": loss_BL, "output_z": z_BL, "correct": correct_BL}
+    if smoothing:
+        values |= {"nll": nll_BL, "smoothed": loss_BL}
+    return summed(values, aux, batch)
 
 
 def applied(
@@ -78,8 +83,8 @@ def token_counts(batch: Batch) -> dict[str, jax.Array]:
 def summarize(sums: dict, counts: dict[str, jax.Array], settings: Settings) -> dict[str, jax.Array]:
     """Metrics of a batch (or several) from the sums and token counts over all of it.
 
-    ``loss`` is what is minimised: cross-entropy + output z-loss + the routers' losses summed over
-    layers, each with its weight. All others are unweighted: ``cross_entropy`` in nats per target
+    ``loss`` is what is minimised: cross-entropy (smoothed, see `token_sums`) + output z-loss + the routers' losses
+    summed over layers, each with its weight. All others are unweighted: ``cross_entropy`` in nats per target
     token, ``balance_loss`` and ``z_loss`` summed over layers; ``layer_*`` are arrays over the sparse
     layers, the encoder's first.
     """
@@ -90,7 +95,8 @@ def summarize(sums: dict, counts: dict[str, jax.Array], settings: Settings) -> d
         "accuracy": sums["correct"] * tokens,
         "output_z_loss": sums["output_z"] * tokens,
     }
-    loss = metrics["cross_entropy"] + settings.train.output_z_loss_weight * metrics["output_z_loss"]
+    hard = sums["smoothed"] * tokens if "smoothed" in sums else metrics["cross_entropy"]
+    loss = hard + settings.train.output_z_loss_weight * metrics["output_z_loss"]
     if settings.sparse:
         # By name: a compiled function returns a dictionary's entries in alphabetical order.
         per_stack = [

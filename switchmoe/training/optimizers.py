@@ -21,7 +21,7 @@ def schedule(settings: OptimizerSettings, num_steps: int) -> Callable[[jax.Array
     """Learning rate by step, counted from 0. With f = learning_rate, w = warmup_steps:
 
     - rsqrt: ``f / sqrt(max(step, w))``, T5's, flat until w;
-    - warmup_rsqrt: ``f / sqrt(w) * min(step / w, sqrt(w / step))``, ST-MoE's;
+    - warmup_rsqrt: ``f / sqrt(max(step, w)) * min(1, (step + 1) / w)``, ST-MoE's;
     - warmup_cosine: up to f over w steps, then by a half cosine to 0 at num_steps;
     - constant: f.
     """
@@ -52,10 +52,10 @@ def create(
         al. 2024), whatever the optimizer and its schedule.
     """
 
-    def is_bias(path: tuple, _: tuple[str, ...]) -> str:
-        return "bias" if path[-1].key == "router_bias" else "rest"
+    def label(path: tuple, _: tuple[str, ...]) -> str:
+        return "bias" if is_bias(path) else "rest"
 
-    labels = jax.tree_util.tree_map_with_path(is_bias, names, is_leaf=is_names)
+    labels = jax.tree_util.tree_map_with_path(label, names, is_leaf=is_names)
     if "bias" not in jax.tree.leaves(labels):
         return _create(settings, num_steps, names)
     rest = jax.tree.map(
@@ -64,6 +64,11 @@ def create(
     return optax.partition(
         {"rest": _create(settings, num_steps, rest), "bias": optax.sign_sgd(bias_rate)}, labels
     )
+
+
+def is_bias(path: tuple) -> bool:
+    """Whether a parameter is a ``router_bias``, whose gradient is none of the loss."""
+    return path[-1].key == "router_bias"
 
 
 def updates(state: Any) -> int:

@@ -70,14 +70,15 @@ def parameter_names(settings: Settings) -> list[str]:
     return ["/".join(sharding.path_keys(path)) for path, _ in leaves]
 
 
-# ST-MoE's fine-tuned subsets (2202.08906, figure 5), which `train.trainable` may name
+# ST-MoE's fine-tuned subsets (2202.08906, figure 5), which `train.trainable` may name. Of a sparse layer are its
+# shared experts, too; those that make queries, keys and values (`moe.attention`) are also attention.
 SUBSETS = {
     "all": "",
-    "non_moe": r"^(?!.*/moe/)",
-    "moe_only": r"/moe/(router|experts)",
-    "attention": r"/(self|cross)/",
+    "non_moe": r"^(?!.*/(self_)?moe/)",
+    "moe_only": r"/(self_)?moe/",
+    "attention": r"/(self|cross|self_moe)/",
     "ffn": r"/(ff|moe)/",
-    "router": r"/moe/router",
+    "router": r"/(self_)?moe/router",
 }
 
 

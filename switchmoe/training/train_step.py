@@ -1,7 +1,7 @@
 """The training step: loss, gradients over microbatches, update; and the evaluation step.
 
 Everything is first summed over tokens, then divided by the totals of the whole batch (`objective`), so that
-microbatches and padding change nothing.
+padding changes nothing, nor do microbatches that hold whole groups (`train_step`).
 """
 
 import functools
@@ -14,7 +14,7 @@ import optax
 
 from switchmoe.products import compiler_options
 from switchmoe.settings import Settings
-from switchmoe.training import train_state
+from switchmoe.training import optimizers, train_state
 from switchmoe.training.objective import CROSS_ENTROPY, Batch, Objective
 from switchmoe.training.train_state import TrainState
 
@@ -54,11 +54,14 @@ def train_step(
     objective: Objective = CROSS_ENTROPY,
     constants: tuple = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update; gradients are those of the mean over the whole batch, whatever ``train.accumulate``.
+    """One update; gradients are those of the mean over the whole batch, whatever ``train.accumulate``, where a microbatch
+    holds whole groups (``batch_size / accumulate x length`` a multiple of ``moe.group_size``) and their losses are their
+    own (``moe.balance=group``). Else its groups are smaller, and ``moe.balance=global`` is over one microbatch.
 
     The step's key is ``fold_in(key, step)``: a resumed run draws what it would have drawn.
 
-    Beside the metrics of the objective there are ``grad_norm`` and ``tokens``, the batch's real ones of both stacks.
+    Beside the metrics of the objective there are ``grad_norm``, of the loss's gradients (so without a ``router_bias``),
+    and ``tokens``, the batch's real ones of both stacks.
 
     With ``train.skip_nonfinite`` a step whose loss or gradient norm is not finite leaves parameters and
     optimizer as they were, and ``skipped`` is 1; the step is counted all the same.
@@ -83,7 +86,9 @@ def train_step(
         grads, sums = _accumulate(gradient, trained, batch, key, settings.train.accumulate)
     updates, opt_state = tx.update(grads, state.opt_state, trained)
     params = train_state.merge(optax.apply_updates(trained, updates), frozen)
-    metrics = objective.summarize(sums, counts, settings) | {"grad_norm": optax.global_norm(grads)}
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    norm = optax.global_norm([leaf for path, leaf in leaves if not optimizers.is_bias(path)])
+    metrics = objective.summarize(sums, counts, settings) | {"grad_norm": norm}
     metrics["tokens"] = sum(count for name, count in counts.items() if name != "predicted").astype(jnp.int32)
     if settings.train.skip_nonfinite:
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])

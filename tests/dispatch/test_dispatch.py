@@ -197,6 +197,45 @@ def test_a_nan_token_reaches_no_other(back_end):
     assert jnp.isfinite(gradient[clean]).all()
 
 
+@pytest.mark.parametrize("at", [(0, 0), (1, 5)])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("back_end", DISPATCHERS)
+def test_a_bad_row_reaches_the_tokens_it_is_of_and_no_other(back_end, bad, at):
+    """Of a token: its slots; of a slot: its token, whose other choice is finite."""
+    routing = choices(6, groups=2, tokens=8, experts=3, capacity=3, per_token=2)
+    dispatcher = DISPATCHERS[back_end](routing)
+    clean = jnp.full((2, 8, 4), 2.0)
+    x_GSD = clean.at[at].set(bad)
+    rows, wanted = dispatcher.dispatch(x_GSD), dispatcher.dispatch(clean)
+    mine = ~jnp.isfinite(rows).all(axis=-1)
+    assert mine.sum() == routing.kept_SK[at].sum() > 0
+    np.testing.assert_array_equal(rows[~mine], wanted[~mine])
+    one = jnp.argmax(mine.reshape(-1))
+    broken = wanted.reshape(-1, 4).at[one].set(bad).reshape(wanted.shape)
+    y_GSD = dispatcher.combine(broken)
+    assert not jnp.isfinite(y_GSD[at]).any()
+    others = jnp.ones((2, 8), bool).at[at].set(False)
+    np.testing.assert_array_equal(y_GSD[others], dispatcher.combine(wanted)[others])
+
+
+def test_the_einsum_back_end_reads_its_masks_once_each_way():
+    """Bytes accessed, of a CPU's program, against those of the two products alone."""
+    routing = choices(0, groups=1, tokens=256, experts=8, capacity=40)
+    dispatcher = DISPATCHERS["einsum"](routing)
+
+    def guarded(dispatcher, x_GSD):
+        return dispatcher.combine(jnp.tanh(dispatcher.dispatch(x_GSD)))
+
+    def bare(dispatcher, x_GSD):
+        y_EGCD = jnp.tanh(jnp.einsum("GSEC,GSD->EGCD", dispatcher.slot_GSEC, x_GSD))
+        return jnp.einsum("GSEC,EGCD->GSD", dispatcher.gate_GSEC, y_EGCD)
+
+    x_GSD = jax.random.normal(jax.random.key(0), (1, 256, 64))
+    found, wanted = (jax.jit(function).lower(dispatcher, x_GSD).compile() for function in (guarded, bare))
+    assert found.cost_analysis()["bytes accessed"] < 1.4 * wanted.cost_analysis()["bytes accessed"]
+    np.testing.assert_allclose(found(dispatcher, x_GSD), wanted(dispatcher, x_GSD), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("back_end", DISPATCHERS)
 def test_a_bad_token_that_no_loss_reads_adds_nothing_to_kernels_and_gates(back_end, bad):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import configs
+from switchmoe.model.moe import group_shape
 from switchmoe.planning import flops
 from switchmoe.runs import trained
 from switchmoe.settings import from_config
@@ -32,6 +33,18 @@ def test_parameters_match_table_9(name):
     billions, digits, _ = TABLE_9[name]
     total, _ = train_state.parameter_counts(settings(name))
     assert round(total / 1e9, digits) == billions
+
+
+@pytest.mark.parametrize("name", ["switch_base", "switch_large", "switch_xxl", "switch_c"])
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_held_out_text_has_the_groups_of_training(name, stack):
+    """A sequence alone would give an expert one choice or none on average, and drop what training keeps."""
+    s = settings(name)
+    length = {"encoder": s.data.input_length, "decoder": s.data.target_length}[stack]
+    training, held_out = (
+        group_shape(s.data.batch_size, length, size) for size in (s.moe.group_size, s.moe.eval_group_size)
+    )
+    assert held_out == training and training[1] > length
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from switchmoe.interop import convert, t5, tables
+from switchmoe.interop import convert, decoders, t5, tables
 from switchmoe.settings import from_config
 from switchmoe.training import places, train_state
 
@@ -18,6 +18,31 @@ PUBLISHED = {  # parameters; of Switch as far as the paper and the files' sizes 
     "OLMoE-1B-7B": 6_919_161_856, "Qwen3-30B-A3B": 30_532_122_624, "switch-base-8": 0.62e9, "switch-base-256": 14.7e9,
     "switch-large-128": 26.3e9, "switch-c-2048": 1571e9,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.001, 0.02, 1 / 3])
+@pytest.mark.parametrize(
+    "kind, more, choices, sparse_layers",
+    [
+        ("mixtral", {}, 2, 32),
+        ("olmoe", {}, 8, 16),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, 4, 21),
+        ("qwen3_moe", {"decoder_sparse_step": 3}, 8, 8),
+    ],
+)
+def test_the_balance_loss_of_a_layer_has_its_share_of_theirs(kind, more, choices, sparse_layers, coefficient):
+    """Theirs is K at even loads, once over all layers; ours 1, summed over them. There and back it is their number."""
+
+    def refuse(*told):
+        raise AssertionError(told)
+
+    config = decoders.DEFAULTS[kind] | more | {"model_type": kind, "router_aux_loss_coef": coefficient}
+    config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    settings = from_config(decoders.read_config(config, refuse))
+    assert len(settings.sparse_blocks("decoder")) == sparse_layers
+    wanted = coefficient * choices / sparse_layers
+    assert settings.moe.balance_loss_weight == pytest.approx(wanted, rel=1e-12)
+    assert decoders.write_config(settings, refuse)["router_aux_loss_coef"] == coefficient
 
 
 def expanded(patterns):

@@ -10,6 +10,8 @@ import pytest
 from switchmoe.model import attend
 from switchmoe.model.attend import MASKED, Seen
 from switchmoe.model.attention import rotate
+from switchmoe.model.transformer import Transformer
+from switchmoe.settings import from_config
 
 
 def parts(queries=5, keys=7, heads=4, kv_heads=4, batch=3, width=8):
@@ -27,7 +29,7 @@ def seen(kind, queries=5, keys=7, heads=4, batch=3):
         "all": Seen(jnp.zeros((1, 1, 1, keys))),
         "bias, lengths": Seen(jnp.where(padded, MASKED, 0.0), bias=bias, keys_B=keys_B),
         "bias, causal": Seen(jnp.where(ahead, MASKED, 0.0)[None, None], bias=bias, causal=True),
-        "packed": Seen(jnp.where(ahead[None, None] | padded, MASKED, 0.0), causal=True),
+        "packed": Seen(jnp.where(ahead[None, None] | padded, MASKED, 0.0), causal=True, by_mask=True),
     }[kind]
 
 
@@ -69,6 +71,56 @@ def test_every_form_and_its_gradient_is_a_loops(form, kind, kv_heads):
         for function in (form, naive)
     ]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), *both)
+
+
+@pytest.fixture
+def cudnn_by_xla(monkeypatch):
+    """What cuDNN is asked, answered by XLA."""
+    asked = jax.nn.dot_product_attention
+
+    def answered(*parts, implementation, **terms):
+        assert implementation == "cudnn"
+        return asked(*parts, implementation="xla", **terms)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answered)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", ["all", "bias, lengths", "bias, causal", "packed"])
+def test_cudnn_is_told_what_the_plain_form_sees(cudnn_by_xla, kind, batch):
+    given, own = parts(batch=batch), seen(kind, batch=batch)
+    if batch == 1 and own.keys_B is not None:  # the first row of `seen` has no padding
+        own = own.replace(keys_B=own.keys_B - 3, added_B1QM=own.added_B1QM.at[..., 4:].set(MASKED))
+    wanted = attend.plain(*given, own, 0.3)
+    np.testing.assert_allclose(attend.by_cudnn(*given, own, 0.3), wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("stacks", ["encoder_decoder", "decoder_only"])
+def test_packed_documents_do_not_see_each_other_by_cudnn(cudnn_by_xla, monkeypatch, stacks, rows):
+    s = from_config(
+        {
+            "model": dict(d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=2, dtype="float32")
+            | dict(stacks=stacks, positions="rotary"),
+            "moe": dict(num_experts=1),
+            "data": dict(
+                vocab_size=300, objective="causal_lm" if stacks == "decoder_only" else "span_corruption"
+            ),
+        }
+    )
+    ids_BL = jnp.tile(jnp.arange(2, 10), (rows, 1))
+    segment_BL, position_BL = jnp.tile(
+        jnp.array([[1] * 3 + [2] * 5, [*range(3), *range(5)]])[:, None], (1, rows, 1)
+    )
+    more = {} if stacks == "decoder_only" else {"input_segment_BL": segment_BL}
+    given = None if stacks == "decoder_only" else ids_BL, ids_BL, segment_BL, position_BL
+    model = Transformer(s)
+    variables = model.init(jax.random.key(0), *given, **more)
+    logits = {}
+    for cudnn in (False, True):
+        monkeypatch.setattr(attend, "_cudnn", lambda *_, cudnn=cudnn: cudnn)
+        logits[cudnn] = model.apply(variables, *given, **more)[0]
+    np.testing.assert_allclose(logits[True], logits[False], rtol=1e-4, atol=1e-4)
 
 
 def test_head_by_head_keeps_no_logits_for_the_gradient():

@@ -25,7 +25,7 @@ def test_output_cross_entropy_has_the_gradient_of_its_formula(smoothing):
     keys = jax.random.split(jax.random.key(0), 3)
     targets_BL = jax.random.randint(keys[2], (3, 5), 0, 11)
 
-    def plain(x_BLD, table_VD):
+    def plain(x_BLD, table_VD, smoothing=smoothing):
         return output_loss.cross_entropy(output_loss.logits(x_BLD, table_VD), targets_BL, smoothing)
 
     def total(outputs):
@@ -44,7 +44,8 @@ def test_output_cross_entropy_has_the_gradient_of_its_formula(smoothing):
         assert [a.dtype for a in found[1]] == [dtype, dtype]
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert jnp.abs(a.astype(jnp.float32) - b).max() < tolerance * jnp.abs(b).max()
-        correct_BL = output_loss.output_cross_entropy(*inputs, targets_BL)[2]
+        _, _, correct_BL, nll_BL = output_loss.output_cross_entropy(*inputs, targets_BL, smoothing)
+        np.testing.assert_allclose(nll_BL, plain(*inputs, 0.0)[0], rtol=1e-5)
         assert (correct_BL == (output_loss.logits(*inputs).argmax(-1) == targets_BL)).all()
 
 

@@ -20,6 +20,20 @@ def test_balance_is_one_when_uniform_and_e_when_collapsed():
     assert collapsed == pytest.approx(4.0)
 
 
+def test_all_is_float32_of_a_router_in_bfloat16():
+    prob_SE, mask_S = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16), jax.ShapeDtypeStruct((8,), bool)
+    value_S = jax.ShapeDtypeStruct((8,), jnp.bfloat16)
+    for function, value in (
+        (lambda value, mask_S: losses.load_balancing(value, value, mask_S), prob_SE),
+        (losses.squared_cv, prob_SE),
+        (losses.router_z, prob_SE),
+        (losses.entropy, prob_SE),
+        (losses.mean_over_tokens, prob_SE),
+        (losses.masked_mean, value_S),
+    ):
+        assert jax.eval_shape(function, value, mask_S).dtype == jnp.float32
+
+
 def test_balance_by_hand():
     prob_SE = jnp.array([[0.7, 0.3], [0.6, 0.4], [0.2, 0.8]])
     # f = (2/3, 1/3), P = (0.5, 0.5): 2 * (1/3 + 1/6) = 1

@@ -53,6 +53,24 @@ def test_switch_sampling_draws_from_the_distribution():
     assert route("switch", logits_SE, explore="sample").load_E.tolist() == [1, 0, 0], "not in evaluation"
 
 
+def test_what_is_sampled_and_what_the_threshold_keeps_are_drawn_from_two_keys(monkeypatch):
+    drawn = []
+
+    def recorded(function):
+        def draw(key, *rest):
+            drawn.append(jax.random.key_data(key).tolist())
+            return function(key, *rest)
+
+        return draw
+
+    for name in ("gumbel", "uniform"):
+        monkeypatch.setattr(jax.random, name, recorded(getattr(jax.random, name)))
+    finer = settings("switch", choices=2, explore="sample", threshold=0.2)
+    ROUTERS["switch"](jnp.asarray(scores("switch")), jnp.ones(16, bool), jax.random.key(0), finer)
+    assert drawn[0] == jax.random.key_data(jax.random.key(0)).tolist()
+    assert len(drawn) == 2 and drawn[0] != drawn[1]
+
+
 PROBS_SE = np.array([[0.5, 0.3, 0.1, 0.1], [0.2, 0.5, 0.2, 0.1], [0.6, 0.3, 0.05, 0.05]])
 
 
@@ -328,6 +346,20 @@ def test_soft_by_hand():
     close(routing.load_E, [0.5, 0.5])
 
 
+def test_a_choice_is_rerouted_to_the_next_best_expert():
+    """Token 1's second choice, expert 1, is full; the next it ranks is expert 3, then expert 0."""
+    probs_SE = np.array([[0.5, 0.4, 0.06, 0.04], [0.04, 0.3, 0.6, 0.06]])
+    assert route("top_k", np.log(probs_SE), capacity=1).kept_SK.tolist() == [[True, True], [True, False]]
+    for reroute in (1, 7):
+        routing = route("top_k", np.log(probs_SE), capacity=1, reroute=reroute)
+        assert routing.expert_SK.tolist() == [[0, 1], [2, 3]] and routing.kept_SK.all()
+        close(routing.gate_SK[1], [0.6 / 0.66, 0.06 / 0.66])
+    # Both choices of token 1 are refused: the first of them tries first.
+    probs_SE = np.array([[0.5, 0.4, 0.06, 0.04], [0.5, 0.4, 0.04, 0.06]])
+    routing = route("top_k", np.log(probs_SE), capacity=1, reroute=1)
+    assert routing.expert_SK.tolist() == [[0, 1], [3, 2]] and routing.kept_SK.all()
+
+
 # Properties.
 
 
@@ -350,9 +382,10 @@ def test_token_choice_invariants(name, more, capacity, key):
     filled_E = np.bincount(routing.expert_SK[kept_SK], minlength=4)
     for e in range(4):
         assert sorted(slot for expert, slot in places if expert == e) == list(range(filled_E[e]))
-    refused = routing.expert_SK[mask_S[:, None] & ~kept_SK]
-    if not more.get("reroute"):
-        assert (filled_E[refused] == capacity).all(), "a free slot was refused"
+    for s in np.flatnonzero(mask_S & ~kept_SK.all(axis=1)):
+        best = np.argsort(-routing.rank_SE[s], kind="stable")[: kept_SK.shape[1] + more.get("reroute", 0)]
+        tried = set(best) - set(routing.expert_SK[s][kept_SK[s]])
+        assert all(filled_E[e] == capacity for e in tried), "a free slot was refused"
     assert routing.load_E.sum() == pytest.approx(1)
     dropped = 1 - kept_SK.sum() / (mask_S.sum() * kept_SK.shape[1])
     assert routing.fraction_dropped == pytest.approx(dropped, abs=1e-6)

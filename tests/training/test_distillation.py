@@ -109,6 +109,39 @@ def test_likeliest_tokens(groups):
     assert few["soft_cross_entropy"] == pytest.approx(by_hand[data["targets"] != 0].mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize("gap", [1.0, 20.0, 60.0])
+def test_a_student_sure_of_what_is_kept_learns_of_the_rest(gap):
+    """The gradient of the logits is q - p: the rest's share of it -0.1, where a 1 - sum rounds to 0."""
+    logits_BLV = jnp.zeros((1, 1, 8)).at[..., :2].set(gap)
+    ids_BLK, log_p_BLK = jnp.array([[[0, 1]]]), jnp.log(jnp.array([[[0.6, 0.3]]]))
+
+    def soft(logits_BLV):
+        return distillation.soft_of_likeliest(jax.nn.log_softmax(logits_BLV), ids_BLK, log_p_BLK).sum()
+
+    gradient_V = jax.grad(soft)(logits_BLV)[0, 0]
+    q_V = jax.nn.softmax(logits_BLV)[0, 0]
+    np.testing.assert_allclose(gradient_V[2:].sum(), q_V[2:].sum() - 0.1, rtol=1e-5)
+    np.testing.assert_allclose(gradient_V[:2], q_V[:2] - np.array([0.6, 0.3]), rtol=1e-4, atol=1e-6)
+
+
+def test_label_smoothing_is_minimised_and_not_told():
+    s = settings(dict(weight=0.25), train=dict(output_z_loss_weight=0.0, label_smoothing=0.1))
+    moe = dataclasses.replace(s.moe, balance_loss_weight=0.0, z_loss_weight=0.0, jitter=0.0)
+    s = dataclasses.replace(s, moe=moe, model=dataclasses.replace(s.model, dropout_rate=0.0))
+    ours, theirs, data = parameters(s, 1), parameters(s, 2), batch(s)
+    what = distillation.beside(s, lambda: theirs)
+    counts = what.counts(data)
+    held_out, training = (
+        what.summarize(what.sums(ours, data, s, key, theirs), counts, s) for key in (None, jax.random.key(0))
+    )
+    for name in ("cross_entropy", "soft_cross_entropy", "accuracy"):
+        assert training[name] == pytest.approx(float(held_out[name]), rel=1e-5)
+    uniform = -log_softmax(ours, s, data, 1.0).mean(-1)[data["targets"] != 0].mean()
+    hard = 0.9 * held_out["cross_entropy"] + 0.1 * uniform
+    expected = 0.75 * hard + 0.25 * held_out["soft_cross_entropy"]
+    assert training["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_microbatches_and_the_teachers_parameters_as_an_argument():
     teacher = settings()
     student = settings(dict(weight=0.5), moe=dict(num_experts=1))

@@ -100,6 +100,37 @@ def test_cross_entropy_is_the_mean_over_real_targets():
     assert expected == pytest.approx(math.log(512), abs=2)
 
 
+def test_label_smoothing_is_minimised_and_not_told():
+    moe = dict(jitter=0.0, capacity_factor=8.0, eval_capacity_factor=8.0, balance_loss_weight=0.0)
+    s = settings(
+        dict(dropout_rate=0.0),
+        moe | dict(z_loss_weight=0.0),
+        dict(label_smoothing=0.1, output_z_loss_weight=0.0),
+    )
+    data, params = batch(), first_state(s).params
+    held_out = objective.summarize(*evaluated(params, data, s), s)
+    _, training = after(s, 1, data)
+    assert training["cross_entropy"] == pytest.approx(float(held_out["cross_entropy"]), rel=1e-5)
+    logits, _ = apply(s, {"params": params}, data["inputs"], data["targets"])
+    uniform = -jax.nn.log_softmax(logits)[data["targets"] != 0].mean()
+    expected = 0.9 * held_out["cross_entropy"] + 0.1 * uniform
+    assert training["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_gradients_norm_is_of_the_losss_alone():
+    """A router_bias is moved by its load; the norm is that of all other gradients, which is what is clipped."""
+    free = dict(router="loss_free", balance_loss_weight=0.0)
+    s = settings(moe=free)
+    frozen = settings(moe=free, train=dict(trainable="^(?!.*router_bias)"))
+    norms = []
+    for one in (s, frozen):
+        tx = train_state.optimizer(one)
+        state = jax.jit(lambda one=one, tx=tx: train_state.init_state(one, tx))()
+        step = jax.jit(functools.partial(train_step.train_step, settings=one, tx=tx))
+        norms.append(float(step(state, batch())[1]["grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
 def test_layers_are_listed_encoder_first_in_training_and_evaluation():
     """What a compiled function returns has its dictionaries' entries sorted, the decoder before the encoder."""
     s, data = (
@@ -134,6 +165,16 @@ def test_accumulation_changes_nothing():
     assert_close(whole.params, split.params, atol=1e-4)
 
 
+def test_accumulation_changes_what_a_microbatch_drops_where_it_holds_no_whole_group():
+    """Groups of all 8 sequences: one microbatch of 2 has an own capacity and own statistics."""
+    moe = dict(group_size=96, capacity_factor=1.0)
+    _, whole = after(settings(moe=moe), 1, batch())
+    _, split = after(settings(moe=moe, train=dict(accumulate=4)), 1, batch())
+    dropped, dropped_split = (metrics["layer_fraction_dropped"] for metrics in (whole, split))
+    assert float(jnp.abs(dropped - dropped_split).max()) > 1e-3
+    assert abs(float(whole["balance_loss"] - split["balance_loss"])) > 1e-3
+
+
 @pytest.mark.long
 def test_compile_time_does_not_grow_with_depth():
     """12 layers within 1.3 times 4 layers, in processor seconds."""
@@ -154,7 +195,7 @@ def test_padding_appended_to_the_batch_changes_no_metric():
     s = settings()
     data = batch()
     wider = {
-        "inputs": jnp.pad(data["inputs"], ((0, 0), (0, 0))),
+        "inputs": jnp.pad(data["inputs"], ((0, 0), (0, 5))),
         "targets": jnp.pad(data["targets"], ((0, 0), (0, 4))),
     }
     params = first_state(s).params
@@ -267,6 +308,24 @@ def test_what_is_frozen_stays_and_the_rest_moves_as_if_all_were_trained(name, ac
         assert np.array_equal(after[part][parameter], value) != trained, parameter
         if trained:
             np.testing.assert_allclose(after[part][parameter], after[whole][parameter], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("moe", [{}, dict(attention=True, num_shared=1, shared_gate=True)], ids=str)
+def test_a_parameter_is_of_the_sparse_layers_or_not(moe):
+    """Attention's experts and shared experts are of them."""
+    names = train_state.parameter_names(settings(moe=moe))
+    found = {
+        subset: {
+            name for name in names if train_state.is_trained(name, settings(train=dict(trainable=subset)))
+        }
+        for subset in train_state.SUBSETS
+    }
+    moe_only = {name for name in names if "moe" in name}
+    assert found["moe_only"] == moe_only and found["non_moe"] == set(names) - moe_only
+    assert found["router"] == {name for name in names if name.endswith("router")}
+    assert not found["attention"] & found["ffn"]
+    assert found["attention"] | found["ffn"] >= moe_only
+    assert len(found["router"]) == 2 * (2 if moe else 1)
 
 
 def test_parts_of_the_parameters_are_put_together_again():
