@@ -22,6 +22,7 @@ SIGTERM and Ctrl-C: answers those who are there, at most --timeout, then ends; a
 is its chat template (docs/serving.md). Exit codes: 0 done; 2 bad input; 4 a file that can't be read, an address in use.
 """
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -91,7 +92,8 @@ def _serve(options: dict[str, Any], overrides: dict[str, Any]) -> int:
 
 
 def _note(text: str) -> None:
-    print(f"{COMMAND}: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(f"{COMMAND}: {text}", file=sys.stderr, flush=True)
 
 
 def _token(file: str) -> str:

@@ -24,6 +24,7 @@ REFUSED = {
     "full": (429, "the queue is full; accepted is another try later", "queue_full", 1),
     "warming": (503, "the model is warming up; accepted is another try later", "warming_up", 5),
     "closed": (503, "the server is shutting down; accepted is another server", "shutting_down", 10),
+    "failed": (500, "the model can't be run any more; accepted is another server", "internal_error", 0),
 }
 
 
@@ -34,7 +35,7 @@ def application(service: Service) -> Starlette:
 
     def refused(request: Request, found: Refused) -> Response:
         status, message, code, seconds = REFUSED[found.why]
-        return failure(status, message, code, headers={"retry-after": str(seconds)})
+        return failure(status, message, code, headers={"retry-after": str(seconds)} if seconds else None)
 
     def of_http(request: Request, found: HTTPException) -> Response:
         paths = "; accepted are " + ", ".join(sorted(description.PATHS)) if found.status_code == 404 else ""
@@ -53,7 +54,7 @@ def application(service: Service) -> Starlette:
     async def health(request: Request) -> Response:
         engine = service.engine
         if engine.failed:
-            return failure(500, f"the model could not be prepared: {engine.failed}", "internal_error")
+            return failure(500, f"the model can't be run: {engine.failed}", "internal_error")
         if not engine.ready or engine.closed:
             return refused(request, Refused("closed" if engine.closed else "warming"))
         return JSONResponse({"status": "ok"})

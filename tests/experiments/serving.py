@@ -37,10 +37,12 @@ SLOTS = 4
 
 
 @functools.cache
-def vocabulary(more=tuple(IDENTITY.items())):
+def vocabulary(normalised=False):
     rng = random.Random(0)
     words = ["".join(rng.choice("abcdefghij") for _ in range(rng.randrange(2, 7))) for _ in range(300)]
-    return Vocabulary.from_bytes(vocabularies.train([TEXT * 20, " ".join(words)], 380, TRAINER | dict(more)))
+    return Vocabulary.from_bytes(
+        vocabularies.train([TEXT * 20, " ".join(words)], 380, TRAINER | ({} if normalised else IDENTITY))
+    )
 
 
 @functools.cache

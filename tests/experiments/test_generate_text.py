@@ -12,7 +12,7 @@ from switchmoe.runs import trained
 @pytest.mark.parametrize("given", ["text", "ids"])
 @pytest.mark.parametrize("kind", ["decoder", "switch"])
 def test_an_answer_has_the_blank_between_it_and_its_prompt(kind, given, monkeypatch):
-    normalised, of = vocabulary(more=()), settings(kind)
+    normalised, of = vocabulary(normalised=True), settings(kind)
     model = types.SimpleNamespace(settings=of, vocabulary=normalised, step="a step")
     monkeypatch.setattr(trained, "find", lambda source: model)
     monkeypatch.setattr(trained, "on_one_device", lambda model, settings: parameters(kind))

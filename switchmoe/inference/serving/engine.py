@@ -5,6 +5,7 @@ A job is a prompt and its answers, of which each takes a slot. What becomes of i
 """
 
 import collections
+import contextlib
 import dataclasses
 import threading
 import time
@@ -22,7 +23,7 @@ LATE, BROKEN, CLOSED = "late", "broken", "closed"  # why a job failed
 
 
 class Refused(Exception):
-    """A job that can't be taken: ``why`` is full, warming or closed."""
+    """A job that can't be taken: ``why`` is full, warming, closed or failed."""
 
     def __init__(self, why: str):
         super().__init__(why)
@@ -143,7 +144,7 @@ class Engine:
 
     @property
     def failed(self) -> str:
-        """Why it could not be warmed up; empty: it could, or may still be."""
+        """Why it could not be warmed up, or ended by itself; empty: it did not."""
         return self._failed
 
     def start(self) -> None:
@@ -156,6 +157,8 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise Refused("closed")
+            if self._failed:
+                raise Refused("failed")
             if not self.ready:
                 raise Refused("warming")
             asked = [_Slot(job, answer) for job in jobs for answer in range(job.answers)]
@@ -195,12 +198,27 @@ class Engine:
                 if self._closed:
                     return
         except Exception as error:
-            self._failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._died(error)
             self._note(f"the programs can't be compiled: {self._failed}")
             self.failing(error)
             return
         self.ready = True
-        self._note("ready")
+        try:
+            self._note("ready")
+            self._serve()
+        except Exception as error:
+            self._died(error)
+            self._note(f"the engine ended: {self._failed}")
+
+    def _died(self, error: Exception) -> None:
+        """Nothing is computed any more: all who wait are told, and who comes is refused."""
+        with self._changed:
+            self._failed, self.ready = f"{type(error).__name__}: {error}".splitlines()[0], False
+        for job in _jobs((*self._slots, *self._waiting)):
+            with contextlib.suppress(Exception):  # of who listens, so that the others are told
+                self._fail(job, BROKEN)
+
+    def _serve(self) -> None:
         while self._wait():
             try:
                 self._sweep()

@@ -141,6 +141,7 @@ class Programs:
 
     def reset(self) -> None:
         """Empties all slots."""
+        self._state = None  # so that there is room for another
         self._state = self._fresh()
 
     def key(self, seed: int, number: int) -> np.ndarray:
