@@ -55,7 +55,7 @@ class Template:
             form = self.roles.get(message["role"])
             if form is None:
                 raise BadRequest(
-                    f"messages: the role {message['role']}: the model's template has {', '.join(self.roles)}",
+                    f"messages: the role {message['role']}: accepted are those of the model's template, {', '.join(self.roles)}",
                     "messages",
                 )
             before, _, after = form.partition(MARK)

@@ -266,6 +266,7 @@ def fits(value: Any, schema: Mapping[str, Any]) -> bool:
         isinstance(value, dict)
         and all(name in value for name in schema.get("required", ()))
         and all(
-            value.get(name) is None or fits(value[name], one) for name, one in schema["properties"].items()
+            (value.get(name) is None and name not in schema.get("required", ())) or fits(value[name], one)
+            for name, one in schema["properties"].items()
         )
     )

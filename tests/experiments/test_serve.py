@@ -207,6 +207,27 @@ def test_a_bad_field_is_named_with_what_is_accepted(running, given, param, messa
     assert "\n" not in error["message"] and len(error["message"]) < 400
 
 
+BAD_CHATS = [
+    ({"messages": []}, "messages", "messages=[]: accepted is a list of"),
+    ({"messages": [{"role": "user"}]}, "messages", "accepted is a list of"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages", "accepted is a list of"),
+    ({"messages": [{"role": None, "content": "a"}]}, "messages", "accepted is a list of"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "accepted is a list of"),
+    ({"messages": [{"role": "user", "content": ["a"]}]}, "messages", "accepted is a list of"),
+    ({"messages": [None]}, "messages", "accepted is a list of"),
+    ({"top_logprobs": 2}, "top_logprobs", "top_logprobs=2: accepted with logprobs=true"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens", "accepted is an integer from 1 to 24"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given, param, message", BAD_CHATS, ids=[str(given)[:60] for given, *_ in BAD_CHATS])
+def test_a_bad_field_of_a_chat_is_named_too(running, given, param, message):
+    answer = running.post("/v1/chat/completions", **{"messages": [{"role": "user", "content": "a"}]} | given)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param and message in error["message"] and "\n" not in error["message"]
+
+
 def test_fields_that_change_nothing_are_accepted(running):
     harmless = dict(
         best_of=1,

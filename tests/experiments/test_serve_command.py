@@ -68,7 +68,7 @@ def test_a_template_is_data():
     found = chat.Template.read('{"user": "Q {content}\\n", "prompt": "A"}', "chat.json")
     evil = "{content} {{ 1 + 1 }} {0} %s {user.__class__}"
     assert found.text([{"role": "user", "content": evil}]) == f"Q {evil}\nA"
-    with pytest.raises(ValueError, match="the role system: the model's template has user"):
+    with pytest.raises(ValueError, match="the role system: accepted are those of the model's template, user"):
         found.text([{"role": "system", "content": "a"}])
 
 
