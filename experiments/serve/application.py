@@ -156,7 +156,8 @@ def prompts(service: Service, given: Any) -> list[Prompt]:
             except ValueError as wrong:
                 raise BadRequest(f"prompt: {wrong}", "prompt") from wrong
         else:
-            ids, text = list(one), service.vocabulary.decode(one)
+            ids = list(one)
+            text = service.vocabulary.decode([token for token in ids if token != service.vocabulary.eos_id])
             bad = [token for token in one if token >= settings.embedding_rows]
             if bad:
                 raise BadRequest(

@@ -133,6 +133,11 @@ class Vocabulary:
         return np.array(found, np.int32)
 
     @functools.cached_property
+    def byte_values(self) -> dict[int, int]:
+        """The byte of each of `byte_ids`."""
+        return {int(token): value for value, token in enumerate(self.byte_ids)}
+
+    @functools.cached_property
     def bytes_of_ids(self) -> np.ndarray:
         """Bytes of UTF-8 that each id stands for, [size]: of text as the model sees it, normalised; 0 of what is no text."""
         pieces = (self._processor.id_to_piece(i).replace(BLANK, " ") for i in range(self.pieces))

@@ -25,7 +25,6 @@ class TextStream:
 
     def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = (), continues: bool = False):
         self._vocabulary, self._stops = vocabulary, tuple(stops)
-        self._bytes = {int(token): value for value, token in enumerate(vocabulary.byte_ids)}
         self._continues = continues
         self.ids: list[int] = []
         self.offsets: list[int] = []  # where each token's text begins
@@ -87,10 +86,11 @@ class TextStream:
 
     def _open_bytes(self) -> int:
         """Tokens from the first byte of a character which is not whole yet; those that show nothing may lie between."""
+        values = self._vocabulary.byte_values
         run: list[tuple[int, int]] = []  # (place from the end, byte)
         for place, token in enumerate(reversed(self.ids), 1):
-            if token in self._bytes and len(run) < 4:
-                run.insert(0, (place, self._bytes[token]))
+            if token in values and len(run) < 4:
+                run.insert(0, (place, values[token]))
             elif self._shows(token):
                 break
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
