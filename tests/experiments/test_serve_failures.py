@@ -42,6 +42,27 @@ def test_a_model_that_could_not_be_prepared_is_no_model_that_warms_up():
         refused(running)
 
 
+def test_what_is_too_much_is_refused_before_it_is_read():
+    """Too many prompts before any is tokenised, too many ids before they are text."""
+
+    class Unread:
+        eos_id = 1
+        encode = decode = failing
+
+    with Running() as running:
+        running.ready()
+        running.service.vocabulary = Unread()
+        for prompt, message in (
+            (["a"] * (LIMITS.queue + 1), "accepted are at most 16 answers in all"),
+            ([3] * (LIMITS.max_prompt + 1), "it has 33 tokens; accepted are at most 32"),
+            ([[3] * (LIMITS.max_prompt + 1)], "it has 33 tokens; accepted are at most 32"),
+            ([0, 99999], "the id 99999: accepted is"),
+        ):
+            answer = running.post(prompt=prompt)
+            assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+        assert running.post(prompt="a").status_code == 500, "there it is read"
+
+
 def test_nobody_has_to_read_what_a_server_says(monkeypatch):
     class Closed:
         def write(self, text):
