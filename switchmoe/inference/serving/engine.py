@@ -255,6 +255,7 @@ class Engine:
         for place, slot in enumerate(self._slots):
             if slot and slot.job is job:
                 self._free(place)
+        job.prefilled = None
         with self._changed:
             self._waiting = collections.deque(slot for slot in self._waiting if slot.job is not job)
 
@@ -290,7 +291,9 @@ class Engine:
                 slot = self._waiting.popleft()
             if job.max_tokens:
                 self._place(slot, place)
-            else:
+            if slot.answer == job.answers - 1:
+                job.prefilled = None  # its memory is of no more use
+            if not job.max_tokens:
                 self._end(slot, LENGTH)
 
     def _open(self, job: Job) -> None:
@@ -313,8 +316,6 @@ class Engine:
             job.top_k,
             job.top_p,
         )
-        if slot.answer == job.answers - 1:
-            job.prefilled = None  # its memory is of no more use
 
     def _step(self) -> None:
         if not self.running:
