@@ -3,13 +3,14 @@
 import concurrent.futures
 import json
 import socket
+import threading
 import time
 
 import httpx
 import pytest
 
 openai = pytest.importorskip("openai")
-from serving import LIMITS, SLOTS, Running, parameters, scripted, settings, vocabulary  # noqa: E402
+from serving import LIMITS, SLOTS, Running, Scripted, parameters, scripted, settings, vocabulary  # noqa: E402
 
 from experiments.serve import application, fields, server  # noqa: E402
 from switchmoe.inference.decoding import Choosing  # noqa: E402
@@ -322,6 +323,35 @@ def test_metrics_have_vllms_names(either):
         value(text, f'switchmoe:expert_tokens_total{{expert="{e}",layer="{layer}"') for e in range(4)
     )
     assert choices > 0 and value(text, "switchmoe:dropped_tokens_total") == 0
+
+
+def test_what_tokens_wait_for_each_other_is_told():
+    """With what lies between steps: prompts of others, which are read then."""
+    made = Scripted("decoder")
+    with Running(made=made) as found, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        found.ready()
+        prefill, begun = made.prefill, threading.Event()
+
+        def slow(ids):
+            if begun.is_set():
+                time.sleep(0.6)
+            begun.set()
+            return prefill(ids)
+
+        made.prefill, made.pause = slow, 0.05
+        first = pool.submit(found.post, prompt="old", max_tokens=20, ignore_eos=True)
+        assert begun.wait(20)
+        assert found.post(prompt="a", max_tokens=1, ignore_eos=True).status_code == 200
+        assert first.result().status_code == 200
+        text = found.client().get("/metrics").text
+    told = dict(
+        line.removeprefix("vllm:inter_token_latency_seconds").replace('model_name="decoder"', "").split(" ")
+        for line in text.splitlines()
+        if line.startswith("vllm:inter_token_latency_seconds_")
+    )
+    assert float(told["_count{}"]) == 19, "one token of the other answer waits for none"
+    assert float(told["_sum{}"]) >= 0.6 + 18 * 0.05
+    assert float(told['_bucket{le="0.5",}']) < 19
 
 
 def test_many_at_once_get_what_each_gets_alone(either):

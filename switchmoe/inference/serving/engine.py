@@ -90,6 +90,7 @@ class _Slot:
     job: Job
     answer: int
     count: int = 0
+    last: float = 0.0  # when its newest token came, of time.monotonic()
 
 
 class Watcher:
@@ -97,7 +98,10 @@ class Watcher:
 
     def opened(self, job: Job, expert_LPK: np.ndarray | None) -> None: ...
 
-    def stepped(self, seconds: float, rows: int, expert_LBK: np.ndarray | None) -> None: ...
+    def stepped(self, rows: int, expert_LBK: np.ndarray | None) -> None: ...
+
+    def waited(self, seconds: float) -> None:
+        """From an answer's token to its next one, with what was done between two steps."""
 
     def ended(self, job: Job, why: str) -> None:
         """An answer, or (LATE, BROKEN, CLOSED, ``cancelled``) the whole job."""
@@ -320,13 +324,12 @@ class Engine:
     def _step(self) -> None:
         if not self.running:
             return
-        began = time.monotonic()
         tells = np.array(any(slot.job.best for slot in self._slots if slot))
         found = self.programs.step(self._controls._replace(tells=tells))
         now = time.monotonic()
         used = [place for place, slot in enumerate(self._slots) if slot]
         expert_LBK = None if found.expert_LBK is None else found.expert_LBK[:, used]
-        self._watcher.stepped(now - began, len(used), expert_LBK)
+        self._watcher.stepped(len(used), expert_LBK)
         for place in used:
             slot = self._slots[place]
             if not slot.job.cancelled:
@@ -334,7 +337,9 @@ class Engine:
 
     def _hand_out(self, place: int, slot: _Slot, found: Stepped, now: float) -> None:
         job, token = slot.job, int(found.token_B[place])
-        slot.count += 1
+        if slot.count:
+            self._watcher.waited(now - slot.last)
+        slot.count, slot.last = slot.count + 1, now
         job.tokens += 1
         job.first = job.first or now
         best = [
