@@ -271,7 +271,7 @@ def _asked(arguments: Arguments) -> list[tuple[str, Any]] | None:
       ValueError: a line that holds no prompt.
     """
     if arguments.prompt:
-        lines = [(f"--prompt={text.encode('utf-8', 'replace').decode()}", text) for text in arguments.prompt]
+        lines = [(f"--prompt={text[:80]!r}", text) for text in arguments.prompt]
         return [(where, _ids(where, text) if arguments.ids else text) for where, text in lines]
     if not arguments.file and sys.stdin.isatty():
         return None

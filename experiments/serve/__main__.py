@@ -144,7 +144,7 @@ def _service(options: dict[str, Any], overrides: dict[str, Any]) -> Any:
     settings = dataclasses.replace(settings, mesh=MeshSettings())  # one device, however it was trained
     directory = model.step.parent.parent
     file = directory / chat.FILE
-    template = chat.Template.read(file.read_text(), str(file)) if file.exists() else None
+    template = chat.Template.read(file.read_bytes(), str(file)) if file.exists() else None
     limits = Limits(**{name: options[name] for name in Limits._fields})
     _note(f"reading {model.step}")
     budget, how_paged = expert_memory.checked(options)

@@ -118,7 +118,9 @@ def model_card(service: Service) -> dict[str, Any]:
 
 def _check_name(service: Service, name: str | None) -> None:
     if name is not None and name != service.name:
-        raise BadRequest(f"model={name[:100]}: accepted is {service.name}", "model", "model_not_found", 404)
+        raise BadRequest(
+            f"model={fields.shown(name)}: accepted is {service.name}", "model", "model_not_found", 404
+        )
 
 
 async def body(request: Request, limits: Limits) -> bytes:

@@ -142,7 +142,7 @@ class Running:
         self.metrics = Metrics(kind, made.prompt_layers, made.layers, experts)
         self.notes = []
         self.engine = Engine(made, limits.queue, self.metrics, self.notes.append)
-        template = Template.read(json.dumps(TEMPLATE), "chat.json") if chat else None
+        template = Template.read(json.dumps(TEMPLATE).encode(), "chat.json") if chat else None
         self.service = exchange.Service(kind, self.engine, vocabulary(), limits, self.metrics, template)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]

@@ -5,7 +5,7 @@ import types
 import pytest
 from serving import TEXT, parameters, settings, vocabulary
 
-from experiments import generate
+from experiments import exits, generate
 from switchmoe.runs import trained
 
 
@@ -29,3 +29,14 @@ def test_an_answer_has_the_blank_between_it_and_its_prompt(kind, given, monkeypa
         assert found == normalised.decode(answer), "a text of its own"
     beginning = text_of(prompt_of(" " if given == "text" else [0]), [*map(int, answer)])
     assert beginning == normalised.decode(answer), "nothing is before it"
+
+
+def test_a_bad_prompt_of_several_lines_gets_one_line(capsys, monkeypatch):
+    model = types.SimpleNamespace(settings=settings("decoder"), vocabulary=vocabulary(), step="a step")
+    monkeypatch.setattr(trained, "find", lambda source: model)
+    monkeypatch.setattr(trained, "on_one_device", lambda model, settings: parameters("decoder"))
+    assert (
+        generate.main(["generate", "--source=run", "--prompt=caf\udce9\nthe river"]) == exits.EXIT_BAD_INPUT
+    )
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("experiments.generate: ") and "--prompt='caf\\udce9\\nthe river': a prompt" in told

@@ -208,6 +208,12 @@ def test_a_bad_field_is_named_with_what_is_accepted(running, given, param, messa
     assert "\n" not in error["message"] and len(error["message"]) < 400
 
 
+def test_a_chats_newer_limit_goes_before_the_older(running):
+    asked = dict(messages=[{"role": "user", "content": "a"}], max_tokens=0, max_completion_tokens=3)
+    answer = running.post("/v1/chat/completions", **asked, ignore_eos=True)
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] <= 3
+
+
 BAD_CHATS = [
     ({"messages": []}, "messages", "messages=[]: accepted is a list of"),
     ({"messages": [{"role": "user"}]}, "messages", "accepted is a list of"),
@@ -279,6 +285,9 @@ def test_other_bodies_paths_and_methods(running):
     assert form.status_code == 415 and "accepted is application/json" in form.json()["error"]["message"]
     missing = httpx.get(f"{running.url}/v1/../../etc/passwd")
     assert missing.status_code == 404 and "accepted are /, /health" in missing.json()["error"]["message"]
+    lines = running.post(model="a\nb", prompt="old")
+    assert lines.status_code == 404
+    assert lines.json()["error"]["message"] == r'model="a\nb": accepted is decoder'
     wrong = httpx.get(f"{running.url}/v1/completions")
     assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and wrong.json()["error"]["message"]
     with socket.create_connection(("127.0.0.1", running.port)) as raw:
