@@ -20,6 +20,7 @@ from switchmoe.inference import generation
 from switchmoe.inference.serving.engine import Refused
 
 PING = 15  # seconds between signs of life of a stream
+GONE = 499  # of a request whose client left before its answer: nobody reads it, but it is counted
 REFUSED = {
     "full": (429, "the queue is full; accepted is another try later", "queue_full", 1),
     "warming": (503, "the model is warming up; accepted is another try later", "warming_up", 5),
@@ -46,7 +47,7 @@ def application(service: Service) -> Starlette:
         return failure(500, "the server failed", "internal_error")
 
     def gone(request: Request, found: ClientDisconnect) -> Response:
-        return Response(status_code=400)
+        return Response(status_code=GONE)
 
     def get(path: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
         return Route(path, answer, methods=["GET"])
