@@ -1,10 +1,14 @@
 """`experiments.serve`'s connections: what nobody reads, and who leaves."""
 
 import socket
+import threading
 import time
 
+import httpx
 import pytest
 from serving import LIMITS, Running, Scripted
+
+from experiments.serve import application, server
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +54,45 @@ def test_who_reads_slowly_is_answered_whole(hurried):
                 time.sleep(0.3)
             got += part
     assert got.count(b"HTTP/1.1 200 OK") == count
+
+
+def test_a_client_that_leaves_is_no_bad_request(hurried):
+    hurried.engine.programs.pause = 0.1
+    try:
+        with hurried.client() as client, pytest.raises(httpx.TimeoutException):
+            client.post(
+                "/v1/completions", json=dict(prompt="old", max_tokens=20, ignore_eos=True), timeout=0.4
+            )
+    finally:
+        hurried.engine.programs.pause = 0.0
+
+    def told():
+        lines = hurried.client().get("/metrics").text.splitlines()
+        return [
+            line for line in lines if line.startswith("switchmoe:http_responses_total") and "200" not in line
+        ]
+
+    assert until(told) == ['switchmoe:http_responses_total{model_name="decoder",status="499"} 1.0']
+
+
+def test_a_server_that_ends_while_it_compiles_left_nobody_unanswered(monkeypatch):
+    made, begun, go_on = Scripted("decoder"), threading.Event(), threading.Event()
+
+    def warm():
+        yield "a"
+        begun.set()
+        go_on.wait(60)
+        yield "b"
+
+    made.warm = warm
+    running, right = Running(made=made), server.made
+
+    def ending(*given):
+        found = right(*given)
+        threading.Thread(target=lambda: begun.wait(60) and found.handle_exit(15, None)).start()
+        return found
+
+    monkeypatch.setattr(server, "made", ending)
+    inner = application.application(running.service)
+    assert server.serve(running.service, inner, "", running._listener, running.notes.append)
+    go_on.set()

@@ -190,7 +190,7 @@ class Engine:
         if self._thread.ident is None:
             return True
         self._thread.join(seconds)
-        done = not self._thread.is_alive()
+        done = not self._thread.is_alive() or not (self.running or self.waiting)  # or it still compiles
         self._cut = True
         self._thread.join(seconds)
         return done
