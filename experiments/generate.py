@@ -10,8 +10,8 @@ encoder-decoder answers it: the continuation with prefix_lm; with span_corruptio
                          as the model reads them (an encoder's end with data.eos_id, 1; a decoder's begin with data.bos_id, 0)
   --out=FILE             writes {"prompt", "text", "ids", "score"} a line, in the order asked, instead of printing the text
   --max_tokens=N         new tokens at most (64)
-  --temperature=T        draws each token, with logits / T; 0 (the default): always the likeliest
-  --top_k=K              draws among the K likeliest; 0 (the default): all
+  --temperature=T        draws each token, with logits / T; below 0.0001, as the default 0: always the likeliest
+  --top_k=K              draws among the K likeliest, and those as likely as the last of them; 0 (the default): all
   --top_p=P              draws among the fewest whose probabilities sum to P (1)
   --beams=W              beam search (1)
   --length_penalty=A     of beam search: scores are log-probabilities / length**A (1)

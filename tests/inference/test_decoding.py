@@ -189,6 +189,17 @@ def test_what_may_be_drawn_by_hand():
     assert kept(0, 0.5) == kept(1, 0.9) == kept(0, 0.01) == [True, False, False, False]
     assert kept(3, 0.9) == [True, True, True, False]  # 0.5 / 0.95 and 0.3 / 0.95 are below 0.9
     assert kept(2, 0.6) == [True, False, False, False]  # 0.5 / 0.8 is enough
+    same = jnp.log(jnp.array([[0.3, 0.4, 0.3]]))
+    assert jnp.isfinite(decoding.limited(same, 2, 1.0)).all(), "the second largest are two"
+
+
+@pytest.mark.parametrize("heat", [1e-5, 1e-38, 1e-45])
+def test_a_temperature_next_to_nothing_is_none(heat):
+    """Logits divided by it would be infinite, which no draw takes."""
+    logits, keys = jnp.array([[1.0, 9.0, 5.0, 30.0, 2.0]]), jax.random.split(jax.random.key(0), 1)
+    for top_p in (1.0, 0.9):
+        how = Choosing(temperature=heat, top_p=top_p)
+        assert int(decoding._choose(logits, keys, jnp.int32(1), how)[0]) == 3
 
 
 def test_draws_are_of_the_seed_and_no_neighbours():
