@@ -1,7 +1,8 @@
 """Decoding: one token after the other, each from what the decoder keeps of those before it (`attention.Memory`).
 
 A sequence is a group of its own and no token is dropped (but for an encoder's expert choice and Soft MoE, in which tokens
-do not choose), so what else is in the batch changes nothing.
+do not choose), so what else is in the batch changes nothing. One thing does: how many tokens an expert chooses is rounded for the
+length to which a batch is padded, so with expert choice an answer may depend on the longest prompt of its batch.
 
 Letters: B batch, P prompt length, N new tokens, D model, V vocabulary, M slots.
 """
@@ -264,7 +265,10 @@ def likeliest(logits_BV: jax.Array) -> jax.Array:
 
 
 def limited(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """The logits of what may be drawn, -inf elsewhere: the ``top_k`` largest, and of these the fewest with ``top_p``."""
+    """The logits of what may be drawn, -inf elsewhere: the ``top_k`` largest, and of these the fewest with ``top_p``.
+
+    Equal logits are kept or left together, so with ties more may remain.
+    """
     if top_k:
         least_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)

@@ -146,11 +146,18 @@ def test_so_do_the_other_forms_of_attention(model):
 
 
 def test_an_encoder_whose_experts_choose_decodes_too():
-    of = settings(router="expert_choice", decoder_router="switch", eval_group_size=64)
-    prompt_BP, count_B = prompts([12, 12, 12, 12])
-    together = sample(of, prompt_BP, count_B, 6).tokens_BN
-    others = sample(of, prompt_BP.at[1:].set(7), count_B, 6).tokens_BN
-    np.testing.assert_array_equal(together[0], others[0])
+    """Of two prompts beside each other neither matters to the other; the length to which both are padded does."""
+    moe = dict(num_experts=8, eval_capacity_factor=1.25, eval_group_size=64)
+    of = settings(router="expert_choice", decoder_router="switch", **moe)
+    prompt_BP, count_B = prompts([12, 9, 12, 5], length=16)
+    together = sample(of, prompt_BP, count_B, 6)
+    others_BP = prompt_BP.at[1:].set(0).at[1:, :3].set(7)
+    others = sample(of, others_BP, count_B.at[1:].set(3), 6)
+    np.testing.assert_array_equal(together.tokens_BN[0], others.tokens_BN[0])
+    np.testing.assert_allclose(together.score_B[0], others.score_B[0], rtol=1e-5)
+    # Of 12 tokens in 16 an expert takes ceil(3 * 12 / 16) = 3, of 12 in 64 ceil(10 * 12 / 64) = 2.
+    longer = sample(of, jnp.pad(prompt_BP, ((0, 0), (0, 48))), count_B, 6)
+    assert abs(together.score_B[0] - longer.score_B[0]) > 1e-3
 
 
 def test_stacks_of_other_depths_and_a_dense_decoder():
