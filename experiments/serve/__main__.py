@@ -22,6 +22,7 @@ SIGTERM and Ctrl-C: answers those who are there, at most --timeout, then ends; a
 is its chat template (docs/serving.md). Exit codes: 0 done; 2 bad input; 4 a file that can't be read, an address in use.
 """
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -91,7 +92,8 @@ def _serve(options: dict[str, Any], overrides: dict[str, Any]) -> int:
 
 
 def _note(text: str) -> None:
-    print(f"{COMMAND}: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(f"{COMMAND}: {text}", file=sys.stderr, flush=True)
 
 
 def _token(file: str) -> str:
@@ -142,7 +144,7 @@ def _service(options: dict[str, Any], overrides: dict[str, Any]) -> Any:
     settings = dataclasses.replace(settings, mesh=MeshSettings())  # one device, however it was trained
     directory = model.step.parent.parent
     file = directory / chat.FILE
-    template = chat.Template.read(file.read_text(), str(file)) if file.exists() else None
+    template = chat.Template.read(file.read_bytes(), str(file)) if file.exists() else None
     limits = Limits(**{name: options[name] for name in Limits._fields})
     _note(f"reading {model.step}")
     budget, how_paged = expert_memory.checked(options)

@@ -37,6 +37,7 @@ class Record(NamedTuple):
 class Prompt(NamedTuple):
     ids: list[int]
     text: str
+    continued: bool  # by its answers: `generation.continues`
 
 
 class Answer:
@@ -46,7 +47,7 @@ class Answer:
         self, index: int, prompt: Prompt, vocabulary: Vocabulary, stops: Sequence[str], wanted: Wanted
     ):
         self._index, self._prompt, self._vocabulary, self._wanted = index, prompt, vocabulary, wanted
-        self.stream = TextStream(vocabulary, stops)
+        self.stream = TextStream(vocabulary, stops, prompt.continued)
         self._records: list[Record] = []
         self._told = 0
         self._before: dict[str, Any] = {}  # what the prompt's own tokens have told
@@ -123,12 +124,14 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def prompt_records(prompt: Prompt, scores: Scores, most: int, vocabulary: Vocabulary) -> list[Record]:
     """A prompt's tokens; its first has no log-probability."""
-    found = [Record(prompt.ids[0], 0, None, [], None, True)]
-    offset = 0
-    for n, token in enumerate(prompt.ids[1:]):
+    stream = TextStream(vocabulary)
+    for token in prompt.ids:
+        stream.feed(token)
+    offset, *offsets = (min(offset, len(prompt.text)) for offset in stream.offsets)
+    found = [Record(prompt.ids[0], offset, None, [], None, True)]
+    for n, (token, offset) in enumerate(zip(prompt.ids[1:], offsets, strict=True)):
         best = [(int(scores.best_PT[n, k]), float(scores.best_log_prob_PT[n, k])) for k in range(most)]
         found.append(Record(token, offset, float(scores.log_prob_P[n]), best, None, True))
-        offset = min(offset + len(shown(token, vocabulary)), len(prompt.text))
     return found
 
 
@@ -156,8 +159,9 @@ def completion_logprobs(records: Sequence[Record], most: int, vocabulary: Vocabu
 
 def chat_logprobs(records: Sequence[Record], most: int, vocabulary: Vocabulary) -> dict[str, Any]:
     def one(token: int, value: float | None) -> dict[str, Any]:
-        text = shown(token, vocabulary)
-        return {"token": text, "logprob": value, "bytes": list(text.encode())}
+        byte = vocabulary.byte_values.get(token)
+        own = list(vocabulary.continuation([token]).encode()) if byte is None else [byte]
+        return {"token": shown(token, vocabulary), "logprob": value, "bytes": own}
 
     return {
         "content": [

@@ -20,10 +20,12 @@ from switchmoe.inference import generation
 from switchmoe.inference.serving.engine import Refused
 
 PING = 15  # seconds between signs of life of a stream
+GONE = 499  # of a request whose client left before its answer: nobody reads it, but it is counted
 REFUSED = {
     "full": (429, "the queue is full; accepted is another try later", "queue_full", 1),
     "warming": (503, "the model is warming up; accepted is another try later", "warming_up", 5),
     "closed": (503, "the server is shutting down; accepted is another server", "shutting_down", 10),
+    "failed": (500, "the model can't be run any more; accepted is another server", "internal_error", 0),
 }
 
 
@@ -34,7 +36,7 @@ def application(service: Service) -> Starlette:
 
     def refused(request: Request, found: Refused) -> Response:
         status, message, code, seconds = REFUSED[found.why]
-        return failure(status, message, code, headers={"retry-after": str(seconds)})
+        return failure(status, message, code, headers={"retry-after": str(seconds)} if seconds else None)
 
     def of_http(request: Request, found: HTTPException) -> Response:
         paths = "; accepted are " + ", ".join(sorted(description.PATHS)) if found.status_code == 404 else ""
@@ -45,7 +47,7 @@ def application(service: Service) -> Starlette:
         return failure(500, "the server failed", "internal_error")
 
     def gone(request: Request, found: ClientDisconnect) -> Response:
-        return Response(status_code=400)
+        return Response(status_code=GONE)
 
     def get(path: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
         return Route(path, answer, methods=["GET"])
@@ -53,7 +55,7 @@ def application(service: Service) -> Starlette:
     async def health(request: Request) -> Response:
         engine = service.engine
         if engine.failed:
-            return failure(500, f"the model could not be prepared: {engine.failed}", "internal_error")
+            return failure(500, f"the model can't be run: {engine.failed}", "internal_error")
         if not engine.ready or engine.closed:
             return refused(request, Refused("closed" if engine.closed else "warming"))
         return JSONResponse({"status": "ok"})
@@ -117,7 +119,9 @@ def model_card(service: Service) -> dict[str, Any]:
 
 def _check_name(service: Service, name: str | None) -> None:
     if name is not None and name != service.name:
-        raise BadRequest(f"model={name[:100]}: accepted is {service.name}", "model", "model_not_found", 404)
+        raise BadRequest(
+            f"model={fields.shown(name)}: accepted is {service.name}", "model", "model_not_found", 404
+        )
 
 
 async def body(request: Request, limits: Limits) -> bytes:
@@ -143,55 +147,68 @@ async def body(request: Request, limits: Limits) -> bytes:
     return bytes(found)
 
 
-def prompts(service: Service, given: Any) -> list[Prompt]:
-    """Each prompt as the model reads it. Raises `BadRequest`."""
+def prompts(service: Service, given: Any, answers: int) -> list[Prompt]:
+    """Each prompt as the model reads it, of which so many answers are wanted. Raises `BadRequest`, before the work it prevents."""
     several = isinstance(given, list) and not isinstance(given[0], int)
-    settings, most = service.engine.programs.settings, service.limits.max_prompt
+    settings, limits = service.engine.programs.settings, service.limits
+    asked = given if several else [given]
+    if len(asked) * answers > limits.queue:
+        raise BadRequest(
+            f"n={answers}: of {len(asked)} prompts; accepted are at most {limits.queue} answers in all", "n"
+        )
     found = []
-    for one in given if several else [given]:
+    for one in asked:
         if isinstance(one, str):
             try:
-                prompt = Prompt(generation.prompt_ids(one, settings, service.vocabulary), one)
+                ids, text = generation.prompt_ids(one, settings, service.vocabulary), one
             except ValueError as wrong:
                 raise BadRequest(f"prompt: {wrong}", "prompt") from wrong
+            _check_length(ids, limits)
         else:
-            prompt = Prompt(list(one), service.vocabulary.decode(one))
-            bad = [token for token in one if token >= settings.embedding_rows]
+            _check_length(one, limits)
+            ids = list(one)
+            bad = [token for token in ids if token >= settings.embedding_rows]
             if bad:
                 raise BadRequest(
                     f"prompt: the id {bad[0]}: accepted is an integer from 0 to {settings.embedding_rows - 1}",
                     "prompt",
                 )
-        if len(prompt.ids) > most:
-            raise BadRequest(
-                f"prompt: it has {len(prompt.ids)} tokens; accepted are at most {most}",
-                "prompt",
-                "context_length_exceeded",
-            )
-        found.append(prompt)
+            text = service.vocabulary.decode([token for token in ids if token != service.vocabulary.eos_id])
+        found.append(Prompt(ids, text, generation.continues(text, settings)))
     return found
 
 
-async def _complete(service: Service, request: Request, chat: bool) -> Response:
+def _check_length(ids: list[int], limits: Limits) -> None:
+    if len(ids) > limits.max_prompt:
+        raise BadRequest(
+            f"prompt: it has {len(ids)} tokens; accepted are at most {limits.max_prompt}",
+            "prompt",
+            "context_length_exceeded",
+        )
+
+
+def _read(service: Service, raw: bytes, chat: bool) -> tuple[dict[str, Any], list[Prompt], list[str], Wanted]:
+    """(fields, prompts, stops, how answers are told) of a request. A large one takes a while. Raises `BadRequest`."""
     limits = service.limits
-    given = fields.parsed(await body(request, limits))
-    asked = fields.checked(given, fields.chat(limits) if chat else fields.completion(limits))
+    asked = fields.checked(fields.parsed(raw), fields.chat(limits) if chat else fields.completion(limits))
     _check_name(service, asked["model"])
     if chat and service.template is None:
         raise BadRequest(
             "the model has no chat template; accepted is /v1/completions", code="no_chat_template"
         )
+    if chat:
+        asked["max_tokens"] = asked["max_completion_tokens"] or asked["max_tokens"]
     wanted = _wanted(service, asked, chat)
     stops = [asked["stop"]] if isinstance(asked["stop"], str) else list(asked["stop"])
     if chat:
         asked["prompt"] = service.template.text(asked["messages"])
-        asked["max_tokens"] = asked["max_completion_tokens"] or asked["max_tokens"]
         stops += service.template.stop
-    read = await asyncio.to_thread(prompts, service, asked["prompt"])
-    if len(read) * asked["n"] > limits.queue:
-        raise BadRequest(
-            f"n={asked['n']}: of {len(read)} prompts; accepted are at most {limits.queue} answers in all", "n"
-        )
+    return asked, prompts(service, asked["prompt"], asked["n"]), stops, wanted
+
+
+async def _complete(service: Service, request: Request, chat: bool) -> Response:
+    raw = await body(request, service.limits)
+    asked, read, stops, wanted = await asyncio.to_thread(_read, service, raw, chat)
     exchange = Exchange(service, asked, read, stops, wanted)
     service.engine.submit(*exchange.jobs)
     try:
@@ -206,7 +223,7 @@ async def _complete(service: Service, request: Request, chat: bool) -> Response:
         return first
     include_usage = bool(asked["stream_options"].get("include_usage"))
     return EventSourceResponse(
-        exchange.chunks(include_usage), ping=PING, send_timeout=limits.timeout, sep="\n"
+        exchange.chunks(include_usage), ping=PING, send_timeout=service.limits.timeout, sep="\n"
     )
 
 

@@ -26,12 +26,13 @@ class Template:
     stop: tuple[str, ...]
 
     @classmethod
-    def read(cls, text: str, name: str) -> "Template":
+    def read(cls, raw: bytes, name: str) -> "Template":
         """Raises ValueError, one line."""
         try:
+            text = raw.decode("utf-8-sig")
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name}: not JSON ({error}); accepted is {ACCEPTED}") from error
+            raise ValueError(f"{name}: not JSON of UTF-8 ({error}); accepted is {ACCEPTED}") from error
         roles = {role: found[role] for role in ROLES if isinstance(found, dict) and role in found}
         stop, prompt = (found.get("stop", []), found.get("prompt", "")) if roles else ([], "")
         texts = isinstance(stop, list) and all(isinstance(part, str) and part for part in stop)
@@ -55,7 +56,7 @@ class Template:
             form = self.roles.get(message["role"])
             if form is None:
                 raise BadRequest(
-                    f"messages: the role {message['role']}: the model's template has {', '.join(self.roles)}",
+                    f"messages: the role {message['role']}: accepted are those of the model's template, {', '.join(self.roles)}",
                     "messages",
                 )
             before, _, after = form.partition(MARK)

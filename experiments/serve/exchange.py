@@ -19,7 +19,6 @@ from experiments.serve.metrics import Metrics
 from switchmoe.data.vocabulary import Vocabulary
 from switchmoe.inference.serving.engine import BROKEN, CLOSED, LATE, Ended, Engine, Failed, Job, Token
 
-LEAST_HEAT = 1e-4  # a temperature below is 0
 FAILED = {
     LATE: (504, "the request took longer than the server allows", "timeout"),
     BROKEN: (500, "the model could not be run", "internal_error"),
@@ -71,7 +70,6 @@ class Exchange:
         self._envelope = answers.Envelope(wanted.chat, service.name)
         self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        heat = asked["temperature"] if asked["temperature"] >= LEAST_HEAT else 0.0
         seed = secrets.randbits(31) if asked["seed"] is None else asked["seed"]
         eos = () if asked["ignore_eos"] else (service.vocabulary.eos_id,)
         count, self._answers, self.jobs = asked["n"], [], []
@@ -82,7 +80,7 @@ class Exchange:
             self._answers += own
             self.jobs.append(
                 Job(
-                    prompt.ids, asked["max_tokens"], self._teller(number, own), count, seed, number * count, heat,
+                    prompt.ids, asked["max_tokens"], self._teller(number, own), count, seed, number * count, asked["temperature"],
                     max(asked["top_k"], 0), asked["top_p"], frozenset((*eos, *asked["stop_token_ids"])),
                     [one.stream.feed for one in own], wanted.logprobs or 0,
                     wanted.echo and wanted.logprobs is not None, wanted.experts,

@@ -155,7 +155,8 @@ UNSUPPORTED: dict[str, tuple] = {
 }  # fmt: skip
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message: one line, not long."""
     text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -210,8 +211,8 @@ def checked(given: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, 
             value == other and isinstance(value, bool) == isinstance(other, bool) for other in harmless
         )
         if value is not None and not same:
-            accepted = " or ".join(_shown(value) for value in (None, *harmless))
-            raise BadRequest(f"{name}={_shown(value)}: it is not supported; accepted is {accepted}", name)
+            accepted = " or ".join(shown(value) for value in (None, *harmless))
+            raise BadRequest(f"{name}={shown(value)}: it is not supported; accepted is {accepted}", name)
     found = {}
     for name, field in fields.items():
         value = given.get(name)
@@ -222,7 +223,7 @@ def checked(given: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, 
         elif fits(value, field.schema):
             found[name] = value
         else:
-            raise BadRequest(f"{name}={_shown(value)}: accepted is {field.accepted}", name)
+            raise BadRequest(f"{name}={shown(value)}: accepted is {field.accepted}", name)
     return found
 
 
@@ -266,6 +267,7 @@ def fits(value: Any, schema: Mapping[str, Any]) -> bool:
         isinstance(value, dict)
         and all(name in value for name in schema.get("required", ()))
         and all(
-            value.get(name) is None or fits(value[name], one) for name, one in schema["properties"].items()
+            (value.get(name) is None and name not in schema.get("required", ())) or fits(value[name], one)
+            for name, one in schema["properties"].items()
         )
     )

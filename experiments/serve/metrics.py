@@ -34,7 +34,7 @@ class Metrics(Watcher):
         self._success = made(Counter, "vllm:request_success", "Answers that ended", "finished_reason")
         self._first = made(Histogram, "vllm:time_to_first_token_seconds", "From arrival", buckets=SECONDS)
         self._each = made(
-            Histogram, "vllm:inter_token_latency_seconds", "A step, for each of its tokens", buckets=SECONDS
+            Histogram, "vllm:inter_token_latency_seconds", "From a token to the next", buckets=SECONDS
         )
         self._whole = made(
             Histogram, "vllm:e2e_request_latency_seconds", "From arrival to the end", buckets=SECONDS
@@ -69,12 +69,13 @@ class Metrics(Watcher):
         self._queued.observe(job.started - job.arrived)
         self._count(self._prompt_layers, expert_LPK)
 
-    def stepped(self, seconds: float, rows: int, expert_LBK: np.ndarray | None) -> None:
+    def stepped(self, rows: int, expert_LBK: np.ndarray | None) -> None:
         self._steps.inc()
         self._generated.inc(rows)
-        for _ in range(rows):
-            self._each.observe(seconds)
         self._count(self._layers, expert_LBK)
+
+    def waited(self, seconds: float) -> None:
+        self._each.observe(seconds)
 
     def ended(self, job: Job, why: str) -> None:
         if why in ("stop", "length"):

@@ -106,7 +106,9 @@ def protocol(seconds: float) -> type[H11Protocol]:
         def handle_events(self) -> None:
             before = self.cycle
             super().handle_events()
-            if self.cycle is not before:
+            if (
+                self.cycle is not before and not self.flow.write_paused
+            ):  # the next request of a reader who reads
                 self._stop_waiting()
 
         def on_response_complete(self) -> None:
@@ -118,8 +120,11 @@ def protocol(seconds: float) -> type[H11Protocol]:
             self._wait()
 
         def resume_writing(self) -> None:
-            self._stop_waiting()
             super().resume_writing()
+            if self.cycle and not self.cycle.response_complete:
+                self._stop_waiting()
+            else:
+                self._wait()
 
         def connection_lost(self, error: Exception | None) -> None:
             self._stop_waiting()

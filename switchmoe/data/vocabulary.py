@@ -133,6 +133,11 @@ class Vocabulary:
         return np.array(found, np.int32)
 
     @functools.cached_property
+    def byte_values(self) -> dict[int, int]:
+        """The byte of each of `byte_ids`."""
+        return {int(token): value for value, token in enumerate(self.byte_ids)}
+
+    @functools.cached_property
     def bytes_of_ids(self) -> np.ndarray:
         """Bytes of UTF-8 that each id stands for, [size]: of text as the model sees it, normalised; 0 of what is no text."""
         pieces = (self._processor.id_to_piece(i).replace(BLANK, " ") for i in range(self.pieces))
@@ -172,6 +177,11 @@ class Vocabulary:
             elif token != self.pad_id:
                 shown.append(self._processor.id_to_piece(token if token < self.pieces else self.unk_id))
         return _joined(shown) if self.exact else self._processor.decode_pieces(shown)
+
+    def continuation(self, ids: Sequence[int] | np.ndarray) -> str:
+        """`decode` of what follows other text: a blank that it begins with stays."""
+        before = self.sentinel(0)  # an id that is always text, and no byte
+        return self.decode([before, *ids])[len(self.decode([before])) :]
 
 
 def _joined(pieces: Sequence[str]) -> str:

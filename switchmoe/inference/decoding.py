@@ -1,7 +1,8 @@
 """Decoding: one token after the other, each from what the decoder keeps of those before it (`attention.Memory`).
 
 A sequence is a group of its own and no token is dropped (but for an encoder's expert choice and Soft MoE, in which tokens
-do not choose), so what else is in the batch changes nothing.
+do not choose), so what else is in the batch changes nothing. One thing does: how many tokens an expert chooses is rounded for the
+length to which a batch is padded, so with expert choice an answer may depend on the longest prompt of its batch.
 
 Letters: B batch, P prompt length, N new tokens, D model, V vocabulary, M slots.
 """
@@ -25,6 +26,7 @@ from switchmoe.settings import Settings
 
 # How many axes of each kernel are inputs'.
 INPUT_AXES = {JOINED: 1, "query": 1, "key": 1, "value": 1, "out": 2, "wi": 1, "wi_gate": 1, "wo": 1}
+LEAST_HEAT = 1e-4  # a temperature below is 0: logits divided by less overflow
 MOST_APART = 16  # experts up to which each has its own code in a program of decoding
 # The jax from which on a CPU multiplies few rows of bfloat16 in less time than of float32.
 FAST_BF16 = (0, 11)
@@ -43,7 +45,7 @@ FLOAT32 = (
 class Choosing:
     """How a token is chosen."""
 
-    temperature: float = 0.0  # 0: the likeliest; else drawn, logits divided by it
+    temperature: float = 0.0  # below `LEAST_HEAT`: the likeliest; else drawn, logits divided by it
     top_k: int = 0  # drawn among the likeliest so many; 0: all
     top_p: float = 1.0  # drawn among the fewest whose probabilities sum to this
     stop_ids: tuple[int, ...] = (1,)  # tokens after which nothing comes
@@ -248,7 +250,7 @@ def is_stop(token: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
 
 
 def _choose(logits_BV: jax.Array, key_B: jax.Array, step: jax.Array, how: Choosing) -> jax.Array:
-    if not how.temperature:
+    if how.temperature < LEAST_HEAT:
         return likeliest(logits_BV)
     open_BV = limited(logits_BV / how.temperature, how.top_k, how.top_p)
     draw = jax.vmap(lambda key, logits_V: jax.random.categorical(jax.random.fold_in(key, step), logits_V))
@@ -263,7 +265,10 @@ def likeliest(logits_BV: jax.Array) -> jax.Array:
 
 
 def limited(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """The logits of what may be drawn, -inf elsewhere: the ``top_k`` largest, and of these the fewest with ``top_p``."""
+    """The logits of what may be drawn, -inf elsewhere: the ``top_k`` largest, and of these the fewest with ``top_p``.
+
+    Equal logits are kept or left together, so with ties more may remain.
+    """
     if top_k:
         least_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)

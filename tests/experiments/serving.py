@@ -37,10 +37,12 @@ SLOTS = 4
 
 
 @functools.cache
-def vocabulary():
+def vocabulary(normalised=False):
     rng = random.Random(0)
     words = ["".join(rng.choice("abcdefghij") for _ in range(rng.randrange(2, 7))) for _ in range(300)]
-    return Vocabulary.from_bytes(vocabularies.train([TEXT * 20, " ".join(words)], 380, TRAINER | IDENTITY))
+    return Vocabulary.from_bytes(
+        vocabularies.train([TEXT * 20, " ".join(words)], 380, TRAINER | ({} if normalised else IDENTITY))
+    )
 
 
 @functools.cache
@@ -140,7 +142,7 @@ class Running:
         self.metrics = Metrics(kind, made.prompt_layers, made.layers, experts)
         self.notes = []
         self.engine = Engine(made, limits.queue, self.metrics, self.notes.append)
-        template = Template.read(json.dumps(TEMPLATE), "chat.json") if chat else None
+        template = Template.read(json.dumps(TEMPLATE).encode(), "chat.json") if chat else None
         self.service = exchange.Service(kind, self.engine, vocabulary(), limits, self.metrics, template)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]

@@ -3,13 +3,14 @@
 import concurrent.futures
 import json
 import socket
+import threading
 import time
 
 import httpx
 import pytest
 
 openai = pytest.importorskip("openai")
-from serving import LIMITS, SLOTS, Running, parameters, scripted, settings, vocabulary  # noqa: E402
+from serving import LIMITS, SLOTS, Running, Scripted, parameters, scripted, settings, vocabulary  # noqa: E402
 
 from experiments.serve import application, fields, server  # noqa: E402
 from switchmoe.inference.decoding import Choosing  # noqa: E402
@@ -207,6 +208,33 @@ def test_a_bad_field_is_named_with_what_is_accepted(running, given, param, messa
     assert "\n" not in error["message"] and len(error["message"]) < 400
 
 
+def test_a_chats_newer_limit_goes_before_the_older(running):
+    asked = dict(messages=[{"role": "user", "content": "a"}], max_tokens=0, max_completion_tokens=3)
+    answer = running.post("/v1/chat/completions", **asked, ignore_eos=True)
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] <= 3
+
+
+BAD_CHATS = [
+    ({"messages": []}, "messages", "messages=[]: accepted is a list of"),
+    ({"messages": [{"role": "user"}]}, "messages", "accepted is a list of"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages", "accepted is a list of"),
+    ({"messages": [{"role": None, "content": "a"}]}, "messages", "accepted is a list of"),
+    ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "accepted is a list of"),
+    ({"messages": [{"role": "user", "content": ["a"]}]}, "messages", "accepted is a list of"),
+    ({"messages": [None]}, "messages", "accepted is a list of"),
+    ({"top_logprobs": 2}, "top_logprobs", "top_logprobs=2: accepted with logprobs=true"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens", "accepted is an integer from 1 to 24"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given, param, message", BAD_CHATS, ids=[str(given)[:60] for given, *_ in BAD_CHATS])
+def test_a_bad_field_of_a_chat_is_named_too(running, given, param, message):
+    answer = running.post("/v1/chat/completions", **{"messages": [{"role": "user", "content": "a"}]} | given)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param and message in error["message"] and "\n" not in error["message"]
+
+
 def test_fields_that_change_nothing_are_accepted(running):
     harmless = dict(
         best_of=1,
@@ -257,6 +285,9 @@ def test_other_bodies_paths_and_methods(running):
     assert form.status_code == 415 and "accepted is application/json" in form.json()["error"]["message"]
     missing = httpx.get(f"{running.url}/v1/../../etc/passwd")
     assert missing.status_code == 404 and "accepted are /, /health" in missing.json()["error"]["message"]
+    lines = running.post(model="a\nb", prompt="old")
+    assert lines.status_code == 404
+    assert lines.json()["error"]["message"] == r'model="a\nb": accepted is decoder'
     wrong = httpx.get(f"{running.url}/v1/completions")
     assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and wrong.json()["error"]["message"]
     with socket.create_connection(("127.0.0.1", running.port)) as raw:
@@ -301,6 +332,35 @@ def test_metrics_have_vllms_names(either):
         value(text, f'switchmoe:expert_tokens_total{{expert="{e}",layer="{layer}"') for e in range(4)
     )
     assert choices > 0 and value(text, "switchmoe:dropped_tokens_total") == 0
+
+
+def test_what_tokens_wait_for_each_other_is_told():
+    """With what lies between steps: prompts of others, which are read then."""
+    made = Scripted("decoder")
+    with Running(made=made) as found, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        found.ready()
+        prefill, begun = made.prefill, threading.Event()
+
+        def slow(ids):
+            if begun.is_set():
+                time.sleep(0.6)
+            begun.set()
+            return prefill(ids)
+
+        made.prefill, made.pause = slow, 0.05
+        first = pool.submit(found.post, prompt="old", max_tokens=20, ignore_eos=True)
+        assert begun.wait(20)
+        assert found.post(prompt="a", max_tokens=1, ignore_eos=True).status_code == 200
+        assert first.result().status_code == 200
+        text = found.client().get("/metrics").text
+    told = dict(
+        line.removeprefix("vllm:inter_token_latency_seconds").replace('model_name="decoder"', "").split(" ")
+        for line in text.splitlines()
+        if line.startswith("vllm:inter_token_latency_seconds_")
+    )
+    assert float(told["_count{}"]) == 19, "one token of the other answer waits for none"
+    assert float(told["_sum{}"]) >= 0.6 + 18 * 0.05
+    assert float(told['_bucket{le="0.5",}']) < 19
 
 
 def test_many_at_once_get_what_each_gets_alone(either):

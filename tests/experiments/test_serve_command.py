@@ -57,18 +57,18 @@ def test_files_and_addresses_that_are_not_there(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "text",
     ["{", "[]", "{}", '{"user": "a"}', '{"user": "{content}{content}"}', '{"user": "{content}", "stop": "a"}', '{"user": "{content}", "x": 1}',
-     '{"user": "{content}", "stop": ["a", "b", "c", "d", "e"]}', '{"assistant": "{content}"}', '{"user": "{content}", "prompt": 5}'],
+     '{"user": "{content}", "stop": ["a", "b", "c", "d", "e"]}', '{"assistant": "{content}"}', '{"user": "\xe9{content}"}', '{"user": "{content}", "prompt": 5}'],
 )  # fmt: skip
 def test_a_template_that_is_none(text):
     with pytest.raises(ValueError, match=r"chat\.json: .*accepted is"):
-        chat.Template.read(text, "chat.json")
+        chat.Template.read(text.encode("latin-1"), "chat.json")
 
 
 def test_a_template_is_data():
-    found = chat.Template.read('{"user": "Q {content}\\n", "prompt": "A"}', "chat.json")
+    found = chat.Template.read(b'{"user": "Q {content}\\n", "prompt": "A"}', "chat.json")
     evil = "{content} {{ 1 + 1 }} {0} %s {user.__class__}"
     assert found.text([{"role": "user", "content": evil}]) == f"Q {evil}\nA"
-    with pytest.raises(ValueError, match="the role system: the model's template has user"):
+    with pytest.raises(ValueError, match="the role system: accepted are those of the model's template, user"):
         found.text([{"role": "system", "content": "a"}])
 
 

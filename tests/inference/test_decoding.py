@@ -146,11 +146,18 @@ def test_so_do_the_other_forms_of_attention(model):
 
 
 def test_an_encoder_whose_experts_choose_decodes_too():
-    of = settings(router="expert_choice", decoder_router="switch", eval_group_size=64)
-    prompt_BP, count_B = prompts([12, 12, 12, 12])
-    together = sample(of, prompt_BP, count_B, 6).tokens_BN
-    others = sample(of, prompt_BP.at[1:].set(7), count_B, 6).tokens_BN
-    np.testing.assert_array_equal(together[0], others[0])
+    """Of two prompts beside each other neither matters to the other; the length to which both are padded does."""
+    moe = dict(num_experts=8, eval_capacity_factor=1.25, eval_group_size=64)
+    of = settings(router="expert_choice", decoder_router="switch", **moe)
+    prompt_BP, count_B = prompts([12, 9, 12, 5], length=16)
+    together = sample(of, prompt_BP, count_B, 6)
+    others_BP = prompt_BP.at[1:].set(0).at[1:, :3].set(7)
+    others = sample(of, others_BP, count_B.at[1:].set(3), 6)
+    np.testing.assert_array_equal(together.tokens_BN[0], others.tokens_BN[0])
+    np.testing.assert_allclose(together.score_B[0], others.score_B[0], rtol=1e-5)
+    # Of 12 tokens in 16 an expert takes ceil(3 * 12 / 16) = 3, of 12 in 64 ceil(10 * 12 / 64) = 2.
+    longer = sample(of, jnp.pad(prompt_BP, ((0, 0), (0, 48))), count_B, 6)
+    assert abs(together.score_B[0] - longer.score_B[0]) > 1e-3
 
 
 def test_stacks_of_other_depths_and_a_dense_decoder():
@@ -189,6 +196,17 @@ def test_what_may_be_drawn_by_hand():
     assert kept(0, 0.5) == kept(1, 0.9) == kept(0, 0.01) == [True, False, False, False]
     assert kept(3, 0.9) == [True, True, True, False]  # 0.5 / 0.95 and 0.3 / 0.95 are below 0.9
     assert kept(2, 0.6) == [True, False, False, False]  # 0.5 / 0.8 is enough
+    same = jnp.log(jnp.array([[0.3, 0.4, 0.3]]))
+    assert jnp.isfinite(decoding.limited(same, 2, 1.0)).all(), "the second largest are two"
+
+
+@pytest.mark.parametrize("heat", [1e-5, 1e-38, 1e-45])
+def test_a_temperature_next_to_nothing_is_none(heat):
+    """Logits divided by it would be infinite, which no draw takes."""
+    logits, keys = jnp.array([[1.0, 9.0, 5.0, 30.0, 2.0]]), jax.random.split(jax.random.key(0), 1)
+    for top_p in (1.0, 0.9):
+        how = Choosing(temperature=heat, top_p=top_p)
+        assert int(decoding._choose(logits, keys, jnp.int32(1), how)[0]) == 3
 
 
 def test_draws_are_of_the_seed_and_no_neighbours():

@@ -1,9 +1,11 @@
 """The engine of a server: answers are `Generator`'s, whoever is beside; slots are freed; a queue has an end. No HTTP."""
 
 import functools
+import gc
 import random
 import threading
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -256,6 +258,44 @@ def test_a_prompt_or_a_step_that_fails_is_nobody_elses(engine, monkeypatch, what
     assert failing.listener.of() == [] and failing.listener.events[-1] == Failed("broken")
     for one in [*first, *waiting] if what == "prefill" else waiting:
         assert one.listener.of() == wanted.listener.of()
+
+
+def test_a_prompts_memory_is_free_when_nobody_needs_it(engine, monkeypatch):
+    """At once, not when the garbage collector comes: of answers, of scores alone, of who is late or left."""
+    running, seen = engine("decoder"), []
+    prefill = running.programs.prefill
+
+    class Kept:
+        def __init__(self, value):
+            self.value = value
+
+        def __getattr__(self, name):
+            return getattr(self.value, name)
+
+    def watched(ids):
+        found = Kept(prefill(ids))
+        seen.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(running.programs, "prefill", watched)
+    held = threading.Event()
+    left = job([0, 5, 9], answers=SLOTS + 1, ends=[lambda token: held.wait(60) and False] * (SLOTS + 1))
+    gc.disable()
+    try:
+        for one in (job([0, 5, 9], answers=2), job([0, 5, 9], 0, scores=True), job([0, 5, 9], 0, answers=2)):
+            running.submit(one)
+            one.listener.of()
+        running.submit(left)
+        while not left.tokens:
+            time.sleep(0.005)
+        assert seen[-1]() is not None, "an answer still waits"
+        running.cancel(left)
+        held.set()
+        while running.running or running.waiting:
+            time.sleep(0.005)
+        assert len(seen) == 4 and [one() for one in seen] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_closing_drains_and_then_cuts(engine):

@@ -5,6 +5,7 @@ A job is a prompt and its answers, of which each takes a slot. What becomes of i
 """
 
 import collections
+import contextlib
 import dataclasses
 import threading
 import time
@@ -22,7 +23,7 @@ LATE, BROKEN, CLOSED = "late", "broken", "closed"  # why a job failed
 
 
 class Refused(Exception):
-    """A job that can't be taken: ``why`` is full, warming or closed."""
+    """A job that can't be taken: ``why`` is full, warming, closed or failed."""
 
     def __init__(self, why: str):
         super().__init__(why)
@@ -89,6 +90,7 @@ class _Slot:
     job: Job
     answer: int
     count: int = 0
+    last: float = 0.0  # when its newest token came, of time.monotonic()
 
 
 class Watcher:
@@ -96,7 +98,10 @@ class Watcher:
 
     def opened(self, job: Job, expert_LPK: np.ndarray | None) -> None: ...
 
-    def stepped(self, seconds: float, rows: int, expert_LBK: np.ndarray | None) -> None: ...
+    def stepped(self, rows: int, expert_LBK: np.ndarray | None) -> None: ...
+
+    def waited(self, seconds: float) -> None:
+        """From an answer's token to its next one, with what was done between two steps."""
 
     def ended(self, job: Job, why: str) -> None:
         """An answer, or (LATE, BROKEN, CLOSED, ``cancelled``) the whole job."""
@@ -143,7 +148,7 @@ class Engine:
 
     @property
     def failed(self) -> str:
-        """Why it could not be warmed up; empty: it could, or may still be."""
+        """Why it could not be warmed up, or ended by itself; empty: it did not."""
         return self._failed
 
     def start(self) -> None:
@@ -156,6 +161,8 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise Refused("closed")
+            if self._failed:
+                raise Refused("failed")
             if not self.ready:
                 raise Refused("warming")
             asked = [_Slot(job, answer) for job in jobs for answer in range(job.answers)]
@@ -183,7 +190,7 @@ class Engine:
         if self._thread.ident is None:
             return True
         self._thread.join(seconds)
-        done = not self._thread.is_alive()
+        done = not self._thread.is_alive() or not (self.running or self.waiting)  # or it still compiles
         self._cut = True
         self._thread.join(seconds)
         return done
@@ -195,12 +202,27 @@ class Engine:
                 if self._closed:
                     return
         except Exception as error:
-            self._failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._died(error)
             self._note(f"the programs can't be compiled: {self._failed}")
             self.failing(error)
             return
         self.ready = True
-        self._note("ready")
+        try:
+            self._note("ready")
+            self._serve()
+        except Exception as error:
+            self._died(error)
+            self._note(f"the engine ended: {self._failed}")
+
+    def _died(self, error: Exception) -> None:
+        """Nothing is computed any more: all who wait are told, and who comes is refused."""
+        with self._changed:
+            self._failed, self.ready = f"{type(error).__name__}: {error}".splitlines()[0], False
+        for job in _jobs((*self._slots, *self._waiting)):
+            with contextlib.suppress(Exception):  # of who listens, so that the others are told
+                self._fail(job, BROKEN)
+
+    def _serve(self) -> None:
         while self._wait():
             try:
                 self._sweep()
@@ -237,6 +259,7 @@ class Engine:
         for place, slot in enumerate(self._slots):
             if slot and slot.job is job:
                 self._free(place)
+        job.prefilled = None
         with self._changed:
             self._waiting = collections.deque(slot for slot in self._waiting if slot.job is not job)
 
@@ -272,7 +295,9 @@ class Engine:
                 slot = self._waiting.popleft()
             if job.max_tokens:
                 self._place(slot, place)
-            else:
+            if slot.answer == job.answers - 1:
+                job.prefilled = None  # its memory is of no more use
+            if not job.max_tokens:
                 self._end(slot, LENGTH)
 
     def _open(self, job: Job) -> None:
@@ -295,19 +320,16 @@ class Engine:
             job.top_k,
             job.top_p,
         )
-        if slot.answer == job.answers - 1:
-            job.prefilled = None  # its memory is of no more use
 
     def _step(self) -> None:
         if not self.running:
             return
-        began = time.monotonic()
         tells = np.array(any(slot.job.best for slot in self._slots if slot))
         found = self.programs.step(self._controls._replace(tells=tells))
         now = time.monotonic()
         used = [place for place, slot in enumerate(self._slots) if slot]
         expert_LBK = None if found.expert_LBK is None else found.expert_LBK[:, used]
-        self._watcher.stepped(now - began, len(used), expert_LBK)
+        self._watcher.stepped(len(used), expert_LBK)
         for place in used:
             slot = self._slots[place]
             if not slot.job.cancelled:
@@ -315,7 +337,9 @@ class Engine:
 
     def _hand_out(self, place: int, slot: _Slot, found: Stepped, now: float) -> None:
         job, token = slot.job, int(found.token_B[place])
-        slot.count += 1
+        if slot.count:
+            self._watcher.waited(now - slot.last)
+        slot.count, slot.last = slot.count + 1, now
         job.tokens += 1
         job.first = job.first or now
         best = [

@@ -34,7 +34,7 @@ class Controls(NamedTuple):
     position_B: np.ndarray  # int32, the place of the token that comes next; -1: nobody is there
     count_B: np.ndarray  # int32, tokens that it has so far
     key_BN: np.ndarray  # uint32, the data of its key
-    temperature_B: np.ndarray  # float32, 0: the likeliest
+    temperature_B: np.ndarray  # float32, below `decoding.LEAST_HEAT`: the likeliest
     top_k_B: np.ndarray  # int32, 0: all
     top_p_B: np.ndarray  # float32
     tells: np.ndarray  # bool, whether anybody wants alternatives
@@ -141,6 +141,7 @@ class Programs:
 
     def reset(self) -> None:
         """Empties all slots."""
+        self._state = None  # so that there is room for another
         self._state = self._fresh()
 
     def key(self, seed: int, number: int) -> np.ndarray:
@@ -286,7 +287,9 @@ def _drawn(logits_BV: jax.Array, controls: Controls) -> jax.Array:
 
     def one(slot: tuple) -> jax.Array:
         first, logits_V, count, key_N, heat, k, p = slot
-        return jax.lax.cond(heat > 0, lambda: draw(logits_V, count, key_N, heat, k, p), lambda: first)
+        return jax.lax.cond(
+            heat >= decoding.LEAST_HEAT, lambda: draw(logits_V, count, key_N, heat, k, p), lambda: first
+        )
 
     numbers = map(jnp.asarray, controls[1:6])
     return jax.lax.map(one, (decoding.likeliest(logits_BV), logits_BV, *numbers))
