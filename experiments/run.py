@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 from experiments import command_line, exits, process, supervisor
@@ -59,7 +60,13 @@ def carry_out(command: str, argv: Sequence[str], settings: Settings, workdir: st
     process.keep_quiet()
     if several:
         supervisor.leave_with_parent()
-    code = _train(command, settings, workdir)
+    try:
+        code = _train(command, settings, workdir)
+    except BaseException:
+        if several:  # the interpreter's own way out waits minutes for the others, who wait for this one
+            traceback.print_exc()
+            _leave_at_once(exits.EXIT_FAILED, wait=distributed.is_main())
+        raise
     if several and code not in (0, EXIT_STOPPED):
         _leave_at_once(code, wait=distributed.is_main())
     return code
