@@ -105,6 +105,7 @@ def run(
         if teller.main:
             teller.update(**finished)
             write_report(place.local)
+            place.push_all()
         saved.wait()  # last, as it may say that the state could not be saved
     return f"{place.name}/{REPORT_FILE}"
 
@@ -298,7 +299,7 @@ class _Loop:
         self.teller.push()  # what was told up to this step is there before the step is
         self.saved.save(step, state, self.iterator, to_dict(self.settings), quality)
         if self.place.stages:
-            self.saved.wait()
+            self.saved.settle()
             buckets.guarded(self.place.push_steps, self.settings.checkpoint.on_error, self.teller.note)
 
     def _leave(self, state: TrainState) -> None:
@@ -306,6 +307,8 @@ class _Loop:
         if step:
             self._check(step, parameter_norm=float(self.programs.norm(state.params)))
             self._save(step, state)
+            if self.teller.main:
+                self.place.push_all()
             self.saved.wait()
         kept = f"saved in {self.place.name}" if step else "with nothing to save yet"
         raise Stopped(
