@@ -106,7 +106,9 @@ def run(
             teller.update(**finished)
             write_report(place.local)
             place.push_all()
-        saved.wait()  # last, as it may say that the state could not be saved
+        saved.wait()  # as it may say that the state could not be saved, after all else is done
+        if waits.record:
+            teller.note(ended_early(waits.record, settings.train.num_steps, place.name, saved.steps()))
     return f"{place.name}/{REPORT_FILE}"
 
 
@@ -134,10 +136,11 @@ def _done(settings: Settings, place: buckets.Place, differences: Differences) ->
     if distributed.is_main() and not differences.changed and (place.local / REPORT_FILE).exists():
         known = read_run(place.local)
         early, last = known.get("stopped_early"), last_step(settings, known)
-        newest = max(buckets.complete_steps(place.checkpoints), default=None)
+        steps = buckets.complete_steps(place.checkpoints)
+        newest = max(steps, default=None)
         if newest == last and not damage(place.checkpoints / str(last)):
             how = (
-                ended_early(early, settings.train.num_steps, place.name)
+                ended_early(early, settings.train.num_steps, place.name, steps)
                 if early
                 else f"step {last} was its last"
             )
@@ -196,7 +199,7 @@ class _Loop:
     ):
         self.settings, self.place, self.parts, self.programs = settings, place, parts, programs
         self.teller, self.saved, self.rows, self.iterator = teller, saved, rows, iterator
-        self.stop, self.waits, self.peak, self.places, self.clock = stop, waits, peak, places, Clock()
+        self.stop, self.waits, self.peak, self.places = stop, waits, peak, places
         self.schedule = optimizers.schedule(settings.optimizer, settings.train.num_steps)
 
     def steps(self, state: TrainState) -> TrainState:
@@ -218,6 +221,7 @@ class _Loop:
             running = step, metrics
             last = step == train.num_steps
             evaluates, saves = step % train.eval_every == 0 or last, step % every == 0 or last
+        self.clock = Clock()
             if evaluates or saves:
                 self._read(*running)
                 running = None
@@ -228,7 +232,9 @@ class _Loop:
                         self._save(step, state, quality)
         if running:
             self._read(*running)
-        self.teller.update(add=self.clock.totals(), **self._ended_early())
+        self.teller.update(add=self.clock.news())
+        if train.patience:
+            self.teller.update(stopped_early=self.waits.record)
         if self.stop.number and int(state.step) < train.num_steps and not self.waits.over:
             self._leave(state)
         return state
@@ -287,13 +293,6 @@ class _Loop:
         self.waits.add(step, found[judge][figure])
         return found[judge][figure]
 
-    def _ended_early(self) -> dict[str, Any]:
-        """For `run.json`, and told."""
-        ended = self.waits.record
-        if ended:
-            self.teller.note(ended_early(ended, self.settings.train.num_steps, self.place.name))
-        return {"stopped_early": ended} if self.settings.train.patience else {}
-
     def _save(self, step: int, state: TrainState, quality: float | None = None) -> None:
         """``quality``: of this very state, where it was judged; an older one would mislead."""
         self.teller.push()  # what was told up to this step is there before the step is
@@ -311,6 +310,7 @@ class _Loop:
                 self.place.push_all()
             self.saved.wait()
         kept = f"saved in {self.place.name}" if step else "with nothing to save yet"
+        self.teller.update(add=self.clock.news())  # of these steps, which a kill from here on leaves done
         raise Stopped(
             f"stopped by {self.stop.name} after step {step}, {kept}; the same command continues from there",
             self.stop.number,
