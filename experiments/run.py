@@ -34,12 +34,13 @@ PEERS_LEAVE = 30  # seconds within which JAX ends a process whose peer is lost
 
 
 def main(argv: list[str]) -> int:
+    return exits.guarded(COMMAND, lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
     if supervisor.FOLLOWS in os.environ:
         supervisor.leave_with_parent()
-    try:
-        settings, workdir = command_line.parse(argv, DEFAULT_CONFIG, __doc__, buckets=True)
-    except ValueError as error:
-        return exits.fail(COMMAND, error, EXIT_BAD_INPUT)
+    settings, workdir = command_line.parse(argv, DEFAULT_CONFIG, __doc__, buckets=True)
     return carry_out(COMMAND, argv, settings, workdir)
 
 
@@ -93,6 +94,8 @@ def _train(command: str, settings: Settings, workdir: str) -> int:
         return fail(error, EXIT_NON_FINITE)
     except checkpoints.CheckpointError as error:
         return fail(error, EXIT_IO)
+    except BrokenPipeError:  # whoever reads the output has seen enough: `exits.leave`
+        raise
     except OSError as error:
         return fail(error if error.filename else f"{workdir}: {error}", EXIT_IO)
     except signals.Stopped as stopped:
@@ -104,7 +107,7 @@ def _train(command: str, settings: Settings, workdir: str) -> int:
         time.sleep(PEERS_LEAVE)  # until then JAX has found out who is lost, and ended this process
         return fail(f"{str(error).splitlines()[0]} (or another process of the job was lost)", EXIT_LOST)
     except KeyboardInterrupt:
-        return fail("interrupted twice; saved is the last checkpoint", EXIT_INTERRUPTED)
+        return fail("interrupted at once; what is saved is the last checkpoint", EXIT_INTERRUPTED)
     if distributed.is_main():
         print(f"done: {path}")
     return 0

@@ -63,12 +63,12 @@ def run(
     distributed.check_same(shared | versions() | {"workdir": str(workdir)})
     place = buckets.Place(workdir)
     with contextlib.ExitStack() as held, place.named():
+        stop = held.enter_context(stop_signals())
         lock, differences = _open(settings, place, progress, held)
         if done := _done(settings, place, differences):
             if distributed.is_main():
                 progress.note(done)
             return f"{place.name}/{REPORT_FILE}"
-        stop = held.enter_context(stop_signals())
         teller = Teller(settings, place, progress)
         mesh, lengths = sharding.make_mesh(settings.mesh), kind.lengths(settings)
         group_tokens = sharding.check(settings, lengths, mesh.shape)
