@@ -92,8 +92,9 @@ def run(
         waits = patience(settings.train.patience, place.local, parts.best, start)
         if teller.main and start < settings.train.num_steps and not waits.over:  # a run's last acts, to come
             (place.local / REPORT_FILE).unlink(missing_ok=True)
-            if read_run(place.local).get("stopped_early"):
-                teller.update(stopped_early=None)
+            known = read_run(place.local)
+            if over := [name for name in ("stopped_early", "not_finite") if known.get(name) is not None]:
+                teller.update(**dict.fromkeys(over))
         places = settings.data.batch_size * sum(lengths.values())
         loop = _Loop(
             settings, place, parts, programs, teller, saved, rows, iterator, stop, waits, peak, places
