@@ -73,14 +73,12 @@ def run(
         mesh, lengths = sharding.make_mesh(settings.mesh), kind.lengths(settings)
         group_tokens = sharding.check(settings, lengths, mesh.shape)
         tx = train_state.optimizer(settings)
-        parts = _make(kind, settings, place, mesh, teller, lock)
+        parts, saved = _make(kind, settings, place, mesh, teller, lock, differences, held)
         rows = Rows(settings.data, mesh)
         iterator = held.enter_context(contextlib.closing(parts.data.batches(rows.streams)))
         held.enter_context(teller.pushed_in_the_end())
         held.enter_context(jax.set_mesh(mesh))
         held.enter_context(sharding.rules(settings))
-        saved = checkpoints.Checkpoints(place.checkpoints, settings.checkpoint, teller.note)
-        held.enter_context(contextlib.closing(saved))
         with told(teller.note, "compiling the step and the evaluations", at_once=True):
             programs = Programs(settings, tx, parts, mesh, rows.shapes(parts.data.lengths))
         goes_on = saved.latest() is not None
@@ -150,9 +148,21 @@ def _done(settings: Settings, place: buckets.Place, differences: Differences) ->
 
 
 def _make(
-    kind: Kind, settings: Settings, place: buckets.Place, mesh: Mesh, teller: Teller, lock: Lock
-) -> Parts:
-    """The run's parts; when they are known to be good the directory is made this run's."""
+    kind: Kind,
+    settings: Settings,
+    place: buckets.Place,
+    mesh: Mesh,
+    teller: Teller,
+    lock: Lock,
+    differences: Differences,
+    held: contextlib.ExitStack,
+) -> tuple[Parts, checkpoints.Checkpoints]:
+    """The run's parts and its checkpoints; when both are known to be good the directory is made this run's."""
+
+    def opened() -> checkpoints.Checkpoints:
+        saved = checkpoints.Checkpoints(place.checkpoints, settings.checkpoint, teller.note)
+        return held.enter_context(contextlib.closing(saved))
+
     begun = bool(buckets.complete_steps(place.checkpoints))
     with distributed.main_first():
         parts = kind.parts(Context(settings, place.local, mesh, begun, teller.note))
@@ -160,10 +170,14 @@ def _make(
     with distributed.main_first():
         if teller.main:
             parts.data.prepare()
-            claim(place.local, settings, lock)
+    # Where there are none Orbax makes their directory, which is to be this run's by then.
+    saved = opened() if begun else None
+    with distributed.main_first():
+        if teller.main:
+            claim(place.local, settings, lock, **teller.begins((saved and saved.latest()) or 0, differences))
             place.take()
             parts.data.keep()
-    return parts
+    return parts, saved or opened()
 
 
 def _describe(
@@ -207,6 +221,7 @@ class _Loop:
         """From the state's step to num_steps, or to where patience ends."""
         train, every, start = self.settings.train, self.settings.checkpoint.every, int(state.step)
         self.stop.deferred = True
+        self.clock = Clock()
         self.skips = Skips(self.place.local, start)
         # Updates of another run, whose optimizer's state this one began with.
         self.earlier = optimizers.updates(state.opt_state) - self.skips.updates_before(start + 1)
@@ -222,7 +237,6 @@ class _Loop:
             running = step, metrics
             last = step == train.num_steps
             evaluates, saves = step % train.eval_every == 0 or last, step % every == 0 or last
-        self.clock = Clock()
             if evaluates or saves:
                 self._read(*running)
                 running = None
@@ -296,6 +310,7 @@ class _Loop:
 
     def _save(self, step: int, state: TrainState, quality: float | None = None) -> None:
         """``quality``: of this very state, where it was judged; an older one would mislead."""
+        self.teller.update(add=self.clock.news())  # of these steps, which a kill from here on leaves done
         self.teller.push()  # what was told up to this step is there before the step is
         self.saved.save(step, state, self.iterator, to_dict(self.settings), quality)
         if self.place.stages:
@@ -311,7 +326,6 @@ class _Loop:
                 self.place.push_all()
             self.saved.wait()
         kept = f"saved in {self.place.name}" if step else "with nothing to save yet"
-        self.teller.update(add=self.clock.news())  # of these steps, which a kill from here on leaves done
         raise Stopped(
             f"stopped by {self.stop.name} after step {step}, {kept}; the same command continues from there",
             self.stop.number,
