@@ -184,11 +184,11 @@ class Kept:
         likeliest = functools.partial(
             distillation.likeliest, settings=self._teacher, temperature=distill.temperature, count=self._count
         )
-        compiled = jax.jit(likeliest, out_shardings=whole)
+        compiled, parameters = jax.jit(likeliest, out_shardings=whole), self._parameters()
 
         def run(batch: Batch) -> Any:
             with jax.set_mesh(mesh), sharding.rules(self._teacher):
-                return compiled(self._parameters(), placing.whole(batch, mesh))
+                return compiled(parameters, placing.whole(batch, mesh))
 
         return run
 
