@@ -22,6 +22,8 @@ from typing import Any
 
 from etils import epath
 
+from switchmoe.runs.lock import InUse
+
 SCHEMES = {"gs://": ("gcsfs", "gcs"), "s3://": ("s3fs", "s3")}  # the package that reads it, and its extra
 COMMIT, UPLOADED = "commit_success.txt", "uploaded.txt"
 CHECKPOINTS = "checkpoints"
@@ -306,10 +308,6 @@ def read_lease(path: epath.Path) -> dict[str, Any]:
                 raise
         time.sleep(wait)
     return {}
-
-
-class InUse(ValueError):
-    """Another process has the place; one line that names it."""
 
 
 def guarded(action: Callable[[], Any], on_error: str, note: Callable[[str], None]) -> None:

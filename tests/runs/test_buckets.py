@@ -416,11 +416,21 @@ SHORT = [*TINY, "--config.train.num_steps=3", "--config.train.eval_every=3", "--
 @pytest.mark.usefixtures("one_device")
 def test_with_on_error_continue_a_run_goes_on_and_its_end_is_not_lost(s3_place, capsys, monkeypatch):
     """No room for step 1 in the mirror; the store is away from step 3 on."""
-    free, remote, copy = [10], epath.Path(s3_place) / "checkpoints", buckets._copy
-    usage = shutil.disk_usage
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, free.pop()) if free else usage(path)
+    remote, copy, check, full = (
+        epath.Path(s3_place) / "checkpoints",
+        buckets._copy,
+        checkpoints._check_space,
+        [1],
     )
+
+    def no_room(directory, state):
+        with monkeypatch.context() as patch:
+            if full:
+                usage = shutil._ntuple_diskusage(1, 1, full.pop())
+                patch.setattr(shutil, "disk_usage", lambda _: usage)
+            check(directory, state)
+
+    monkeypatch.setattr(checkpoints, "_check_space", no_room)
 
     def away(here, there):
         if 2 in buckets.complete_steps(remote):
