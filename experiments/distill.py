@@ -12,6 +12,7 @@ DIR is a run's directory, DIR|STEP, or a converted checkpoint. The student is it
 The same command on the same directory goes on where it stopped. Exit codes: those of `experiments.run`.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,9 +35,10 @@ def _distill(argv: list[str]) -> int:
     task = ["", "task:"][bool(own["task"])]
     given = [f"--config={CONFIG}:{task}{own['teacher']}"]
     given += [f"--config.task.names={own['task']}"] if own["task"] else []
-    settings, workdir = command_line.parse(
-        ["distill", *given, *rest], CONFIG, __doc__, True, ("--teacher=", "--task=")
-    )
+    own_flags = ("--teacher=", "--task=")
+    _, workdir = command_line.parse(["distill", *given, *rest], CONFIG, __doc__, True, own_flags)
+    given += _begun(workdir)
+    settings, workdir = command_line.parse(["distill", *given, *rest], CONFIG, __doc__, True, own_flags)
     if own["task"]:
         process.keep_quiet()
         process.check_devices()
@@ -47,6 +49,19 @@ def _distill(argv: list[str]) -> int:
     if code == 0 and "://" not in workdir:
         _tell(Path(workdir))
     return code
+
+
+def _begun(workdir: str) -> list[str]:
+    """As flags what the run there has of `train` and `checkpoint`: the teacher's, of which they are, may have changed since."""
+    try:
+        there = json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))
+        return [
+            f"--config.{group}.{name}={value}"
+            for group in ("train", "checkpoint")
+            for name, value in there[group].items()
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # no run, or one that can't be read, which is for the run to say
 
 
 def _tell(workdir: Path) -> None:

@@ -40,7 +40,7 @@ def _finetune(argv: list[str]) -> int:
     given = [f"--config={CONFIG}:{own['init']}", f"--config.task.names={own['task']}"]
     given += [f"--config.train.num_steps={own['steps']}"] if own["steps"] and trains else []
     settings, workdir = command_line.parse(
-        ["finetune", *given, *rest], CONFIG, __doc__, True, ("--init=", "--task=", "--steps=")
+        ["finetune", *given, *rest], CONFIG, __doc__, trains, ("--init=", "--task=", "--steps=")
     )
     process.keep_quiet()
     process.check_devices()

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 from experiments import command_line, exits, process, supervisor
@@ -33,12 +34,13 @@ PEERS_LEAVE = 30  # seconds within which JAX ends a process whose peer is lost
 
 
 def main(argv: list[str]) -> int:
+    return exits.guarded(COMMAND, lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
     if supervisor.FOLLOWS in os.environ:
         supervisor.leave_with_parent()
-    try:
-        settings, workdir = command_line.parse(argv, DEFAULT_CONFIG, __doc__, buckets=True)
-    except ValueError as error:
-        return exits.fail(COMMAND, error, EXIT_BAD_INPUT)
+    settings, workdir = command_line.parse(argv, DEFAULT_CONFIG, __doc__, buckets=True)
     return carry_out(COMMAND, argv, settings, workdir)
 
 
@@ -59,7 +61,13 @@ def carry_out(command: str, argv: Sequence[str], settings: Settings, workdir: st
     process.keep_quiet()
     if several:
         supervisor.leave_with_parent()
-    code = _train(command, settings, workdir)
+    try:
+        code = _train(command, settings, workdir)
+    except BaseException:
+        if several:  # the interpreter's own way out waits minutes for the others, who wait for this one
+            traceback.print_exc()
+            _leave_at_once(exits.EXIT_FAILED, wait=distributed.is_main())
+        raise
     if several and code not in (0, EXIT_STOPPED):
         _leave_at_once(code, wait=distributed.is_main())
     return code
@@ -86,6 +94,8 @@ def _train(command: str, settings: Settings, workdir: str) -> int:
         return fail(error, EXIT_NON_FINITE)
     except checkpoints.CheckpointError as error:
         return fail(error, EXIT_IO)
+    except BrokenPipeError:  # whoever reads the output has seen enough: `exits.leave`
+        raise
     except OSError as error:
         return fail(error if error.filename else f"{workdir}: {error}", EXIT_IO)
     except signals.Stopped as stopped:
@@ -97,7 +107,7 @@ def _train(command: str, settings: Settings, workdir: str) -> int:
         time.sleep(PEERS_LEAVE)  # until then JAX has found out who is lost, and ended this process
         return fail(f"{str(error).splitlines()[0]} (or another process of the job was lost)", EXIT_LOST)
     except KeyboardInterrupt:
-        return fail("interrupted twice; saved is the last checkpoint", EXIT_INTERRUPTED)
+        return fail("interrupted at once; what is saved is the last checkpoint", EXIT_INTERRUPTED)
     if distributed.is_main():
         print(f"done: {path}")
     return 0

@@ -192,7 +192,7 @@ def _outcome(directory: Path) -> Outcome | None:
     try:
         return sweeps.read(directory), known
     except ValueError:
-        return (None, known) if "not_finite" in known else None
+        return (None, known) if known.get("not_finite") else None
 
 
 def _written(run: sweeps.Run | None, origin: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from typing import Any
 
 from etils import epath
 
+from switchmoe.runs.lock import InUse
+
 SCHEMES = {"gs://": ("gcsfs", "gcs"), "s3://": ("s3fs", "s3")}  # the package that reads it, and its extra
 COMMIT, UPLOADED = "commit_success.txt", "uploaded.txt"
 CHECKPOINTS = "checkpoints"
@@ -46,6 +48,8 @@ class Place:
         self.remote: epath.Path | None = None
         self.local = Path(workdir)
         self._pushed: dict[str, tuple[int, int]] = {}
+        self._kept = False  # whether the mirror has what the bucket lacks, and stays
+        self._fetched: set[int] = set()  # steps that were complete there
         self._last = 0.0
         self._lease: _Lease | None = None
 
@@ -89,14 +93,11 @@ class Place:
         self.local.mkdir()
         with self._named():
             self._fetch(self.remote, self.local, skip={CHECKPOINTS, LEASE_FILE})
-            if self.stages:
-                step = max(complete_steps(self.remote / CHECKPOINTS), default=None)
-                if step is not None:
-                    self._fetch(
-                        self.remote / CHECKPOINTS / str(step),
-                        self.local / CHECKPOINTS / str(step),
-                        {UPLOADED},
-                    )
+            if self.stages:  # all of them: the best is kept, and one before a damaged one is gone on from
+                self._fetched = complete_steps(self.remote / CHECKPOINTS)
+                for step in map(str, self._fetched):
+                    here = self.local / CHECKPOINTS / step
+                    self._fetch(self.remote / CHECKPOINTS / step, here, {UPLOADED})
         self._pushed = self._signs()
 
     def _probe(self) -> None:
@@ -136,27 +137,54 @@ class Place:
     def push_steps(self) -> None:
         """Where checkpoints are staged: copies the new steps, each with `UPLOADED` last, and removes those that are gone.
 
+        What was found damaged here and set aside is set aside there first, as another of that step is to come.
+
         Raises:
           Unreachable: it can't be written; what is there of a step does not count.
         """
         here, there = self.local / CHECKPOINTS, self.remote / CHECKPOINTS
         with self._named():
+            for left in here.glob("*.damaged*"):
+                step = there / left.name.partition(".")[0]
+                if int(step.name) in self._fetched:
+                    _copy_all(left, damaged_name(step))
+                    self._remove(step)
             complete = complete_steps(there)
             kept = {int(path.name) for path in here.iterdir() if path.name.isdigit()}
             for step in sorted(kept - complete):
-                for path in sorted(path for path in (here / str(step)).rglob("*") if path.is_file()):
-                    _copy(path, there / str(path.relative_to(here)))
+                _copy_all(here / str(step), there / str(step))
                 (there / str(step) / UPLOADED).write_text(time.strftime("%Y-%m-%d %H:%M:%S"))
             for step in complete - kept:
-                if step < max(kept):  # the marker first: what is left is no step
-                    (there / str(step) / UPLOADED).unlink(missing_ok=True)
-                    (there / str(step)).rmtree(missing_ok=True)
+                if step < max(kept):
+                    self._remove(there / str(step))
+
+    def push_all(self) -> None:
+        """Copies what is not there yet, at the end of a run.
+
+        Raises:
+          Unreachable: it can't be written, whatever ``on_error``; names the mirror, which then stays.
+        """
+        if self.remote is None:
+            return
+        try:
+            self.push()
+            if self.stages:
+                self.push_steps()
+        except Unreachable as error:
+            self._kept = True
+            raise Unreachable(f"{error}; what is not there yet is in {self.local}") from error
+
+    def _remove(self, step: epath.Path) -> None:
+        """The marker first: what is left is no step."""
+        (step / UPLOADED).unlink(missing_ok=True)
+        step.rmtree(missing_ok=True)
+        self._fetched.discard(int(step.name))
 
     def close(self) -> None:
-        """Gives the bucket back, and removes the mirror."""
+        """Gives the bucket back, and removes the mirror, unless `push_all` failed."""
         if self._lease:
             self._lease.free()
-        if self.remote is not None:
+        if self.remote is not None and not self._kept:
             shutil.rmtree(self.local.parent, ignore_errors=True)
 
     def _signs(self) -> dict[str, tuple[int, int]]:
@@ -210,6 +238,15 @@ def complete_steps(checkpoints: Any) -> set[int]:
         return {int(path.name) for path in steps}
     marker = UPLOADED if os.fspath(checkpoints).startswith("s3://") else COMMIT
     return {int(path.name) for path in steps if (path / marker).exists()}
+
+
+def damaged_name(step_directory: Path | epath.Path) -> Path | epath.Path:
+    """Beside the step: a name that is free, by which it is none."""
+    kept, number = step_directory.with_name(f"{step_directory.name}.damaged"), 1
+    while kept.exists():
+        number += 1
+        kept = step_directory.with_name(f"{step_directory.name}.damaged-{number}")
+    return kept
 
 
 class _Lease:
@@ -273,10 +310,6 @@ def read_lease(path: epath.Path) -> dict[str, Any]:
     return {}
 
 
-class InUse(ValueError):
-    """Another process has the place; one line that names it."""
-
-
 def guarded(action: Callable[[], Any], on_error: str, note: Callable[[str], None]) -> None:
     """Copies to a bucket; with ``on_error="continue"`` a failure is a warning, and is made good by the next copy."""
     try:
@@ -289,6 +322,11 @@ def guarded(action: Callable[[], Any], on_error: str, note: Callable[[str], None
 
 def _copy(here: Path, there: epath.Path) -> None:
     there.write_bytes(here.read_bytes())
+
+
+def _copy_all(here: Path, there: epath.Path) -> None:
+    for path in sorted(path for path in here.rglob("*") if path.is_file()):
+        _copy(path, there / str(path.relative_to(here)))
 
 
 def _line(error: BaseException) -> str:

@@ -154,13 +154,17 @@ class Checkpoints:
         self._started, self._failed = step, None
         self._guard(start)
 
+    def settle(self) -> None:
+        """Returns when the last save is over. Raises CheckpointError: as `save`."""
+        self._guard(self._manager.wait_until_finished)
+
     def wait(self) -> None:
         """Returns when the last save is complete.
 
         Raises:
           CheckpointError: it failed, whatever ``on_error``.
         """
-        self._guard(self._manager.wait_until_finished)
+        self.settle()
         if self._failed:
             raise self._failed
 
@@ -280,7 +284,8 @@ class Checkpoints:
             )
         if distributed.is_main():
             for step, _ in damaged:
-                integrity.set_aside(self.directory / step)
+                damaged_step = self.directory / step
+                damaged_step.rename(buckets.damaged_name(damaged_step))
         distributed.gathered("set aside")
         self._note(
             f"warning: {found}. Kept as *.damaged; continuing from step {good} (checkpoint.on_damage=previous)"

@@ -50,7 +50,10 @@ class Teacher:
         self.settings = dataclasses.replace(before, data=student.data, mesh=student.mesh, train=train)
         sharding.check(self.settings, lengths, context.mesh.shape)
         self.step = int(self._source.step.name)
-        self.parameters: Callable[[], Any] = functools.cache(self._parameters)
+        distill = student.distill
+        beside = distill.weight and not distill.top_k
+        # Else they are read when they are needed, and leave the devices to the student in between.
+        self.parameters: Callable[[], Any] = functools.cache(self._parameters) if beside else self._parameters
 
     @property
     def name(self) -> str:
@@ -200,8 +203,9 @@ def _gain(
     """
     name, figure = best
     of_teacher = judge.of(teacher.settings)
-    of_teacher.compile(teacher.parameters())
-    there = float(of_teacher.figures(teacher.parameters())[figure])
+    parameters = teacher.parameters()
+    of_teacher.compile(parameters)
+    there = float(of_teacher.figures(parameters)[figure])
     counts = [train_state.parameter_counts(s)[0] for s in (teacher.settings, context.settings)]
     found: dict[str, Any] = {
         "teacher": context.settings.distill.teacher,

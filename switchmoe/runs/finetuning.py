@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switchmoe.data import pairs, progress, tasks, vocabulary
@@ -252,10 +253,8 @@ def find_tasks(settings: Settings) -> tuple[list[Task], list[Task]]:
 
 def _vocabulary(context: Context, file: str) -> vocabulary.Vocabulary:
     """The run's own copy, or that of the model it begins with, or `data.vocab`."""
-    own = context.workdir / start.VOCABULARY_FILE
-    return load_vocabulary(
-        context.settings, str(own) if own.exists() else file or context.settings.data.vocab
-    )
+    own = start.own_vocabulary(context)
+    return load_vocabulary(context.settings, str(own or file or context.settings.data.vocab))
 
 
 def load_vocabulary(settings: Settings, path: str) -> vocabulary.Vocabulary:
@@ -265,7 +264,7 @@ def load_vocabulary(settings: Settings, path: str) -> vocabulary.Vocabulary:
             f"init.checkpoint={settings.init.checkpoint or chr(39) * 2}: it has no vocabulary; accepted is a run that has one, or"
             " data.vocab=FILE, its SentencePiece model"
         )
-    found = vocabulary.Vocabulary.from_bytes(Path(path).expanduser().read_bytes(), path)
+    found = vocabulary.Vocabulary.from_bytes(epath.Path(path).expanduser().read_bytes(), path)
     if found.size > settings.embedding_rows:
         raise ValueError(
             f"data.vocab={path}: {found.size} ids; accepted is the vocabulary of a model of {settings.embedding_rows} rows"

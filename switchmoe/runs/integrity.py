@@ -82,15 +82,6 @@ def damage(
         )
 
 
-def set_aside(step_directory: Path) -> Path:
-    """Renames a step so that it is one no longer; returns where it is kept."""
-    kept, number = step_directory.with_name(f"{step_directory.name}.damaged"), 1
-    while kept.exists():
-        number += 1
-        kept = step_directory.with_name(f"{step_directory.name}.damaged-{number}")
-    return step_directory.rename(kept)
-
-
 def _problem(path: Path, size: int, crc: int | None) -> str | None:
     try:
         found = _size_only(path)[0]

@@ -63,24 +63,22 @@ def run(
     distributed.check_same(shared | versions() | {"workdir": str(workdir)})
     place = buckets.Place(workdir)
     with contextlib.ExitStack() as held, place.named():
+        stop = held.enter_context(stop_signals())
         lock, differences = _open(settings, place, progress, held)
         if done := _done(settings, place, differences):
             if distributed.is_main():
                 progress.note(done)
             return f"{place.name}/{REPORT_FILE}"
-        stop = held.enter_context(stop_signals())
         teller = Teller(settings, place, progress)
         mesh, lengths = sharding.make_mesh(settings.mesh), kind.lengths(settings)
         group_tokens = sharding.check(settings, lengths, mesh.shape)
         tx = train_state.optimizer(settings)
-        parts = _make(kind, settings, place, mesh, teller, lock)
+        parts, saved = _make(kind, settings, place, mesh, teller, lock, differences, held)
         rows = Rows(settings.data, mesh)
         iterator = held.enter_context(contextlib.closing(parts.data.batches(rows.streams)))
         held.enter_context(teller.pushed_in_the_end())
         held.enter_context(jax.set_mesh(mesh))
         held.enter_context(sharding.rules(settings))
-        saved = checkpoints.Checkpoints(place.checkpoints, settings.checkpoint, teller.note)
-        held.enter_context(contextlib.closing(saved))
         with told(teller.note, "compiling the step and the evaluations", at_once=True):
             programs = Programs(settings, tx, parts, mesh, rows.shapes(parts.data.lengths))
         goes_on = saved.latest() is not None
@@ -92,8 +90,9 @@ def run(
         waits = patience(settings.train.patience, place.local, parts.best, start)
         if teller.main and start < settings.train.num_steps and not waits.over:  # a run's last acts, to come
             (place.local / REPORT_FILE).unlink(missing_ok=True)
-            if read_run(place.local).get("stopped_early"):
-                teller.update(stopped_early=None)
+            known = read_run(place.local)
+            if over := [name for name in ("stopped_early", "not_finite") if known.get(name) is not None]:
+                teller.update(**dict.fromkeys(over))
         places = settings.data.batch_size * sum(lengths.values())
         loop = _Loop(
             settings, place, parts, programs, teller, saved, rows, iterator, stop, waits, peak, places
@@ -105,7 +104,10 @@ def run(
         if teller.main:
             teller.update(**finished)
             write_report(place.local)
-        saved.wait()  # last, as it may say that the state could not be saved
+            place.push_all()
+        saved.wait()  # as it may say that the state could not be saved, after all else is done
+        if waits.record:
+            teller.note(ended_early(waits.record, settings.train.num_steps, place.name, saved.steps()))
     return f"{place.name}/{REPORT_FILE}"
 
 
@@ -133,10 +135,11 @@ def _done(settings: Settings, place: buckets.Place, differences: Differences) ->
     if distributed.is_main() and not differences.changed and (place.local / REPORT_FILE).exists():
         known = read_run(place.local)
         early, last = known.get("stopped_early"), last_step(settings, known)
-        newest = max(buckets.complete_steps(place.checkpoints), default=None)
+        steps = buckets.complete_steps(place.checkpoints)
+        newest = max(steps, default=None)
         if newest == last and not damage(place.checkpoints / str(last)):
             how = (
-                ended_early(early, settings.train.num_steps, place.name)
+                ended_early(early, settings.train.num_steps, place.name, steps)
                 if early
                 else f"step {last} was its last"
             )
@@ -145,9 +148,21 @@ def _done(settings: Settings, place: buckets.Place, differences: Differences) ->
 
 
 def _make(
-    kind: Kind, settings: Settings, place: buckets.Place, mesh: Mesh, teller: Teller, lock: Lock
-) -> Parts:
-    """The run's parts; when they are known to be good the directory is made this run's."""
+    kind: Kind,
+    settings: Settings,
+    place: buckets.Place,
+    mesh: Mesh,
+    teller: Teller,
+    lock: Lock,
+    differences: Differences,
+    held: contextlib.ExitStack,
+) -> tuple[Parts, checkpoints.Checkpoints]:
+    """The run's parts and its checkpoints; when both are known to be good the directory is made this run's."""
+
+    def opened() -> checkpoints.Checkpoints:
+        saved = checkpoints.Checkpoints(place.checkpoints, settings.checkpoint, teller.note)
+        return held.enter_context(contextlib.closing(saved))
+
     begun = bool(buckets.complete_steps(place.checkpoints))
     with distributed.main_first():
         parts = kind.parts(Context(settings, place.local, mesh, begun, teller.note))
@@ -155,10 +170,14 @@ def _make(
     with distributed.main_first():
         if teller.main:
             parts.data.prepare()
-            claim(place.local, settings, lock)
+    # Where there are none Orbax makes their directory, which is to be this run's by then.
+    saved = opened() if begun else None
+    with distributed.main_first():
+        if teller.main:
+            claim(place.local, settings, lock, **teller.begins((saved and saved.latest()) or 0, differences))
             place.take()
             parts.data.keep()
-    return parts
+    return parts, saved or opened()
 
 
 def _describe(
@@ -195,13 +214,14 @@ class _Loop:
     ):
         self.settings, self.place, self.parts, self.programs = settings, place, parts, programs
         self.teller, self.saved, self.rows, self.iterator = teller, saved, rows, iterator
-        self.stop, self.waits, self.peak, self.places, self.clock = stop, waits, peak, places, Clock()
+        self.stop, self.waits, self.peak, self.places = stop, waits, peak, places
         self.schedule = optimizers.schedule(settings.optimizer, settings.train.num_steps)
 
     def steps(self, state: TrainState) -> TrainState:
         """From the state's step to num_steps, or to where patience ends."""
         train, every, start = self.settings.train, self.settings.checkpoint.every, int(state.step)
         self.stop.deferred = True
+        self.clock = Clock()
         self.skips = Skips(self.place.local, start)
         # Updates of another run, whose optimizer's state this one began with.
         self.earlier = optimizers.updates(state.opt_state) - self.skips.updates_before(start + 1)
@@ -227,7 +247,9 @@ class _Loop:
                         self._save(step, state, quality)
         if running:
             self._read(*running)
-        self.teller.update(add=self.clock.totals(), **self._ended_early())
+        self.teller.update(add=self.clock.news())
+        if train.patience:
+            self.teller.update(stopped_early=self.waits.record)
         if self.stop.number and int(state.step) < train.num_steps and not self.waits.over:
             self._leave(state)
         return state
@@ -286,19 +308,13 @@ class _Loop:
         self.waits.add(step, found[judge][figure])
         return found[judge][figure]
 
-    def _ended_early(self) -> dict[str, Any]:
-        """For `run.json`, and told."""
-        ended = self.waits.record
-        if ended:
-            self.teller.note(ended_early(ended, self.settings.train.num_steps, self.place.name))
-        return {"stopped_early": ended} if self.settings.train.patience else {}
-
     def _save(self, step: int, state: TrainState, quality: float | None = None) -> None:
         """``quality``: of this very state, where it was judged; an older one would mislead."""
+        self.teller.update(add=self.clock.news())  # of these steps, which a kill from here on leaves done
         self.teller.push()  # what was told up to this step is there before the step is
         self.saved.save(step, state, self.iterator, to_dict(self.settings), quality)
         if self.place.stages:
-            self.saved.wait()
+            self.saved.settle()
             buckets.guarded(self.place.push_steps, self.settings.checkpoint.on_error, self.teller.note)
 
     def _leave(self, state: TrainState) -> None:
@@ -306,6 +322,8 @@ class _Loop:
         if step:
             self._check(step, parameter_norm=float(self.programs.norm(state.params)))
             self._save(step, state)
+            if self.teller.main:
+                self.place.push_all()
             self.saved.wait()
         kept = f"saved in {self.place.name}" if step else "with nothing to save yet"
         raise Stopped(

@@ -268,7 +268,12 @@ class Clock:
     def __init__(self) -> None:
         self._start = time.monotonic()
         self._steps, self._tokens, self._waited = 0, 0, 0.0
+        self._paused: float | None = None
         self._total = {"steps_timed": 0, "train_seconds": 0.0, "input_wait_seconds": 0.0}
+        self._told = dict(self._total)
+
+    def _now(self) -> float:
+        return time.monotonic() if self._paused is None else self._paused
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -278,9 +283,9 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        started = time.monotonic()
+        self._paused = started = time.monotonic()
         yield
-        self._start += time.monotonic() - started
+        self._start, self._paused = self._start + time.monotonic() - started, None
 
     def step(self, tokens: int) -> None:
         self._steps += 1
@@ -288,16 +293,22 @@ class Clock:
 
     def lap(self) -> tuple[float, float, float]:
         """(seconds, seconds waited, tokens) a step since the last lap."""
-        seconds, steps, waited = time.monotonic() - self._start, max(self._steps, 1), self._waited
+        seconds, steps, waited = self._now() - self._start, max(self._steps, 1), self._waited
         seconds = max(seconds, 1e-9)  # of a clock that did not move
         tokens = self._tokens
         self._total["steps_timed"] += self._steps
         self._total["train_seconds"] += seconds
         self._total["input_wait_seconds"] += waited
-        self._start, self._steps, self._tokens, self._waited = time.monotonic(), 0, 0, 0.0
+        self._start, self._steps, self._tokens, self._waited = self._now(), 0, 0, 0.0
         return seconds / steps, waited / steps, tokens / steps
 
-    def totals(self) -> dict[str, float]:
+    def news(self) -> dict[str, float]:
+        """Totals since the last call, those of the lap under way among them."""
+        found = dict(self._total)
         if self._steps:
-            self.lap()
-        return self._total
+            found["steps_timed"] += self._steps
+            found["train_seconds"] += self._now() - self._start
+            found["input_wait_seconds"] += self._waited
+        news = {name: value - self._told[name] for name, value in found.items()}
+        self._told = found
+        return news

@@ -47,8 +47,13 @@ def check(
         resuming.flat(there)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"--workdir={workdir}: its config.json is not a run's ({error})") from error
-    found = resuming.compare(there, settings, f"--workdir={workdir} holds a run")
     steps = buckets.complete_steps(checkpoints)
+    try:
+        found = resuming.compare(there, settings, f"--workdir={workdir} holds a run")
+    except ValueError as error:
+        if steps:
+            raise
+        raise ValueError(f"{error}; no step of it is saved: it may be deleted") from error
     if max(steps, default=0) > settings.train.num_steps:
         raise ValueError(
             f"train.num_steps={settings.train.num_steps}: the run in {workdir} is at step {max(steps)}; accepted is that"
@@ -78,8 +83,11 @@ def check_documents(workdir: Path, source: str, fingerprints: dict[str, str]) ->
         )
 
 
-def claim(workdir: Path, settings: Settings, lock: Lock) -> None:
+def claim(workdir: Path, settings: Settings, lock: Lock, **facts: Any) -> None:
     """Makes the directory this run's; called when settings and data are known to be good.
+
+    Args:
+      facts: for `run.json`, there before the settings are: a start that ends in between has noted what it changes.
 
     Raises:
       ValueError: another process was faster.
@@ -93,6 +101,8 @@ def claim(workdir: Path, settings: Settings, lock: Lock) -> None:
         except OSError as error:
             raise OSError(error.errno, f"can't be written: {error.strerror}", str(directory)) from error
     lock.take()
+    if facts:
+        update_run(workdir, **facts)
     write_json(workdir / "config.json", to_dict(settings))
 
 

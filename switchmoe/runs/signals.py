@@ -9,8 +9,11 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Stopped(RuntimeError):
-    """A signal asked the run to stop; its state is saved. ``args``: message, signal number."""
+class Stopped(BaseException):
+    """A signal asked the run to stop; its state is saved. ``args``: message, signal number.
+
+    No `Exception`, as KeyboardInterrupt is none: raised inside a library's call, it must not be taken for its failure.
+    """
 
 
 class Stop:

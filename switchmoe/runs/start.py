@@ -67,6 +67,27 @@ def vocabulary_of(step: epath.Path) -> str:
     return str(path) if path.exists() else ""
 
 
+def own_vocabulary(context: Context) -> Path | None:
+    """The run's own copy, None where there is none yet.
+
+    Raises:
+      ValueError: `data.vocab` is not what the last start had, and of another content.
+    """
+    own, asked = context.workdir / VOCABULARY_FILE, context.settings.data.vocab
+    if not own.exists():
+        return None
+    config = context.workdir / "config.json"
+    there = json.loads(config.read_text(encoding="utf-8"))["data"].get("vocab") if config.exists() else ""
+    if asked and asked != there:
+        file = epath.Path(asked).expanduser()
+        if file.exists() and file.read_bytes() != own.read_bytes():
+            raise ValueError(
+                f"data.vocab={asked}: another vocabulary than the run in {context.workdir} began with; accepted is the same, or"
+                " another --workdir"
+            )
+    return own
+
+
 def keep_vocabulary(workdir: Path, model_bytes: bytes) -> None:
     """The run's own copy, where it has none."""
     path = workdir / VOCABULARY_FILE

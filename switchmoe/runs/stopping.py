@@ -1,5 +1,6 @@
 """Early stopping: a run is done when what it is judged by has not improved for `train.patience` evaluations."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +26,42 @@ class Patience:
         return bool(self._allowed and self._found) and len(self._found) - 1 - self._best >= self._allowed
 
     @property
-    def record(self) -> dict[str, int] | None:
-        """For `run.json`: None where the run is not over."""
+    def record(self) -> dict[str, Any] | None:
+        """For `run.json`: None where the run is not over. ``best_steps``: all of equal figures, of which ``best_step`` is the first."""
         if not self.over:
             return None
+        figures, best = self._figures, self._best
         return {
             "step": self._found[-1][0],
-            "best_step": self._found[self._best][0],
+            "best_step": self._found[best][0],
+            "best_steps": [
+                step for (step, _), f in zip(self._found, figures, strict=True) if f == figures[best]
+            ],
             "patience": self._allowed,
         }
 
     @property
-    def _best(self) -> int:
-        figures = [
+    def _figures(self) -> list[float]:
+        return [
             figure if figure == figure and figure is not None else float("inf") for _, figure in self._found
         ]
-        return figures.index(min(figures))
+
+    @property
+    def _best(self) -> int:
+        return self._figures.index(min(self._figures))
 
 
-def ended_early(record: dict[str, int], num_steps: int, place: str) -> str:
-    """A line on a run whose patience is over, of its `Patience.record`."""
+def ended_early(record: dict[str, Any], num_steps: int, place: str, saved: Iterable[int]) -> str:
+    """A line on a run whose patience is over, of its `Patience.record` and the steps of its checkpoints."""
+    kept = max(set(saved) & set(record.get("best_steps", [record["best_step"]])), default=None)
+    best = (
+        "the best was not saved (checkpoint.every, checkpoint.keep_best)"
+        if kept is None
+        else f"the best is {place}|{kept}"
+    )
     return (
         f"finished at step {record['step']} of {num_steps}: no better than at step {record['best_step']}"
-        f" for {record['patience']} evaluations (train.patience); the best is {place}|{record['best_step']}"
+        f" for {record['patience']} evaluations (train.patience); {best}"
     )
 
 

@@ -1,14 +1,16 @@
 """A teacher's likeliest tokens of each step's batch, written once and read by the students that see the same batches.
 
 A directory: ``teacher.json`` (what they are of, how many steps are done, the place in the data), ``ids.npy`` (unsigned integers)
-and ``log_probs.npy`` (float16), both [steps, B, L * K]. A kill costs the steps since the last `SAVED`.
+and ``log_probs.npy`` (float16), both [steps, B, L * K]. A kill costs the steps since the last `SAVED`. One process writes at a time.
 
 Letters: B batch, L length, K likeliest tokens.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ from switchmoe.data.batches import Batch
 from switchmoe.parallel import sharding
 from switchmoe.runs import placing
 from switchmoe.runs.checkpoints import write_json
+from switchmoe.runs.lock import Lock
 from switchmoe.runs.parts import Context, Data
 from switchmoe.runs.resuming import BITS, RULES, flat
 from switchmoe.settings import Settings, to_dict
 from switchmoe.training import distillation
 
-DIRECTORY, FILE = "teacher", "teacher.json"
+DIRECTORY, FILE, LOCK_FILE = "teacher", "teacher.json", "store.lock"
 SAVED = 25  # steps
 READ = "setting of data or task"
 EVALUATED = ("task.shots", "task.eval_examples")  # what is measured alone depends on them
@@ -125,18 +128,37 @@ class Kept:
             )
 
     def _write(self) -> None:
-        """The steps that are not there yet."""
-        there, steps = self._read(), self._settings.train.num_steps
-        done = there.get("done", 0)
-        if done == steps:
+        """The steps that are not there yet.
+
+        Raises:
+          InUse: another process writes them.
+          OSError: there is no room for them.
+        """
+        if self._read().get("done") == self._settings.train.num_steps:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
+        option = f"distill.store={self.directory}"
+        lock = Lock(self.directory, self._context.note, LOCK_FILE, "the writing of a store", option)
+        with contextlib.closing(lock):
+            lock.take()
+            self._check()  # again, as what is there may be of whoever had the lock
+            self._fill(self._read())
+
+    def _fill(self, there: dict[str, Any]) -> None:
+        done, steps = there.get("done", 0), self._settings.train.num_steps
         rows = self._teacher.embedding_rows
         kinds = (np.uint16 if rows <= 2**16 else np.uint32, np.float16)
         opened = [
             np.lib.format.open_memmap(path, mode="r+" if done else "w+", dtype=kind, shape=self._shape)
             for path, kind in zip(self._files, kinds, strict=True)
         ]
+        try:
+            for path in self._files:
+                _reserve(path)
+        except OSError:
+            for path in [] if done else self._files:  # what was had of the room is given back
+                path.unlink()
+            raise
         run, batches = self._program(), self._data.batches(None)
         if done:
             batches.set_state(there["state"])
@@ -162,13 +184,24 @@ class Kept:
         likeliest = functools.partial(
             distillation.likeliest, settings=self._teacher, temperature=distill.temperature, count=self._count
         )
-        compiled = jax.jit(likeliest, out_shardings=whole)
+        compiled, parameters = jax.jit(likeliest, out_shardings=whole), self._parameters()
 
         def run(batch: Batch) -> Any:
             with jax.set_mesh(mesh), sharding.rules(self._teacher):
-                return compiled(self._parameters(), placing.whole(batch, mesh))
+                return compiled(parameters, placing.whole(batch, mesh))
 
         return run
+
+
+def _reserve(path: Path) -> None:
+    """The file's place on the disk: where that is full later on, a write to its map would be the process's end (SIGBUS)."""
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # where a file system can't, glibc writes each block
+        except OSError as error:
+            what = f"no room for the teacher's likeliest tokens ({size / 1e6:,.1f} MB): {error.strerror}"
+            raise OSError(error.errno, what, str(path)) from error
 
 
 class _Batches(Iterator):

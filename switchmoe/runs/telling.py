@@ -32,6 +32,32 @@ def versions() -> dict[str, str]:
     }
 
 
+def origin() -> dict[str, Any]:
+    """What `run.json` has of the code and the machine that a start is of."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "processes": jax.process_count(),
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit(),
+        "environment": environment(),
+    }
+
+
+def moved(known: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(at the last start, here), by name, of what differs in two `origin`s; what the first lacks is not known."""
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for name in here.keys() & known.keys():
+        there, now = known[name], here[name]
+        if isinstance(now, dict):
+            pairs |= {f"{name}.{key}": (there.get(key, "none"), now.get(key, "none")) for key in there | now}
+        else:
+            pairs[name] = there, now
+    return {name: pair for name, pair in sorted(pairs.items()) if pair[0] != pair[1]}
+
+
 class Teller:
     """The main process's voice; the others' say nothing."""
 
@@ -40,6 +66,7 @@ class Teller:
         self._writer: MetricsWriter | None = None
         self.main = distributed.is_main()
         self.layers = sparse_layer_names(settings)
+        self._moved: dict[str, tuple[Any, Any]] = {}
 
     def note(self, text: str) -> None:
         if self.main:
@@ -106,14 +133,7 @@ class Teller:
             parameters=total,
             parameters_active=active,
             parameters_trained=trained,
-            platform=device.platform,
-            device=f"{count} x {device.device_kind}",
             group_tokens=tokens,
-            processes=jax.process_count(),
-            versions=versions(),
-            machine=machine(),
-            commit=commit(),
-            environment=environment(),
             **facts,
         )
         for line in _model(self._settings, self.layers, total, active, trained):
@@ -129,8 +149,15 @@ class Teller:
                 f"environment: {name}={environment()[name]} (the last digits of results may depend on it)"
             )
 
+    def begins(self, step: int, differences: Differences) -> dict[str, Any]:
+        """For `run.json`: the start's `origin`, and in ``changed`` what is not as it was at the last one, at which step."""
+        known, here = read_run(self._place.local), origin()
+        self._moved = moved(known, here)
+        changed = {name: list(values) for name, values in (differences.changed | self._moved).items()}
+        return here | ({"changed": [*known.get("changed", []), {"step": step} | changed]} if changed else {})
+
     def resumed(self, start: int, differences: Differences) -> None:
-        """That the run goes on, and what is not as it was."""
+        """Says that the run goes on, and what is not as it was."""
         if start:
             self.note(f"resuming from the checkpoint of step {start} in {self._place.name}")
         if differences.missing:
@@ -138,12 +165,10 @@ class Teller:
             self.note(
                 f"this run began with an earlier version; settings that it did not have are at their defaults: {names}"
             )
-        if differences.changed:
-            changed = {name: list(values) for name, values in differences.changed.items()}
-            known = read_run(self._place.local).get("changed", [])
-            self.update(changed=[*known, {"step": start} | changed])
-            told = ", ".join(f"{name} ({old} -> {new})" for name, (old, new) in changed.items())
-            self.note(f"settings changed since the last start: {told}")
+        for what, changed in (("settings", differences.changed), ("code or machine", self._moved)):
+            if changed:
+                told = ", ".join(f"{name} ({old} -> {new})" for name, (old, new) in changed.items())
+                self.note(f"{what} changed since the last start: {told}")
 
 
 def _model(settings: Settings, layers: list[str], total: int, active: int, trained: int) -> list[str]:

@@ -19,7 +19,6 @@ from switchmoe.training import objective
 
 UNIGRAM_BATCHES = 200
 UNKNOWN_WARNED, UNKNOWN_REFUSED = 0.01, 0.5  # shares of the held-out pieces
-VOCABULARY_FILE = start.VOCABULARY_FILE
 
 
 def lengths(settings: Settings) -> dict[str, int]:
@@ -142,8 +141,8 @@ class Text:
 
 def _vocabulary(context: Context, documents: Sequence[str], file: str) -> vocabulary.Vocabulary:
     """The run's own copy, so that a run never changes its vocabulary; else that of the settings or the file."""
-    path, data = context.workdir / VOCABULARY_FILE, context.settings.data
-    if path.exists():
+    path, data = start.own_vocabulary(context), context.settings.data
+    if path:
         found = vocabulary.Vocabulary.from_bytes(path.read_bytes(), str(path))
         known = read_run(context.workdir).get("vocabulary_sha256", found.sha256)
         if found.sha256 != known:

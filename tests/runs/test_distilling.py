@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,11 @@ from test_run import DECODER_ONLY, TINY, finish, losses, wait_for_step
 from experiments import distill as command
 from experiments import run as pretraining
 from experiments.exits import EXIT_BAD_INPUT
+from switchmoe.parallel import sharding
+from switchmoe.runs import distilling, text
+from switchmoe.runs.parts import Context
 from switchmoe.runs.reporting import read_metrics
+from switchmoe.settings import from_config
 
 pytestmark = pytest.mark.usefixtures("one_device")
 KINDS = {"encoder_decoder": [], "decoder_only": DECODER_ONLY}
@@ -97,6 +102,33 @@ def test_what_is_kept_of_the_gain_is_told(teacher, tmp_path, capsys):
     assert found["parameters_of_teacher"] > found["parameters_of_student"]
     assert f"Of the teacher's gain kept: {found['gain_kept']:.1%}" in capsys.readouterr().out
     assert "<h2>Distillation</h2>" in (tmp_path / "student" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_trained_on_later_changes_nothing(teacher, tmp_path):
+    """Its number of steps, which the student's was taken from, and how often it saves."""
+    shutil.copytree(teacher, tmp_path / "teacher")
+    assert distil(tmp_path / "teacher", tmp_path / "run", "--config.train.log_every=2") == 0
+    file = tmp_path / "teacher" / "config.json"
+    config = json.loads(file.read_text())
+    config["train"]["num_steps"], config["checkpoint"]["every"] = 8, 1
+    file.write_text(json.dumps(config))
+    begun = (tmp_path / "run" / "config.json").read_bytes()
+    assert distil(tmp_path / "teacher", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "config.json").read_bytes() == begun
+    assert json.loads(begun)["train"]["log_every"] == 2
+
+
+@pytest.mark.parametrize("weight, top_k, stays", [(0.25, 0, True), (0.25, 4, False), (0.0, 0, False)])
+def test_a_teacher_stays_in_memory_only_beside_its_student(tmp_path, monkeypatch, weight, top_k, stays):
+    settings = from_config({"distill": {"teacher": "runs/t", "weight": weight, "top_k": top_k}})
+    source = distilling.trained.Source(tmp_path / "4", settings, None)
+    monkeypatch.setattr(distilling.trained, "find", lambda *_: source)
+    monkeypatch.setattr(distilling.trained, "parameters", lambda *_: object())
+    mesh = sharding.make_mesh(settings.mesh)
+    context = Context(settings, tmp_path, mesh, False, print)
+    found = distilling.Teacher(context, text.lengths(settings))
+    assert (found.parameters() is found.parameters()) == stays
 
 
 @pytest.mark.slow

@@ -99,11 +99,11 @@ def test_a_damaged_checkpoint(tmp_path, environment, whole, table, harm):
     shutil.copytree(whole, workdir)
     file = max(written(workdir / "checkpoints" / "24" / "state"), key=lambda f: f.stat().st_size)
     harm(file)
-    before = sorted(p for p in workdir.rglob("*"))
-    _, err = finish(start(workdir, environment), command.EXIT_IO)
+    before = contents(workdir)
+    _, err = finish(start(workdir, environment, "--config.train.log_every=2"), command.EXIT_IO)
     said = one_line(err)
     assert str(file.name) in said and "checkpoints/24 is damaged" in said and "on_damage=previous" in said
-    assert before == sorted(p for p in workdir.rglob("*")), "nothing was changed"
+    assert before == contents(workdir), "nothing was changed"
     out, _ = finish(start(workdir, environment, "--config.checkpoint.on_damage=previous"))
     assert "continuing from step 20" in out and (workdir / "checkpoints" / "24.damaged").is_dir()
     assert_same_run(workdir, whole)
@@ -167,7 +167,7 @@ def test_a_full_disk(small_disk, environment, table, on_error, room_again):
     else:
         assert reached == 200 and sum("warning" in line for line in lines) > 1
         assert (small_disk / "report.html").exists()
-        table("disk full to the end; checkpoint.on_error=continue", "a warning at each failed save, trained and reported to the end, then exit 4", f"the state after step 20 ({reached - 20} steps)")  # fmt: skip
+        table("disk full to the end, but for 3 MiB; checkpoint.on_error=continue", "a warning at each failed save, trained and reported to the end, then exit 4", f"the state after step 20 ({reached - 20} steps)")  # fmt: skip
 
 
 @pytest.mark.long
@@ -239,6 +239,7 @@ def test_so_many_updates_in_a_row_are_left_out_and_the_next_stops_the_run(tmp_pa
         skipped = [r for r in records if r.get("skipped")]
         assert [r["step"] for r in skipped] == [3, 8, 9, 14, 15]
     assert all(r["grad_norm"] is None for r in skipped), "null in JSON"
+    assert rundir.read_run(tmp_path / "run")["not_finite"] == 16
     assert "warning: step" not in captured.out, "the second run began after 15"
     rates = {r["step"]: r["learning_rate"] for r in records if r["split"] == "train"}
     step = (rates[3] - rates[1]) / 2  # it rises with the updates: before step 6 those were 4
@@ -248,6 +249,7 @@ def test_so_many_updates_in_a_row_are_left_out_and_the_next_stops_the_run(tmp_pa
     code, captured = run_here(tmp_path, capsys, *short, "--config.train.skip_nonfinite=3")
     assert code == 0, captured.err
     assert "step 16: loss nan, grad_norm nan; this update is skipped" in captured.out
+    assert rundir.read_run(tmp_path / "run")["not_finite"] is None
     assert (tmp_path / "run" / "report.html").exists()
     table("the gradient not finite, train.skip_nonfinite=2", "one and two in a row: each update left out, warned of, recorded; a third in a row stops the run, exit 3", "the updates that were left out")  # fmt: skip
 

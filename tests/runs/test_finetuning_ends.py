@@ -13,7 +13,7 @@ from test_run import TINY, losses
 
 from experiments import finetune as command
 from experiments.exits import EXIT_BAD_INPUT
-from switchmoe.runs.stopping import Patience
+from switchmoe.runs.stopping import Patience, ended_early
 
 pytestmark = pytest.mark.usefixtures("one_device")
 STEPS = [
@@ -75,11 +75,33 @@ def test_patience_by_hand(figures, over, best):
     for one in found[-1:]:
         waits.add(*one)
     assert waits.over == over and not Patience(0, found).over
-    assert waits.record == ({"step": 10 * len(figures), "best_step": best, "patience": 2} if over else None)
+    ended = waits.record or {"best_steps": []}
+    of_the_best = (
+        [step for step, figure in found if figure == min(f for f in figures if f is not None)] if over else []
+    )
+    assert ended.pop("best_steps") == of_the_best
+    assert ended == ({"step": 10 * len(figures), "best_step": best, "patience": 2} if over else {})
+
+
+@pytest.mark.parametrize(
+    "saved, said",
+    [
+        ([2, 4, 6], "the best is runs/a|4"),  # of equal ones the newest that is there, which BestN keeps
+        ([2, 8], "the best is runs/a|2"),
+        ([8], "the best was not saved (checkpoint.every, checkpoint.keep_best)"),
+    ],
+)
+def test_the_best_that_is_named_is_there(saved, said):
+    waits = Patience(3, [(2, 1.0), (4, 1.0), (6, 2.0), (8, 2.0)])
+    assert ended_early(waits.record, 40, "runs/a", saved).endswith(f"(train.patience); {said}")
+    of_an_earlier_version = {"step": 8, "best_step": 2, "patience": 3}
+    assert ("|2" in ended_early(of_an_earlier_version, 40, "runs/a", saved)) == (2 in saved)
 
 
 def test_it_is_done_when_the_score_is_no_better(still, pretrained, colours, capsys):
-    assert run_json(still)["stopped_early"] == {"step": 6, "best_step": 2, "patience": 2}
+    assert run_json(still)["stopped_early"] == {
+        "step": 6, "best_step": 2, "best_steps": [2, 4, 6], "patience": 2,
+    }  # fmt: skip
     assert {path.name for path in (still / "checkpoints").iterdir() if path.name.isdigit()} == {"2", "4", "6"}
     assert "6 of 40, no better than at 2" in (still / "report.html").read_text()
     before = losses(still)
@@ -91,6 +113,14 @@ def test_it_is_done_when_the_score_is_no_better(still, pretrained, colours, caps
         and "finished at step 6 of 40: no better than at step 2 for 2 evaluations" in told
     )
     assert losses(still) == before and (still / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_the_best_that_is_named_is_a_checkpoint(pretrained, colours, tmp_path, capsys):
+    more = [*STILL, "--config.checkpoint.keep=1"]
+    assert command.main(arguments(pretrained, colours, tmp_path / "run", *more)) == 0
+    named = capsys.readouterr().out.split("the best is ")[1].split()[0]
+    assert named == f"{tmp_path / 'run'}|6" and (tmp_path / "run" / "checkpoints" / "6").is_dir()
 
 
 @pytest.mark.slow
@@ -153,5 +183,7 @@ def test_solved_examples_when_a_model_is_measured(pretrained, colours, tmp_path,
     assert command.main(arguments(pretrained, colours, tmp_path / "short", *short)) == 0
     assert f"{colours}@2, held out: too long and cut: 100.0% of the inputs" in capsys.readouterr().err
     assert all(json.loads(line)["cut"] for line in (tmp_path / "short" / "predictions.jsonl").open())
+    assert command.main(arguments(pretrained, colours, "gs://bucket/run", *more)) == EXIT_BAD_INPUT
+    assert "--workdir=gs://bucket/run: accepted is a directory" in capsys.readouterr().err
     assert command.main(arguments(pretrained, colours, pretrained, *more)) == EXIT_BAD_INPUT
     assert "a run's directory, whose predictions.jsonl would be lost" in capsys.readouterr().err

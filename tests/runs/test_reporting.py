@@ -296,3 +296,27 @@ def test_a_clock_that_did_not_move(monkeypatch):
     clock.step(100)
     seconds, waited, tokens = clock.lap()
     assert seconds > 0 and math.isfinite(tokens / seconds) and waited / seconds == 0
+
+
+def test_what_a_clock_counts_is_told_once_and_not_what_it_paused_for(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(reporting.time, "monotonic", lambda: now[0])
+    clock = reporting.Clock()
+
+    def steps(count):
+        for _ in range(count):
+            now[0] += 2.0
+            clock.step(100)
+
+    steps(3)
+    with clock.paused():
+        now[0] += 50.0
+        assert clock.news() == {"steps_timed": 3, "train_seconds": 6.0, "input_wait_seconds": 0.0}
+        now[0] += 50.0
+    with clock.waiting():
+        now[0] += 1.0
+    steps(1)
+    assert clock.lap() == (9.0 / 4, 1.0 / 4, 100.0), "a lap is not cut short by it"
+    steps(2)
+    assert clock.news() == {"steps_timed": 3, "train_seconds": 7.0, "input_wait_seconds": 1.0}
+    assert clock.news()["steps_timed"] == 0

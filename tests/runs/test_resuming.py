@@ -1,6 +1,7 @@
 """What may differ when a run goes on, directories of earlier versions, and two processes in one directory."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import signal
@@ -16,7 +17,8 @@ from experiments import exits
 from experiments import run as command
 from experiments.sweep import __main__ as sweep
 from experiments.sweep import study
-from switchmoe.runs import lock, resuming
+from switchmoe.runs import finetuning, lock, loop, resuming, rundir, start, telling, text
+from switchmoe.runs.parts import Context
 from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import Settings, from_config, to_dict
 
@@ -34,9 +36,6 @@ def test_every_field_has_a_rule_and_every_rule_a_field():
 
 def test_the_documents_table_is_the_rules():
     assert resuming.table() in (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8")
-
-
-OTHER = {str: "other", bool: None, int: None, float: None}
 
 
 def other(settings, name):
@@ -109,6 +108,11 @@ def arguments(config, **more):
     return [f"--config.{name}={value}" for name, value in fields.items() if value != ""]
 
 
+def contents(directory):
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name != lock.LOCK_FILE)
+    return {path: path.read_bytes() for path in files}
+
+
 def go_on(workdir, config, capsys, **more):
     code = command.main(["run", f"--workdir={workdir}", *arguments(config, **more)])
     return code, capsys.readouterr()
@@ -141,15 +145,19 @@ def test_what_is_only_told_or_kept_may_change_and_the_bits_stay(old_run, capsys,
         "data.prefetch": 2, "train.log_every": 3, "train.eval_every": 2, "checkpoint.every": 3, "checkpoint.keep": 5,
         "data.data_dir": tmp_path / "moved", "train.skip_nonfinite": 1,
     }  # fmt: skip
+    known = json.loads((workdir / "run.json").read_text())
+    known["versions"]["jax"] = "0.9.0"
+    (workdir / "run.json").write_text(json.dumps(known))
     code, captured = go_on(workdir, config, capsys, **changed)
     assert code == 0, captured.err
     assert (
         "settings changed since the last start: " in captured.out and "data.prefetch (8 -> 2)" in captured.out
     )
     noted = json.loads((workdir / "run.json").read_text())["changed"]
-    assert (
-        noted[0]["step"] == 4 and noted[0]["train.log_every"] == [1, 3] and len(noted[0]) == 1 + len(changed)
-    )
+    assert noted[0]["step"] == 4 and noted[0]["train.log_every"] == [1, 3]
+    assert noted[0].keys() & resuming.RULES.keys() == changed.keys()
+    assert noted[0]["versions.jax"] == ["0.9.0", importlib.metadata.version("jax")]
+    assert f"versions.jax (0.9.0 -> {importlib.metadata.version('jax')})" in captured.out
     assert sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()) == [
         4,
         6,
@@ -159,6 +167,63 @@ def test_what_is_only_told_or_kept_may_change_and_the_bits_stay(old_run, capsys,
     code, _ = go_on(workdir, config, capsys)  # and back again: nothing is left to do
     assert code == 0
     assert {r["split"]: r for r in read_metrics(workdir / "metrics.jsonl") if r["step"] == 8} == last
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_start_that_dies_while_it_compiles_has_noted_what_it_changed(old_run, capsys, monkeypatch):
+    workdir, config, _ = old_run
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "Programs", die)
+    for _ in range(2):
+        assert go_on(workdir, config, capsys, **{"train.log_every": 3})[0] == exits.EXIT_INTERRUPTED
+    noted = json.loads((workdir / "run.json").read_text())["changed"]
+    assert len(noted) == 1 and noted[0]["step"] == 4 and noted[0]["train.log_every"] == [1, 3]
+    assert json.loads((workdir / "config.json").read_text())["train"]["log_every"] == 3
+    file = next((workdir / "checkpoints" / "4" / "data").iterdir())
+    file.write_bytes(b"")
+    before = contents(workdir)
+    code, captured = go_on(workdir, config, capsys)
+    assert code == exits.EXIT_IO and "nothing was changed" in captured.err
+    assert contents(workdir) == before, "config.json and run.json among them"
+
+
+@pytest.mark.usefixtures("one_device")
+def test_training_time_is_counted_through_a_kill(old_run, capsys, monkeypatch):
+    """A checkpoint at 4, another at 6, killed in step 7."""
+    workdir, config, _ = old_run
+    rundir.update_run(workdir, steps_timed=4)
+    read = loop._Loop._read
+
+    def killed(self, step, metrics):
+        if step == 7:
+            raise KeyboardInterrupt
+        read(self, step, metrics)
+
+    every = {"checkpoint.every": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_read", killed)
+        assert go_on(workdir, config, capsys, **every)[0] == exits.EXIT_INTERRUPTED
+    assert rundir.read_run(workdir)["steps_timed"] == 6
+    code, captured = go_on(workdir, config, capsys, **every)
+    assert code == 0 and "resuming from the checkpoint of step 6" in captured.out
+    assert rundir.read_run(workdir)["steps_timed"] == config["train"]["num_steps"] == 8
+
+
+def test_what_of_code_and_machine_is_not_as_it_was():
+    there = {
+        "versions": {"jax": "1", "flax": "2"},
+        "machine": "a",
+        "environment": {"XLA_FLAGS": "x"},
+        "seen": 1,
+    }
+    here = {"versions": {"jax": "3", "flax": "2"}, "machine": "b", "environment": {}, "commit": "c"}
+    assert telling.moved(there, here) == {
+        "environment.XLA_FLAGS": ("x", "none"), "machine": ("a", "b"), "versions.jax": ("1", "3"),
+    }  # fmt: skip
+    assert telling.moved({}, here) == telling.moved(here, here) == {}
 
 
 @pytest.mark.usefixtures("one_device")
@@ -183,6 +248,40 @@ def test_refusals_on_the_way_change_nothing(old_run, capsys):
     (workdir / "run.json").unlink()
     code, captured = go_on(workdir, config, capsys, **{"data.data_dir": "/elsewhere"})
     assert code == exits.EXIT_BAD_INPUT and "does not say what text its run began with" in captured.err
+
+
+def test_a_run_of_which_nothing_is_saved_may_be_deleted(old_run):
+    workdir, config, _ = old_run
+    config["train"]["seed"] += 1
+    with pytest.raises(ValueError, match=r"may change\)$"):
+        rundir.check(workdir, from_config(config))
+    (workdir / "checkpoints" / "4").rename(workdir / "checkpoints" / "4.orbax-checkpoint-tmp")
+    with pytest.raises(ValueError, match="no step of it is saved: it may be deleted$"):
+        rundir.check(workdir, from_config(config))
+
+
+def test_another_vocabulary_at_a_resume_is_refused_and_the_same_elsewhere_is_not(old_run, tmp_path):
+    workdir, config, _ = old_run
+    own, moved, other = workdir / "vocabulary.model", tmp_path / "moved.model", tmp_path / "other.model"
+    moved.write_bytes(own.read_bytes())
+    other.write_bytes(own.read_bytes() + b"more")
+
+    def context(vocab):
+        config["data"]["vocab"] = str(vocab)
+        return Context(from_config(config), workdir, None, True, print)
+
+    for vocab in ("", moved, tmp_path / "gone.model"):
+        assert start.own_vocabulary(context(vocab)) == own
+    for kind in (
+        lambda found: text._vocabulary(found, [], ""),
+        lambda found: finetuning._vocabulary(found, ""),
+    ):
+        with pytest.raises(
+            ValueError, match=f"data.vocab={other}: another vocabulary than the run in {workdir}"
+        ):
+            kind(context(other))
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert start.own_vocabulary(context(other)) == own, "as the last start had it, which kept its own copy"
 
 
 def test_a_sweep_of_an_earlier_version_goes_on(tmp_path):

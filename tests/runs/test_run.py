@@ -11,7 +11,7 @@ import pytest
 
 from experiments import run as command
 from switchmoe.data import sources, vocabulary
-from switchmoe.runs import text
+from switchmoe.runs import loop, text
 from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import DataSettings
 
@@ -271,6 +271,30 @@ def test_a_signal_before_the_first_step_acts_at_once(tmp_path, capsys, monkeypat
     code, captured = run_here(tmp_path, capsys)
     assert code == command.EXIT_STOPPED and "stopped by SIGTERM before the first step" in captured.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_ctrl_c_once_is_a_stop_wherever_it_comes(tmp_path, capsys, monkeypatch):
+    """While the directory is looked at, and while modules are imported."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "check", lambda *_: signal.raise_signal(signal.SIGINT))
+        code, captured = run_here(tmp_path, capsys)
+        assert code == command.EXIT_INTERRUPTED and "stopped by SIGINT before the first" in captured.err
+    monkeypatch.setattr(command, "carry_out", lambda *_: signal.raise_signal(signal.SIGINT))
+    code, captured = run_here(tmp_path, capsys)
+    assert code == command.EXIT_INTERRUPTED and captured.err == "experiments.run: interrupted\n"
+
+
+@pytest.mark.usefixtures("one_device")
+def test_whoever_reads_the_output_may_leave(tmp_path, capsys, monkeypatch):
+    """`exits.leave` says so with its code: it is no failure of a file."""
+
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(loop, "run", closed)
+    with pytest.raises(BrokenPipeError):
+        run_here(tmp_path, capsys)
 
 
 @pytest.mark.long
