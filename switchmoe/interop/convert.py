@@ -67,19 +67,21 @@ def _hugging_face(directory: Path) -> Model:
     family, groups = from_fields(config, str(directory / "config.json"))
     source = sources.hugging_face(directory)
     tensors, model = source.tensors, groups["model"]
-    for name in ("shared.weight", "model.embed_tokens.weight"):
-        if name in tensors:
-            model["vocab_rows"] = tensors[name].shape[0]
-            if model["vocab_rows"] != config["vocab_size"]:
-                raise tables.TableError(
-                    f"tensor {name}: found with {model['vocab_rows']} rows, expected vocab_size={config['vocab_size']} of config.json"
-                )
+    names = (entry.theirs for entry in family.entries if entry.ours == "embedding")
+    embedding = next((name for name in names if name in tensors), "")  # without one `tables.moves` tells so
+    if embedding:
+        model["vocab_rows"] = tensors[embedding].shape[0]
+        if model["vocab_rows"] != config["vocab_size"]:
+            raise tables.TableError(
+                f"tensor {embedding}: found with {model['vocab_rows']} rows, expected vocab_size={config['vocab_size']} of"
+                " config.json"
+            )
     if config["model_type"] in ("t5", "mt5"):  # what the config says is of the scale alone
-        own = "lm_head.weight" in tensors and "shared.weight" in tensors
-        own = own and not sources.same(tensors["lm_head.weight"], tensors["shared.weight"])
+        own = "lm_head.weight" in tensors and bool(embedding)
+        own = own and not sources.same(tensors["lm_head.weight"], tensors[embedding])
         if own and model["scale_logits"]:
             raise tables.TableError(
-                "tensor lm_head.weight: found with other values than shared.weight, expected a copy of it"
+                f"tensor lm_head.weight: found with other values than {embedding}, expected a copy of it"
             )
         model["tie_embeddings"] = not own
     path = directory / VOCABULARY

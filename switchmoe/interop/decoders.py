@@ -45,7 +45,7 @@ def _family(name: str, experts: list[Entry], *others: Entry) -> Family:
         *_fused(f"{BLOCK}.mlp"),
     ]
     unused = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # older files have it
-    return Family(name, tuple(entries), {"lm_head.weight": "model.embed_tokens.weight"}, unused)
+    return Family(name, tuple(entries), {"lm_head.weight": "embedding"}, unused)
 
 
 _MLP = [

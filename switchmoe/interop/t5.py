@@ -41,13 +41,15 @@ def _stack(stack: str, dense: str, gated: bool) -> list[Entry]:
 
 
 def _hugging_face(name: str, dense: str, gated: bool) -> Family:
-    copies = {f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")}
-    entries = [Entry("shared.weight", "embedding", SAME), Entry("lm_head.weight", "output", SAME)]
+    # Safetensors keep one of the names that share a tensor, and not always the first.
+    embeddings = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    entries = [Entry(theirs, "embedding", SAME) for theirs in embeddings]
+    entries.append(Entry("lm_head.weight", "output", SAME))
     entries += _stack("encoder", dense, gated) + _stack("decoder", dense, gated)
     return Family(
         name,
         tuple(entries),
-        copies | {"lm_head.weight": "shared.weight"},
+        dict.fromkeys((*embeddings, "lm_head.weight"), "embedding"),
         # T5's first releases have it, and no model reads it
         ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     )

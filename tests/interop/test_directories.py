@@ -1,0 +1,36 @@
+"""Directories of Hugging Face's as they are found: other names, places and configs."""
+
+import numpy as np
+import pytest
+from test_convert import T5, header_of, make, run, shapes_of
+
+from experiments import exits
+from switchmoe.runs import trained
+
+
+def under(directory, name):
+    """A directory of `make` with its embedding under another name."""
+    with header_of(directory / "model.safetensors") as header:
+        header[name] = header.pop("shared.weight")
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_an_embedding_under_a_stacks_name_is_the_embedding(tmp_path, stack):
+    """Files of T5's such as madlad400's have no `shared.weight`; their own output stays their own."""
+    there = make(tmp_path / "theirs", T5)
+    under(tmp_path / "theirs", f"{stack}.embed_tokens.weight")
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == 0
+    source = trained.find(str(tmp_path / "run"))
+    params = trained.on_one_device(source, source.settings)
+    np.testing.assert_array_equal(params["embedding"], there["shared.weight"])
+    np.testing.assert_array_equal(params["output"], there["lm_head.weight"])
+
+
+def test_a_stacks_embedding_that_is_not_the_others_is_refused(tmp_path, capsys):
+    """Of two names without `shared.weight` neither is passed over."""
+    shapes = shapes_of(T5)
+    make(tmp_path / "theirs", T5, shapes=shapes | {"decoder.embed_tokens.weight": shapes["shared.weight"]})
+    under(tmp_path / "theirs", "encoder.embed_tokens.weight")
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == exits.EXIT_BAD_INPUT
+    said = "decoder.embed_tokens.weight: found with other values than encoder.embed_tokens.weight"
+    assert said in capsys.readouterr().err
