@@ -157,7 +157,7 @@ def _answered(
     asked: list[tuple[str, Any]] | None,
     generator: Any,
     prompt_of: Callable[[Any], Prompt],
-    text_of: Callable[[list[int]], str] | None,
+    text_of: Callable[[Prompt, list[int]], str] | None,
 ) -> int:
     if asked is None and arguments.out:
         raise ValueError(
@@ -177,7 +177,9 @@ def _answered(
     if not arguments.out:
         for prompt, answer in zip(prompts, answers, strict=True):
             print(
-                json.dumps(_record(prompt, answer, text_of)) if arguments.ids else text_of(answer.ids),
+                json.dumps(_record(prompt, answer, text_of))
+                if arguments.ids
+                else text_of(prompt, answer.ids),
                 flush=True,
             )
         return 0
@@ -190,7 +192,7 @@ def _answered(
 
 
 def _record(prompt: Prompt, answer: Any, text_of: Callable | None) -> dict[str, Any]:
-    text = text_of(answer.ids) if text_of else None
+    text = text_of(prompt, answer.ids) if text_of else None
     return {"prompt": prompt.shown, "text": text, "ids": answer.ids, "score": answer.score}
 
 
@@ -211,8 +213,8 @@ def _answers(generator: Any, prompts: list[list[int]]) -> Iterator[Any]:
 
 def _model(
     arguments: Arguments,
-) -> tuple[Any, Callable[[Any], Prompt], Callable[[list[int]], str] | None, Any]:
-    """(generator, a prompt of what was given, the text of ids if there is a vocabulary, what brings experts in or None)."""
+) -> tuple[Any, Callable[[Any], Prompt], Callable[[Prompt, list[int]], str] | None, Any]:
+    """(generator, a prompt of what was given, the text of a prompt's answer if there is a vocabulary, what brings experts in or None)."""
     from switchmoe.data.progress import told
     from switchmoe.inference import generation
     from switchmoe.inference.decoding import Choosing
@@ -249,7 +251,12 @@ def _model(
         generator.check(ids)
         return Prompt(given, ids)
 
-    return generator, prompt_of, vocabulary.decode if vocabulary else None, pager
+    def text_of(prompt: Prompt, ids: list[int]) -> str:
+        before = prompt.shown if isinstance(prompt.shown, str) else vocabulary.decode(prompt.ids)
+        goes_on = generation.continues(before, settings)
+        return vocabulary.continuation(ids) if goes_on else vocabulary.decode(ids)
+
+    return generator, prompt_of, text_of if vocabulary else None, pager
 
 
 def _is_unicode(text: str) -> bool:
@@ -324,7 +331,7 @@ def _converse(generator: Any, prompt_of: Callable, text_of: Callable | None) -> 
             continue
         with told(_note, "answering" if number else "compiling and answering", at_once=not number):
             (answer,) = generator([prompt.ids], number)
-        print(text_of(answer.ids) if text_of else answer.ids, flush=True)
+        print(text_of(prompt, answer.ids) if text_of else answer.ids, flush=True)
         number += 1
 
 

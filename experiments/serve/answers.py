@@ -37,6 +37,7 @@ class Record(NamedTuple):
 class Prompt(NamedTuple):
     ids: list[int]
     text: str
+    continued: bool  # by its answers: `generation.continues`
 
 
 class Answer:
@@ -46,7 +47,7 @@ class Answer:
         self, index: int, prompt: Prompt, vocabulary: Vocabulary, stops: Sequence[str], wanted: Wanted
     ):
         self._index, self._prompt, self._vocabulary, self._wanted = index, prompt, vocabulary, wanted
-        self.stream = TextStream(vocabulary, stops)
+        self.stream = TextStream(vocabulary, stops, prompt.continued)
         self._records: list[Record] = []
         self._told = 0
         self._before: dict[str, Any] = {}  # what the prompt's own tokens have told

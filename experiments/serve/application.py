@@ -151,24 +151,24 @@ def prompts(service: Service, given: Any) -> list[Prompt]:
     for one in given if several else [given]:
         if isinstance(one, str):
             try:
-                prompt = Prompt(generation.prompt_ids(one, settings, service.vocabulary), one)
+                ids, text = generation.prompt_ids(one, settings, service.vocabulary), one
             except ValueError as wrong:
                 raise BadRequest(f"prompt: {wrong}", "prompt") from wrong
         else:
-            prompt = Prompt(list(one), service.vocabulary.decode(one))
+            ids, text = list(one), service.vocabulary.decode(one)
             bad = [token for token in one if token >= settings.embedding_rows]
             if bad:
                 raise BadRequest(
                     f"prompt: the id {bad[0]}: accepted is an integer from 0 to {settings.embedding_rows - 1}",
                     "prompt",
                 )
-        if len(prompt.ids) > most:
+        if len(ids) > most:
             raise BadRequest(
-                f"prompt: it has {len(prompt.ids)} tokens; accepted are at most {most}",
+                f"prompt: it has {len(ids)} tokens; accepted are at most {most}",
                 "prompt",
                 "context_length_exceeded",
             )
-        found.append(prompt)
+        found.append(Prompt(ids, text, generation.continues(text, settings)))
     return found
 
 

@@ -173,6 +173,11 @@ class Vocabulary:
                 shown.append(self._processor.id_to_piece(token if token < self.pieces else self.unk_id))
         return _joined(shown) if self.exact else self._processor.decode_pieces(shown)
 
+    def continuation(self, ids: Sequence[int] | np.ndarray) -> str:
+        """`decode` of what follows other text: a blank that it begins with stays."""
+        before = self.sentinel(0)  # an id that is always text, and no byte
+        return self.decode([before, *ids])[len(self.decode([before])) :]
+
 
 def _joined(pieces: Sequence[str]) -> str:
     """The text of an exact model's pieces."""

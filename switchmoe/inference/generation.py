@@ -147,6 +147,14 @@ def prompt_ids(text: str, settings: Settings, vocabulary: Any) -> list[int]:
     return [*ids, vocabulary.eos_id]
 
 
+def continues(prompt: str, settings: Settings) -> bool:
+    """Whether an answer's text goes on with the prompt's, so that a blank which it begins with is part of it.
+
+    An encoder's prompt is another text. After a blank that a vocabulary took off the prompt's end comes no second one.
+    """
+    return "encoder" not in settings.stacks and bool(prompt) and not prompt[-1].isspace()
+
+
 def greedy(
     params: Any, prompt_BP: jax.Array, count_B: jax.Array, tokens: int, settings: Settings
 ) -> jax.Array:

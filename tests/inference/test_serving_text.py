@@ -24,9 +24,9 @@ VOCABULARIES = {
 }
 
 
-def streamed(vocabulary, ids, stops=()):
+def streamed(vocabulary, ids, stops=(), continues=False):
     """(pieces as they come, the stream)."""
-    stream, pieces = TextStream(vocabulary, stops), []
+    stream, pieces = TextStream(vocabulary, stops, continues), []
     for token in ids:
         ended = stream.feed(token)
         pieces.append(stream.take().text)
@@ -86,6 +86,44 @@ def test_a_stop_is_cut_wherever_it_lies(name, data):
     places = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops if stop in whole]
     pieces, stream = streamed(vocabulary, ids, stops)
     assert stream.stopped and "".join(pieces) == whole[: min(places)[1]]
+
+
+@given(data=st.data())
+def test_an_answer_goes_on_with_its_prompts_text(data):
+    """Wherever a text is cut in two; also where the vocabulary takes the blank off a text's beginning."""
+    vocabulary = VOCABULARIES["normalised"]
+    text = data.draw(
+        st.sampled_from(["the city of M\u00fcnchen and the old town", "caf\u00e9s \u6771\u4eac abcabd"])
+    )
+    ids = [int(token) for token in vocabulary.encode(text)]
+    cut = data.draw(st.integers(1, len(ids)))
+    while "\ufffd" in vocabulary.decode(ids[:cut]):  # within a character there is no text before
+        cut += 1
+    prompt = vocabulary.decode(ids[:cut])
+    assert prompt + "".join(streamed(vocabulary, ids[cut:], continues=True)[0]) == vocabulary.decode(ids)
+
+
+def test_a_stop_that_begins_with_a_blank_matches_the_first_word_of_an_answer():
+    vocabulary = VOCABULARIES["normalised"]
+    ids = [int(token) for token in vocabulary.encode("the city of the old town")]
+    cut = len(vocabulary.encode("the city of"))
+    assert vocabulary.decode(ids[:cut]) == "the city of"
+    pieces, stream = streamed(vocabulary, ids[cut:], [" the"], continues=True)
+    assert stream.stopped and "".join(pieces) == ""
+    assert "".join(streamed(vocabulary, ids[cut:])[0]) == "the old town", (
+        "an answer that is a text of its own"
+    )
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_each_token_is_decoded_once(name, monkeypatch):
+    vocabulary, handed = VOCABULARIES[name], []
+    ids = ([int(token) for token in vocabulary.encode("the city of M\u00fcnchen " * 100)])[:500]
+    decode = Vocabulary.decode
+    monkeypatch.setattr(Vocabulary, "decode", lambda own, ids: handed.append(len(ids)) or decode(own, ids))
+    pieces, _ = streamed(vocabulary, ids)
+    assert "".join(pieces) == decode(vocabulary, ids) and len(ids) == 500
+    assert sum(handed) < 10 * len(ids)
 
 
 def test_what_may_begin_a_stop_is_held_back_and_shown_if_it_does_not_become_one():

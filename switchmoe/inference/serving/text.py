@@ -1,5 +1,6 @@
 """Text of tokens as they come: never half a character, nothing of a stop string, and together what all of them decode to."""
 
+import bisect
 import codecs
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,14 +20,17 @@ class TextStream:
 
     Args:
       stops: texts at which it ends; they are not shown.
+      continues: whether it follows other text (`generation.continues`): a blank that it begins with is shown.
     """
 
-    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = ()):
+    def __init__(self, vocabulary: Vocabulary, stops: Sequence[str] = (), continues: bool = False):
         self._vocabulary, self._stops = vocabulary, tuple(stops)
         self._bytes = {int(token): value for value, token in enumerate(vocabulary.byte_ids)}
+        self._continues = continues
         self.ids: list[int] = []
         self.offsets: list[int] = []  # where each token's text begins
         self.text = ""  # what is decoded for good
+        self._closed = 0  # how many tokens it is of
         self.stopped = False  # a stop string came
         self._end: int | None = None  # of the text that may be shown at all
         self._shown, self._tokens = 0, 0
@@ -51,7 +55,11 @@ class TextStream:
 
     def _decode(self, count: int) -> None:
         before = len(self.text)
-        self.text = self._vocabulary.decode(list(filter(self._shows, self.ids[:count])))
+        new = list(filter(self._shows, self.ids[self._closed : count]))
+        self._continues = self._continues or before > 0
+        self.text += self._vocabulary.continuation(new) if self._continues else self._vocabulary.decode(new)
+        if self._continues or self.text:  # blanks before any text may be none
+            self._closed = count
         # The stop that is whole first, wherever tokens end; of those that are whole together the longest.
         longest = max(map(len, self._stops), default=0)
         found = [(stop, self.text.find(stop, max(0, before - longest + 1))) for stop in self._stops]
@@ -66,7 +74,7 @@ class TextStream:
     def _piece(self, end: int) -> Piece:
         text, self._shown = self.text[self._shown : end], end
         open_ended = self._end is None and end == len(self.text)
-        count = len(self.ids) if open_ended else sum(offset < end for offset in self.offsets)
+        count = len(self.ids) if open_ended else bisect.bisect_left(self.offsets, end)
         self._tokens = max(count, self._tokens)
         return Piece(text, self._tokens)
 
