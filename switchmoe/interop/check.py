@@ -17,7 +17,7 @@ from switchmoe.model.attention import empty_memory
 from switchmoe.model.transformer import Transformer
 from switchmoe.settings import Settings
 
-ROWS, LENGTH = 4, 24
+ROWS, LENGTH, LONGEST = 4, 24, 512
 TOLERANCE = 1e-4  # of the largest logit: both models compute in float32
 
 
@@ -52,9 +52,13 @@ def with_their_slots(settings: Settings, path: Path) -> Settings:
 
 
 def batch(settings: Settings, rows: int = ROWS, length: int = LENGTH, seed: int = 0) -> Batch:
+    """Of an encoder's slots there are fewer than tokens, and a row of one token makes an expert's run out."""
     rng, size = np.random.default_rng(seed), settings.embedding_rows
     encoder = "encoder" in settings.stacks
+    length = max(length, min(3 * settings.moe.capacity, LONGEST))
     tokens_BL = rng.integers(2 if encoder else 0, size, (rows, length))
+    if settings.moe.capacity:
+        tokens_BL[0] = tokens_BL[0, 0]
     real_BL = np.ones((rows, length), bool)
     real_BL[rows - 2, length - length // 3 :] = False
     real_BL[rows - 1, : length // 4] = False
