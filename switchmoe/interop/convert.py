@@ -165,7 +165,8 @@ def _settings(
 def is_run(directory: Path | str) -> bool:
     """A run's directory, or one of its steps."""
     path = Path(str(directory).partition("|")[0])
-    return (path / "checkpoints").is_dir() or path.parent.name == "checkpoints"
+    step = path.parent.name == "checkpoints" and path.name.isdecimal() and (path / "state").exists()
+    return step or (path / "checkpoints").is_dir()
 
 
 # Into a run's directory.

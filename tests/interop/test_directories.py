@@ -5,6 +5,7 @@ import pytest
 from test_convert import T5, header_of, make, run, shapes_of
 
 from experiments import exits
+from switchmoe.interop import convert
 from switchmoe.runs import trained
 
 
@@ -34,3 +35,11 @@ def test_a_stacks_embedding_that_is_not_the_others_is_refused(tmp_path, capsys):
     assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == exits.EXIT_BAD_INPUT
     said = "decoder.embed_tokens.weight: found with other values than encoder.embed_tokens.weight"
     assert said in capsys.readouterr().err
+
+
+def test_a_model_in_a_folder_of_checkpoints_is_no_runs_step(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    make(tmp_path / "checkpoints" / "theirs", T5)
+    assert run(f"--source={tmp_path / 'checkpoints' / 'theirs'}", f"--target={tmp_path / 'run'}") == 0
+    for name in ("run", "run|0", "run/checkpoints/0"):
+        assert convert.is_run(tmp_path / name)
