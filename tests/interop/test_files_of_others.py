@@ -173,6 +173,72 @@ def test_a_handful_of_names_is_admitted_and_others_are_told(module, name):
         torch_files._Unpickler(io.BytesIO(stream)).load()
 
 
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x0ctQ"  # 12 float32
+
+
+def zipped(file, raw, compression=zipfile.ZIP_STORED):
+    """A file of torch's with this pickle and a storage of 12 numbers."""
+    with zipfile.ZipFile(file, "w") as opened:
+        opened.writestr("archive/data.pkl", raw, compression)
+        opened.writestr("archive/data/0", bytes(48))
+    return file
+
+
+def pickled(storage=STORAGE, offset=b"K\x00", shape=b"K\x03K\x04\x86", strides=b"K\x04K\x01\x86", before=b""):
+    return (
+        b"\x80\x02}X\x01\x00\x00\x00a" + before + TENSOR + b"(" + storage + offset + shape + strides + b"tRs."
+    )
+
+
+@pytest.mark.parametrize(
+    "raw, said",
+    [
+        (pickled(storage=b"N"), "other things than a storage and sizes"),
+        (pickled(shape=b"X\x01\x00\x00\x00aX\x01\x00\x00\x00b\x86"), "other things than a storage and sizes"),
+        (pickled(strides=b"K\x01\x85"), "other things than a storage and sizes"),
+        (pickled(offset=b"J\xff\xff\xff\xff"), "other things than a storage and sizes"),
+        (pickled(shape=b"N"), "can't be read"),
+        (pickled(before=b"Nr\xff\xff\xff\x010"), "numbers an object 33,554,431"),
+        (pickled(before=TENSOR + b"N}X\x0c\x00\x00\x00__defaults__)s\x86b0"), "can't be read"),
+        (pickled(storage=b"(X\x01\x00\x00\x00ytQ"), "accepted are storages"),
+        (b"\x80\x02}K\x01" + TENSOR + b"(" + STORAGE + b"K\x00))tRs.", "no dictionary of tensors"),
+        (b"\xff", "can't be read"),
+        (b"", "can't be read"),
+    ],
+)
+def test_a_pickle_that_is_no_state_is_one_line(raw, said, tmp_path):
+    """Among them one that asks for half a gigabyte with five bytes, and one that changes what the next file would be read with."""
+    np.testing.assert_array_equal(tensors_of(zipped(tmp_path / "good.bin", pickled()))["a"], np.zeros((3, 4)))
+    with pytest.raises(sources.SourceError, match=said) as error:
+        sources.torch_zip(zipped(tmp_path / "bad.bin", raw))
+    assert "\n" not in str(error.value)
+    sources.torch_zip(tmp_path / "good.bin")
+
+
+@pytest.mark.parametrize("how", ["deflated", "encrypted", "method", "broken", "header"])
+def test_a_zip_that_torch_does_not_write_is_one_line(how, tmp_path):
+    """A deflated pickle is not unpacked: its size is what the file's writer likes."""
+    compression = zipfile.ZIP_DEFLATED if how in ("deflated", "broken") else zipfile.ZIP_STORED
+    file = zipped(tmp_path / "bad.bin", pickled(), compression)
+    raw = bytearray(file.read_bytes())
+    first, last = raw.index(b"PK\x01\x02"), raw.rindex(b"PK\x01\x02")
+    if how == "encrypted":
+        raw[6] |= 1
+        raw[first + 8] |= 1
+    elif how == "method":
+        raw[8] = raw[first + 10] = 77
+    elif how == "broken":
+        raw[30 + len("archive/data.pkl")] ^= 0xFF
+    elif how == "header":
+        raw[last + 42 : last + 46] = (len(raw) - 10).to_bytes(4, "little")  # of the storage, behind the end
+    file.write_bytes(raw)
+    with pytest.raises(
+        sources.SourceError, match="uncompressed" if how != "header" else "can't be read|cut short"
+    ):
+        sources.torch_zip(file)
+
+
 def t5x_names(there):
     """T5X's names and layout of a Switch that `make` made: by hand, from Hugging Face's."""
     found = {"token_embedder.embedding": there["shared.weight"]}
