@@ -150,10 +150,13 @@ def read_config(config: Mapping[str, Any], refuse: Any) -> dict[str, dict[str, A
 
 def _read_experts(config: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
     kind, layers = config["model_type"], config["num_hidden_layers"]
+    renormalize, choices = kind == "mixtral" or config["norm_topk_prob"], config["num_experts_per_tok"]
     moe = {
         "num_experts": config["num_local_experts" if kind == "mixtral" else "num_experts"],
-        "choices": config["num_experts_per_tok"], "router": "top_k", "dropless": True, "every": 1,
-        "renormalize": kind == "mixtral" or config["norm_topk_prob"], "jitter": float(config.get("router_jitter_noise") or 0.0),
+        "choices": choices, "router": "top_k", "dropless": True, "every": 1,
+        # Ours leaves a single choice its gate, theirs makes it 1.
+        "unit_gates": renormalize and choices == 1, "renormalize": renormalize,
+        "jitter": float(config.get("router_jitter_noise") or 0.0),
         "balance_loss_weight": float(config["router_aux_loss_coef"]), "z_loss_weight": 0.0,
     }  # fmt: skip
     if not kind.startswith("qwen"):
@@ -197,7 +200,8 @@ def write_config(settings: Settings, refuse: Any) -> dict[str, Any]:
         refuse("model.scale_logits", True, "False with tied embeddings")
     if not settings.sparse:
         refuse("moe.num_experts", moe.num_experts, "2 or more in a decoder alone")
-    allowed = {"granularity": 1, "attention": False, "unit_gates": False, "router": "top_k", "dropless": True}
+    allowed = {"granularity": 1, "attention": False, "router": "top_k", "dropless": True}
+    allowed |= {"unit_gates": moe.choices == 1 and (kind == "mixtral" or moe.unit_gates)}
     qwen = kind.startswith("qwen")
     allowed |= {"shared_gate": kind == "qwen2_moe"}
     if not qwen:
@@ -229,7 +233,7 @@ def write_config(settings: Settings, refuse: Any) -> dict[str, Any]:
     if kind == "mixtral":
         config["router_jitter_noise"] = moe.jitter if moe.explore == "jitter" else 0.0
     else:
-        config["norm_topk_prob"] = moe.renormalize
+        config["norm_topk_prob"] = moe.unit_gates if moe.choices == 1 else moe.renormalize
     if qwen:
         config |= {
             "moe_intermediate_size": settings.expert_width, "decoder_sparse_step": settings.period("decoder"),

@@ -69,6 +69,11 @@ CASES = {  # name: (class, fields)
         "Olmoe",
         DECODER | dict(intermediate_size=48, num_experts=64, num_experts_per_tok=8, norm_topk_prob=True),
     ),
+    "mixtral, one choice": ("Mixtral", DECODER | dict(intermediate_size=48, num_local_experts=4, num_experts_per_tok=1)),
+    "olmoe, one choice, renormalised": (
+        "Olmoe",
+        DECODER | dict(intermediate_size=48, num_experts=8, num_experts_per_tok=1, norm_topk_prob=True),
+    ),
     "qwen2": ("Qwen2Moe", QWEN | dict(shared_expert_intermediate_size=48, norm_topk_prob=False)),
     "qwen2, every other, renormalised": (
         "Qwen2Moe",
@@ -76,6 +81,7 @@ CASES = {  # name: (class, fields)
     ),
     "qwen3": ("Qwen3Moe", QWEN | dict(head_dim=16, norm_topk_prob=True)),
     "qwen3, dense first": ("Qwen3Moe", QWEN | dict(head_dim=16, norm_topk_prob=False, mlp_only_layers=[0, 1])),
+    "qwen3, one choice": ("Qwen3Moe", QWEN | dict(head_dim=16, num_experts_per_tok=1, norm_topk_prob=False)),
     "qwen3, tied": ("Qwen3Moe", QWEN | dict(head_dim=8, tie_word_embeddings=True)),
 }  # fmt: skip
 ONE_OF_EACH = [

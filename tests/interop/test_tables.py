@@ -1,5 +1,6 @@
 """Tables of names: the released models' tensors are all claimed, once, and every wrong file is told by name."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -168,6 +169,19 @@ def test_a_switch_config_that_cannot_be_said_is_refused_by_field(field, value, a
 def test_a_decoders_config_that_cannot_be_said_is_refused_by_field(kind, field, value):
     with pytest.raises(ValueError, match=rf"config.json: {field}="):
         convert.from_fields({"model_type": kind, field: value}, "config.json")
+
+
+@pytest.mark.parametrize("kind, unit", [("mixtral", True), ("olmoe", True), ("olmoe", False)])
+def test_a_single_choices_gate_is_one_or_its_probability_both_ways(kind, unit):
+    """Theirs divides it by itself where gates are renormalised; `moe.renormalize` leaves it as it is, `moe.unit_gates` does so."""
+    given = {"model_type": kind, "num_experts_per_tok": 1, "norm_topk_prob": unit, "vocab_size": 999}
+    settings = settings_of(convert.from_fields(given, "config.json")[1])
+    assert settings.moe.unit_gates == unit
+    assert convert.to_fields(settings)[1].get("norm_topk_prob", True) == unit
+    if kind == "mixtral":
+        other = dataclasses.replace(settings, moe=dataclasses.replace(settings.moe, unit_gates=False))
+        with pytest.raises(ValueError, match="moe.unit_gates=False.*is True with MixtralForCausalLM"):
+            convert.to_fields(other)
 
 
 def test_our_settings_that_theirs_cannot_say_are_refused_by_field():
