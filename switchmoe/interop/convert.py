@@ -25,6 +25,7 @@ from switchmoe.training import places
 THREADS = 2
 VOCABULARY = "spiece.model"  # what Hugging Face calls T5's
 WRITTEN = "written"
+KEPT = "hugging_face.json"  # of a run's directory: the config of what it was converted from
 Told = Callable[[Callable[[], str]], Any]  # a context in which a function is asked how far it has got
 
 
@@ -35,6 +36,7 @@ class Model(NamedTuple):
     family: Family
     source: sources.Source
     vocabulary: bytes | None = None
+    config: dict[str, Any] | None = None  # Hugging Face's own
 
 
 # What a source is.
@@ -86,7 +88,7 @@ def _hugging_face(directory: Path) -> Model:
         model["tie_embeddings"] = not own
     path = directory / VOCABULARY
     vocabulary = path.read_bytes() if path.exists() else None
-    return Model(_settings(groups, directory, source, vocabulary), family, source, vocabulary)
+    return Model(_settings(groups, directory, source, vocabulary), family, source, vocabulary, config)
 
 
 def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str, dict[str, Any]]]:
@@ -216,6 +218,8 @@ def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
         (step / integrity.MANIFEST).write_text(json.dumps(checksums, indent=1))
         if model.vocabulary:
             (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary)
+        if model.config:
+            write_json(work / KEPT, model.config)
         write_json(work / "config.json", to_dict(settings))
     return counter.report(len({move.theirs for move in found}))
 
@@ -263,6 +267,7 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
     """
     settings = model.settings
     family, config = to_fields(settings)
+    config |= _kept(Path(model.step).parent.parent / KEPT, config["model_type"])
     trained.check(model)
     found = tables.moves(family, settings)
     reader = run_files.Reader(Path(model.step))
@@ -309,6 +314,17 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
             for name, content in (tokenizer.files(model.vocabulary, *ends) or {}).items():
                 write_json(work / name, content)
     return counter.report(len(shapes))
+
+
+def _kept(file: Path, kind: str) -> dict[str, Any]:
+    """What our settings do not have of the config that a converted model came with."""
+    theirs = growing.read_json(file) if file.exists() else {}
+    fields = (
+        ("max_position_embeddings", "eos_token_id", "pad_token_id")
+        if theirs.get("model_type") == kind
+        else ()
+    )
+    return {field: theirs[field] for field in fields if field in theirs}
 
 
 def _first(move: Move) -> int:

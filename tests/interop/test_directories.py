@@ -1,8 +1,10 @@
 """Directories of Hugging Face's as they are found: other names, places and configs."""
 
+import json
+
 import numpy as np
 import pytest
-from test_convert import T5, header_of, make, run, shapes_of
+from test_convert import QWEN, T5, header_of, make, run, shapes_of
 
 from experiments import exits
 from switchmoe.interop import convert
@@ -43,3 +45,17 @@ def test_a_model_in_a_folder_of_checkpoints_is_no_runs_step(tmp_path):
     assert run(f"--source={tmp_path / 'checkpoints' / 'theirs'}", f"--target={tmp_path / 'run'}") == 0
     for name in ("run", "run|0", "run/checkpoints/0"):
         assert convert.is_run(tmp_path / name)
+
+
+def test_what_our_settings_do_not_have_of_a_config_comes_back(tmp_path):
+    """Of a run that was converted; without the file that keeps it a directory is written as any run's."""
+    fields = {"max_position_embeddings": 777, "eos_token_id": [5, 7], "pad_token_id": 3}
+    make(tmp_path / "theirs", QWEN | fields)
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == 0
+    assert run(f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'back'}") == 0
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {field: written[field] for field in fields} == fields
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"] == [5, 7]
+    (tmp_path / "run" / "hugging_face.json").unlink()
+    assert run(f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'bare'}") == 0
+    assert json.loads((tmp_path / "bare" / "config.json").read_text())["eos_token_id"] == 5
