@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from switchmoe.interop.tables import KERNEL, LINEAR, SAME, Entry, Family
+from switchmoe.model.moe import slots
 from switchmoe.settings import Settings
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -229,9 +230,9 @@ def write_config(settings: Settings, refuse: Any) -> dict[str, Any]:
         config[f"num_sparse_{stack}_layers"] = min(numbers, key=lambda n: abs(n - len(sparse)))
     # Without a capacity of its own: as many as a sequence of the run's length has at evaluation.
     length = max(settings.data.input_length, settings.data.target_length)
-    capacity = length if moe.dropless else -(-int(length * moe.eval_capacity_factor) // moe.num_experts)
+    capacity = moe.capacity or (length if moe.dropless else slots(moe, length, moe.eval_capacity_factor))
     return config | {
-        "num_experts": moe.num_experts, "expert_capacity": moe.capacity or max(1, capacity), "dense_act_fn": "relu",
+        "num_experts": moe.num_experts, "expert_capacity": capacity, "dense_act_fn": "relu",
         "router_bias": False, "router_dtype": moe.router_dtype,
         "router_jitter_noise": moe.jitter if moe.explore == "jitter" else 0.0,
         "router_aux_loss_coef": moe.balance_loss_weight, "router_z_loss_coef": moe.z_loss_weight,

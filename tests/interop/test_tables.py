@@ -184,6 +184,17 @@ def test_a_single_choices_gate_is_one_or_its_probability_both_ways(kind, unit):
             convert.to_fields(other)
 
 
+@pytest.mark.parametrize(
+    "length, factor, experts, slots",
+    [(96, 1.26, 12, 11), (512, 1.2501, 8, 81), (114, 1.1, 5, 26), (100, 1.1, 10, 11)],
+)
+def test_their_slots_are_those_of_a_sequence_of_the_runs_length(length, factor, experts, slots):
+    """ceil(length * factor / experts), by hand."""
+    settings = small(num_experts=experts, eval_capacity_factor=factor)
+    data = dataclasses.replace(settings.data, input_length=length, target_length=length)
+    assert convert.to_fields(dataclasses.replace(settings, data=data))[1]["expert_capacity"] == slots
+
+
 def test_our_settings_that_theirs_cannot_say_are_refused_by_field():
     for moe, field in (
         (dict(num_shared=1), "moe.num_shared"),
