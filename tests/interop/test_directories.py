@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from test_convert import QWEN, T5, header_of, make, run, shapes_of
 
+from experiments import convert as command
 from experiments import exits
-from switchmoe.interop import convert
+from switchmoe.interop import check, convert
 from switchmoe.runs import trained
 
 
@@ -59,3 +60,18 @@ def test_what_our_settings_do_not_have_of_a_config_comes_back(tmp_path):
     (tmp_path / "run" / "hugging_face.json").unlink()
     assert run(f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'bare'}") == 0
     assert json.loads((tmp_path / "bare" / "config.json").read_text())["eos_token_id"] == 5
+
+
+def test_a_model_that_memory_does_not_have_twice_is_not_checked(tmp_path, capsys, monkeypatch):
+    """By default a line says so; asked for, it is refused before anything is written."""
+    assert 10**6 < check.free_memory() < 10**15
+    monkeypatch.setattr(check, "available", lambda: True)
+    monkeypatch.setattr(check, "free_memory", lambda: 10**4)
+    make(tmp_path / "theirs", T5)
+    asked = ["convert", f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}"]
+    assert command.main([*asked, "--check=True"]) == exits.EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert "--check=True: it takes 0.0 GB, 0.0 are free; accepted is --check=False" in error
+    assert error.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["theirs"]
+    assert command.main(asked) == 0
+    assert "no check: it takes 0.0 GB, 0.0 are free" in capsys.readouterr().out

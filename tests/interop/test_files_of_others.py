@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from test_convert import SWITCH, make, run, shapes_of
 
+from experiments import convert as command
 from experiments import exits
-from switchmoe.interop import sources, torch_files
+from switchmoe.interop import check, sources, torch_files
 
 
 def tensors_of(file):
@@ -310,6 +311,19 @@ def test_a_t5x_checkpoint_is_the_same_model_as_hugging_faces(tmp_path):
     assert found["theirs"].keys() == found["t5x"].keys()
     for name, value in found["theirs"].items():
         np.testing.assert_array_equal(found["t5x"][name], value)
+
+
+def test_a_check_of_t5x_that_is_asked_for_is_refused_before_anything_is_written(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(check, "available", lambda: True)
+    write_t5x(tmp_path / "t5x", t5x_names(make(tmp_path / "theirs", SWITCH)))
+    asked = ["convert", f"--source={tmp_path / 't5x'}", f"--target={tmp_path / 'run'}"]
+    assert command.main([*asked, "--check=True"]) == exits.EXIT_BAD_INPUT
+    assert "--check=True: transformers reads no T5X checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert command.main(asked) == 0
+    assert "no check: transformers reads no T5X checkpoint" in capsys.readouterr().out
 
 
 def test_a_t5x_leaf_that_is_missing_is_told(tmp_path, capsys):
