@@ -99,7 +99,7 @@ def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str,
     """
     kind = given.get("model_type")
     defaults = t5.DEFAULTS | decoders.DEFAULTS
-    if kind not in defaults:
+    if not isinstance(kind, str) or kind not in defaults:
         raise ValueError(f"{where}: model_type={kind}: accepted is one of {', '.join(defaults)}")
     config = defaults[kind] | dict(given)
     for field, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
@@ -111,7 +111,7 @@ def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str,
 
     is_t5 = kind in t5.CLASSES
     for field, default in defaults[kind].items():
-        if config[field] is not None and not _of_kind(config[field], default):
+        if config[field] is not None and not _of_kind(field, config[field], default):
             refuse(field, f"of type {type(default).__name__}, as {default}")
     try:
         groups = (t5 if is_t5 else decoders).read_config(config, refuse)
@@ -137,9 +137,12 @@ def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str,
     return family, groups
 
 
-def _of_kind(value: Any, default: Any) -> bool:
-    """Whether a config's value is of its default's type."""
-    if default is None or isinstance(value, list):  # several ends
+def _of_kind(field: str, value: Any, default: Any) -> bool:
+    """Whether a config's value is of its default's type; of ends there may be several."""
+    if field == "eos_token_id":
+        ends = value if isinstance(value, list) else [value]
+        return bool(ends) and all(type(end) is int for end in ends)
+    if default is None:
         return True
     if isinstance(value, bool) or isinstance(default, bool):
         return type(value) is type(default)

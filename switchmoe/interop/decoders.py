@@ -94,7 +94,7 @@ _COMMON = {
 }  # fmt: skip
 _QWEN = _COMMON | {
     "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 151936, "norm_topk_prob": False, "decoder_sparse_step": 1,
-    "mlp_only_layers": None,
+    "mlp_only_layers": None, "eos_token_id": None,
 }  # fmt: skip
 DEFAULTS = {
     "mixtral": _COMMON | {
@@ -131,6 +131,8 @@ def read_config(config: Mapping[str, Any], refuse: Any) -> dict[str, dict[str, A
     if any(one != "full_attention" for one in config["layer_types"] or ()):
         refuse("layer_types", "full_attention")
     rope = config["rope_parameters"] or {}
+    if not isinstance(rope, Mapping):
+        refuse("rope_parameters", "an object")
     if rope.get("rope_type", "default") != "default":
         refuse("rope_parameters", "the rope_type default")
     heads, d_model = config["num_attention_heads"], config["hidden_size"]
