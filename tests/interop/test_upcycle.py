@@ -155,6 +155,12 @@ def test_a_converted_t5_becomes_sparse_and_a_sparse_model_is_refused(tmp_path, c
     assert "accepted is a dense model" in capsys.readouterr().err and not (tmp_path / "more").exists()
 
 
+def test_experts_in_attention_have_no_dense_model_to_be_copies_of():
+    settings = from_config(DENSE | {"moe": DENSE["moe"] | {"attention": True}})
+    with pytest.raises(ValueError, match="moe.attention=True: accepted to upcycle is False"):
+        upcycling.settings_of(settings, upcycling.Upcycling(experts=4))
+
+
 @pytest.mark.parametrize(
     "option, accepted",
     [
