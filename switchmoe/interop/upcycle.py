@@ -29,6 +29,9 @@ def upcycle(
 ) -> Report:
     """Writes a run's directory of one step, 0, with parameters, and the optimizer's state where it is asked for and there.
 
+    Args:
+      dtype: of the parameters and the activations; "": the source's.
+
     Raises:
       ValueError: a source that is sparse or can't be read, a target that is there; nothing is left at ``target``.
     """
@@ -75,7 +78,7 @@ def _into(
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
     reader = run_files.Reader(Path(model.step))
     plan = upcycling.Plan(model.settings, settings, how, upcycling.Saved(reader.shape, reader.read))
-    report = _write(plan, work / buckets.CHECKPOINTS / "0", dtype or "float32", how, told, note)
+    report = _write(plan, work / buckets.CHECKPOINTS / "0", dtype or trained.dtype(model), how, told, note)
     if model.vocabulary is not None:
         (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary.model_bytes)
     checkpoints.write_json(work / "config.json", to_dict(settings))

@@ -155,6 +155,14 @@ def test_a_converted_t5_becomes_sparse_and_a_sparse_model_is_refused(tmp_path, c
     assert "accepted is a dense model" in capsys.readouterr().err and not (tmp_path / "more").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_made_sparse_keeps_its_sources_type(dtype, tmp_path):
+    make(tmp_path / "theirs", T5, dtype)
+    asked = [f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'sparse'}", "--upcycle.experts=2"]
+    assert command.main(["convert", *asked]) == 0
+    assert trained.dtype(trained.find(str(tmp_path / "sparse"))) == dtype
+
+
 def test_experts_in_attention_have_no_dense_model_to_be_copies_of():
     settings = from_config(DENSE | {"moe": DENSE["moe"] | {"attention": True}})
     with pytest.raises(ValueError, match="moe.attention=True: accepted to upcycle is False"):
