@@ -308,7 +308,8 @@ def t5x_config(shapes: Shapes, missing: Any) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
     moe: dict[str, Any] = {"num_experts": 1}
     if expert:
-        moe = {"num_experts": shapes[expert][0], "group_size": 8192}  # Flaxformer's groups, of Switch Base
+        # Flaxformer's groups, of Switch Base; it has no jitter
+        moe = {"num_experts": shapes[expert][0], "group_size": 8192, "jitter": 0.0}
         for stack, prefix in (("encoder", ""), ("decoder", "decoder_")):
             sparse = [
                 n

@@ -308,6 +308,7 @@ def test_a_t5x_checkpoint_is_the_same_model_as_hugging_faces(tmp_path):
         assert run(f"--source={tmp_path / name}", f"--target={tmp_path / name}-run") == 0
         source = trained.find(f"{tmp_path / name}-run")
         found[name] = flatten_dict(jax.device_get(trained.on_one_device(source, source.settings)), sep="/")
+    assert source.settings.moe.jitter == 0.0 and source.settings.moe.group_size == 8192  # Flaxformer's
     assert found["theirs"].keys() == found["t5x"].keys()
     for name, value in found["theirs"].items():
         np.testing.assert_array_equal(found["t5x"][name], value)
