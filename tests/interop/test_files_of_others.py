@@ -240,6 +240,15 @@ def test_a_zip_that_torch_does_not_write_is_one_line(how, tmp_path):
         sources.torch_zip(file)
 
 
+def test_a_header_of_any_size_is_not_read(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((101).to_bytes(8, "little") + b"{}" + b" " * 99)
+    assert sources.safetensors(file) == {}
+    monkeypatch.setattr(sources, "LARGEST_HEADER", 100)
+    with pytest.raises(sources.SourceError, match="not a safetensors file"):
+        sources.safetensors(file)
+
+
 def t5x_names(there):
     """T5X's names and layout of a Switch that `make` made: by hand, from Hugging Face's."""
     found = {"token_embedder.embedding": there["shared.weight"]}
