@@ -96,8 +96,9 @@ def read_config(config: Mapping[str, Any], refuse: Any) -> dict[str, dict[str, A
     decoders = config.get("num_decoder_layers") or layers
     model["num_decoder_layers"] = 0 if decoders == layers else decoders
     field = "dense_act_fn" if sparse else "feed_forward_proj"
-    if config[field] not in ACTIVATIONS:
-        refuse(field, f"one of {', '.join(ACTIVATIONS)}")
+    known = ("relu",) if sparse else tuple(ACTIVATIONS)  # their Switch has no gated feed-forward
+    if config[field] not in known:
+        refuse(field, f"one of {', '.join(known)}")
     model["activation"] = ACTIVATIONS[config[field]]
     tied = config["tie_word_embeddings"]
     if tied not in (True, False):

@@ -255,7 +255,7 @@ def test_a_copy_that_is_none_is_refused(tmp_path, capsys):
         (["--source=.", "--target=t", "--upcycle.every=2"], "--upcycle.experts"),
         (["--source=.", "--target=t", "--upcycle.experts=many"], "an integer"),
         (["--source=.", "--target=t", "--revision=main"], "accepted with a hub's name"),
-        (["--source=.", "--target=."], ""),
+        (["--source=.", "--target=."], "no T5X parameters"),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, said, capsys, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from test_convert import SWITCH, make, run, shapes_of
+from test_convert import SWITCH, make, run
 
 from experiments import convert as command
 from experiments import exits
@@ -342,7 +342,6 @@ def test_a_t5x_leaf_that_is_missing_is_told(tmp_path, capsys):
     write_t5x(tmp_path / "t5x", {name: value for name, value in there.items() if name != lost})
     assert run(f"--source={tmp_path / 't5x'}", f"--target={tmp_path / 'run'}") == exits.EXIT_BAD_INPUT
     assert f"tensor {lost}: not found, expected with shape (3, 24, 16)" in capsys.readouterr().err
-    assert len(shapes_of(SWITCH)) > len(there) - 1
 
 
 @pytest.mark.parametrize("fault", ["gone", "cut"])

@@ -50,9 +50,9 @@ CASES = {  # name: (class, fields)
         "SwitchTransformers",
         SWITCH | dict(num_sparse_encoder_layers=4, num_sparse_decoder_layers=6, num_experts=3, tie_word_embeddings=False),
     ),
-    "switch, every fourth, gated": (
+    "switch, every fourth, one in the decoder": (
         "SwitchTransformers",
-        SWITCH | dict(num_layers=8, num_sparse_encoder_layers=2, num_sparse_decoder_layers=0, dense_act_fn="relu"),
+        SWITCH | dict(num_layers=8, num_sparse_encoder_layers=2, num_sparse_decoder_layers=0),
     ),
     "switch, one expert": ("SwitchTransformers", SWITCH | dict(num_experts=1, expert_capacity=5)),
     "switch, seven blocks and ten, every second and third": (
@@ -63,6 +63,7 @@ CASES = {  # name: (class, fields)
     "t5, relu, tied": ("T5", T5 | dict(feed_forward_proj="relu")),
     "t5, gated, untied": ("T5", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
     "mt5": ("MT5", T5),
+    "mt5, gated, untied": ("MT5", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
     "mixtral": ("Mixtral", DECODER | dict(intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, head_dim=16)),
     "olmoe": ("Olmoe", DECODER | dict(intermediate_size=48, num_experts=8, num_experts_per_tok=3, norm_topk_prob=False)),
     "olmoe, renormalised": (

@@ -137,6 +137,7 @@ def test_a_parameter_that_a_family_does_not_have_is_told():
         ("router_bias", True, "false"),
         ("num_experts", 0, "1 or more"),
         ("dense_act_fn", "swish", "relu"),
+        ("dense_act_fn", "gated-gelu", "relu"),
         ("d_model", "wide", "of type int, as 768"),
         ("dropout_rate", "abc", "of type float"),
         ("tie_word_embeddings", 1, "of type bool"),
