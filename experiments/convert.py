@@ -252,7 +252,7 @@ def _source(found: dict[str, Any]) -> Path:
         raise ValueError(
             f"--source={text}: nothing is there, and to fetch it takes pip install '.[hf]'"
         ) from error
-    patterns = ["*.json", "*.safetensors", "spiece.model", "tokenizer.model"]
+    patterns = ["*.json", "*.safetensors", "spiece.model"]
     try:
         there = Path(snapshot_download(text, revision=revision or None, allow_patterns=patterns))
         if not any(there.glob("*.safetensors")):
