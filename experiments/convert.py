@@ -8,7 +8,8 @@ from_pretrained loads. Families: Switch, T5, T5 1.1, Flan-T5, mT5, Mixtral, OLMo
   --dtype=float32|bfloat16   of what is written (the source's)
   --shard=5GB                at most so much in a safetensors file
   --revision=REVISION        a hub's branch or commit
-  --check=True|False         compares both models' logits on random sequences (True where transformers is installed)
+  --check=True|False         compares both models' logits on random sequences (True where transformers is installed and
+                             memory has both, whole in float32)
   --tolerance=N              of the check, a share of the largest logit (1e-4; both compute in float32, of weights rounded alike)
 
 A dense model made sparse (2212.05055), of SOURCE any of the above:
@@ -56,6 +57,7 @@ OPTIONS = (
     "widths",
 )
 OWN = "own"
+NO_T5X = "transformers reads no T5X checkpoint"
 FORMS = (OWN, "float32", "bfloat16", "int8", "int4")
 UPCYCLE: dict[str, Any] = {  # option: its type
     "experts": int,
@@ -154,7 +156,7 @@ def _convert(found: dict[str, Any]) -> int:
     process.check_devices()
     process.keep_quiet()
     from switchmoe.interop import check, convert, upcycle
-    from switchmoe.runs import upcycling
+    from switchmoe.runs import trained, upcycling
 
     target, dtype = Path(found["target"]).expanduser(), found["dtype"]
     if found["upcycle"]:
@@ -171,20 +173,21 @@ def _convert(found: dict[str, Any]) -> int:
             "--check=True: accepted with transformers 5.18 or newer and torch (pip install '.[hf]')"
         )
     source = _source(found)
-    if convert.is_run(source):
-        from switchmoe.runs import trained
-
-        report = convert.into_hugging_face(trained.find(str(source)), target, dtype, found["shard"], told)
-        run, other = source, target
+    own = convert.is_run(source)
+    model = trained.find(str(source)) if own else convert.recognised(source)
+    lacking = check.lacking(model.settings) if own or (source / "config.json").exists() else NO_T5X
+    if found["check"] and wanted and lacking:
+        raise ValueError(f"--check={found['check']}: {lacking}; accepted is --check=False")
+    if own:
+        report = convert.into_hugging_face(model, target, dtype, found["shard"], told)
     else:
-        report = convert.into_run(convert.recognised(source), target, dtype, told)
-        run, other = target, source
+        report = convert.into_run(model, target, dtype, told)
     print(f"{target}: {report}")
-    if not wanted:
+    if wanted and lacking:
+        print(f"no check: {lacking}")
+    if not wanted or lacking:
         return 0
-    if not (other / "config.json").exists():
-        print("no check: transformers reads no T5X checkpoint")
-        return 0
+    run, other = (source, target) if own else (target, source)
     return _checked(str(run), other, found["tolerance"])
 
 
@@ -249,7 +252,7 @@ def _source(found: dict[str, Any]) -> Path:
         raise ValueError(
             f"--source={text}: nothing is there, and to fetch it takes pip install '.[hf]'"
         ) from error
-    patterns = ["*.json", "*.safetensors", "spiece.model", "tokenizer.model"]
+    patterns = ["*.json", "*.safetensors", "spiece.model"]
     try:
         there = Path(snapshot_download(text, revision=revision or None, allow_patterns=patterns))
         if not any(there.glob("*.safetensors")):

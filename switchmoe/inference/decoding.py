@@ -2,7 +2,8 @@
 
 A sequence is a group of its own and no token is dropped (but for an encoder's expert choice and Soft MoE, in which tokens
 do not choose), so what else is in the batch changes nothing. One thing does: how many tokens an expert chooses is rounded for the
-length to which a batch is padded, so with expert choice an answer may depend on the longest prompt of its batch.
+length to which a batch is padded, so with expert choice an answer may depend on the longest prompt of its batch. In a model whose
+padding takes slots too (Hugging Face's Switch) what comes behind a sequence takes none of its own.
 
 Letters: B batch, P prompt length, N new tokens, D model, V vocabulary, M slots.
 """
@@ -86,10 +87,12 @@ class Laid:
 
 
 def prepared(settings: Settings, params: Any) -> tuple[Settings, Any]:
-    """(settings, parameters) to decode with: no scan over layers, and no limits to experts."""
+    """(settings, parameters) to decode with: no scan over layers, and no limits to experts but an encoder's own."""
     moe = dataclasses.replace(settings.moe, eval_group_size=0)
     if moe.router not in NOT_CAUSAL:
-        moe = without_limits(moe)
+        # A decoder reads a token at a time, which has a slot always.
+        own = moe.capacity and moe.route_padding and "encoder" in settings.stacks and not moe.dropless
+        moe = dataclasses.replace(moe, dispatch="ragged") if own else without_limits(moe)
     return unstacked(dataclasses.replace(settings, moe=moe), params)
 
 
@@ -123,7 +126,8 @@ def as_computed(settings: Settings) -> Settings:
     if cpu and settings.model.dtype == "bfloat16" and jax.__version_info__ < FAST_BF16:
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype="float32"))
     # Of integers the kernels of experts with rows are made, each where it is used: `grouped.blocked_matmul`.
-    if cpu and moe.dropless and moe.total_experts <= MOST_APART and not moe.expert_bits:
+    sorted_rows = moe.dropless or moe.dispatch == "ragged"
+    if cpu and sorted_rows and moe.total_experts <= MOST_APART and not moe.expert_bits:
         settings = dataclasses.replace(settings, moe=dataclasses.replace(moe, dispatch=DECODING))
     return settings
 

@@ -3,8 +3,11 @@
 Letters: B batch, L length, V vocabulary rows.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +19,14 @@ from switchmoe.inference import decoding
 from switchmoe.model.attention import empty_memory
 from switchmoe.model.transformer import Transformer
 from switchmoe.settings import Settings
+from switchmoe.training import train_state
 
-ROWS, LENGTH = 4, 24
+ROWS, LENGTH, LONGEST = 4, 24, 512
+MEMORY = (  # files of Linux, what is said there, in how many bytes
+    ("/proc/meminfo", r"MemAvailable: +(\d+) kB", 1024),
+    ("/sys/fs/cgroup/memory.max", r"^(\d+)$", 1),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", r"^(\d+)$", 1),
+)
 TOLERANCE = 1e-4  # of the largest logit: both models compute in float32
 
 
@@ -52,9 +61,13 @@ def with_their_slots(settings: Settings, path: Path) -> Settings:
 
 
 def batch(settings: Settings, rows: int = ROWS, length: int = LENGTH, seed: int = 0) -> Batch:
+    """Of an encoder's slots there are fewer than tokens, and a row of one token makes an expert's run out."""
     rng, size = np.random.default_rng(seed), settings.embedding_rows
     encoder = "encoder" in settings.stacks
+    length = max(length, min(3 * settings.moe.capacity, LONGEST))
     tokens_BL = rng.integers(2 if encoder else 0, size, (rows, length))
+    if settings.moe.capacity:
+        tokens_BL[0] = tokens_BL[0, 0]
     real_BL = np.ones((rows, length), bool)
     real_BL[rows - 2, length - length // 3 :] = False
     real_BL[rows - 1, : length // 4] = False
@@ -136,6 +149,21 @@ def directory(path: Path, settings: Settings, params: Any, rounded: bool) -> Fou
     with jax.default_matmul_precision("highest"):
         found = ours(settings, params, given)
     return compared(found, theirs(model, given, settings.data.bos_id), given)
+
+
+def lacking(settings: Settings) -> str:
+    """What keeps `directory` from comparing a model: memory for two of it in float32; "": nothing."""
+    needed, free = 8 * train_state.parameter_counts(settings)[0], free_memory()
+    return f"it takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} are free" if needed > free else ""
+
+
+def free_memory() -> float:
+    """Bytes that this process may take, as far as the system tells."""
+    found = [math.inf]
+    for file, pattern, unit in MEMORY:
+        with contextlib.suppress(OSError):
+            found += [int(number) * unit for number in re.findall(pattern, Path(file).read_text())]
+    return min(found)
 
 
 def available() -> bool:

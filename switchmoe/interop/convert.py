@@ -25,6 +25,7 @@ from switchmoe.training import places
 THREADS = 2
 VOCABULARY = "spiece.model"  # what Hugging Face calls T5's
 WRITTEN = "written"
+KEPT = "hugging_face.json"  # of a run's directory: the config of what it was converted from
 Told = Callable[[Callable[[], str]], Any]  # a context in which a function is asked how far it has got
 
 
@@ -35,6 +36,7 @@ class Model(NamedTuple):
     family: Family
     source: sources.Source
     vocabulary: bytes | None = None
+    config: dict[str, Any] | None = None  # Hugging Face's own
 
 
 # What a source is.
@@ -67,24 +69,26 @@ def _hugging_face(directory: Path) -> Model:
     family, groups = from_fields(config, str(directory / "config.json"))
     source = sources.hugging_face(directory)
     tensors, model = source.tensors, groups["model"]
-    for name in ("shared.weight", "model.embed_tokens.weight"):
-        if name in tensors:
-            model["vocab_rows"] = tensors[name].shape[0]
-            if model["vocab_rows"] != config["vocab_size"]:
-                raise tables.TableError(
-                    f"tensor {name}: found with {model['vocab_rows']} rows, expected vocab_size={config['vocab_size']} of config.json"
-                )
+    names = (entry.theirs for entry in family.entries if entry.ours == "embedding")
+    embedding = next((name for name in names if name in tensors), "")  # without one `tables.moves` tells so
+    if embedding:
+        model["vocab_rows"] = tensors[embedding].shape[0]
+        if model["vocab_rows"] != config["vocab_size"]:
+            raise tables.TableError(
+                f"tensor {embedding}: found with {model['vocab_rows']} rows, expected vocab_size={config['vocab_size']} of"
+                " config.json"
+            )
     if config["model_type"] in ("t5", "mt5"):  # what the config says is of the scale alone
-        own = "lm_head.weight" in tensors and "shared.weight" in tensors
-        own = own and not sources.same(tensors["lm_head.weight"], tensors["shared.weight"])
+        own = "lm_head.weight" in tensors and bool(embedding)
+        own = own and not sources.same(tensors["lm_head.weight"], tensors[embedding])
         if own and model["scale_logits"]:
             raise tables.TableError(
-                "tensor lm_head.weight: found with other values than shared.weight, expected a copy of it"
+                f"tensor lm_head.weight: found with other values than {embedding}, expected a copy of it"
             )
         model["tie_embeddings"] = not own
     path = directory / VOCABULARY
     vocabulary = path.read_bytes() if path.exists() else None
-    return Model(_settings(groups, directory, source, vocabulary), family, source, vocabulary)
+    return Model(_settings(groups, directory, source, vocabulary), family, source, vocabulary, config)
 
 
 def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str, dict[str, Any]]]:
@@ -95,7 +99,7 @@ def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str,
     """
     kind = given.get("model_type")
     defaults = t5.DEFAULTS | decoders.DEFAULTS
-    if kind not in defaults:
+    if not isinstance(kind, str) or kind not in defaults:
         raise ValueError(f"{where}: model_type={kind}: accepted is one of {', '.join(defaults)}")
     config = defaults[kind] | dict(given)
     for field, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
@@ -107,7 +111,7 @@ def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str,
 
     is_t5 = kind in t5.CLASSES
     for field, default in defaults[kind].items():
-        if config[field] is not None and not _of_kind(config[field], default):
+        if config[field] is not None and not _of_kind(field, config[field], default):
             refuse(field, f"of type {type(default).__name__}, as {default}")
     try:
         groups = (t5 if is_t5 else decoders).read_config(config, refuse)
@@ -133,9 +137,12 @@ def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str,
     return family, groups
 
 
-def _of_kind(value: Any, default: Any) -> bool:
-    """Whether a config's value is of its default's type."""
-    if default is None or isinstance(value, list):  # several ends
+def _of_kind(field: str, value: Any, default: Any) -> bool:
+    """Whether a config's value is of its default's type; of ends there may be several."""
+    if field == "eos_token_id":
+        ends = value if isinstance(value, list) else [value]
+        return bool(ends) and all(type(end) is int for end in ends)
+    if default is None:
         return True
     if isinstance(value, bool) or isinstance(default, bool):
         return type(value) is type(default)
@@ -163,7 +170,8 @@ def _settings(
 def is_run(directory: Path | str) -> bool:
     """A run's directory, or one of its steps."""
     path = Path(str(directory).partition("|")[0])
-    return (path / "checkpoints").is_dir() or path.parent.name == "checkpoints"
+    step = path.parent.name == "checkpoints" and path.name.isdecimal() and (path / "state").exists()
+    return step or (path / "checkpoints").is_dir()
 
 
 # Into a run's directory.
@@ -213,6 +221,8 @@ def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
         (step / integrity.MANIFEST).write_text(json.dumps(checksums, indent=1))
         if model.vocabulary:
             (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary)
+        if model.config:
+            write_json(work / KEPT, model.config)
         write_json(work / "config.json", to_dict(settings))
     return counter.report(len({move.theirs for move in found}))
 
@@ -260,6 +270,7 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
     """
     settings = model.settings
     family, config = to_fields(settings)
+    config |= _kept(Path(model.step).parent.parent / KEPT, config["model_type"])
     trained.check(model)
     found = tables.moves(family, settings)
     reader = run_files.Reader(Path(model.step))
@@ -306,6 +317,17 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
             for name, content in (tokenizer.files(model.vocabulary, *ends) or {}).items():
                 write_json(work / name, content)
     return counter.report(len(shapes))
+
+
+def _kept(file: Path, kind: str) -> dict[str, Any]:
+    """What our settings do not have of the config that a converted model came with."""
+    theirs = growing.read_json(file) if file.exists() else {}
+    fields = (
+        ("max_position_embeddings", "eos_token_id", "pad_token_id")
+        if theirs.get("model_type") == kind
+        else ()
+    )
+    return {field: theirs[field] for field in fields if field in theirs}
 
 
 def _first(move: Move) -> int:

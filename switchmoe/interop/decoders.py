@@ -45,7 +45,7 @@ def _family(name: str, experts: list[Entry], *others: Entry) -> Family:
         *_fused(f"{BLOCK}.mlp"),
     ]
     unused = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # older files have it
-    return Family(name, tuple(entries), {"lm_head.weight": "model.embed_tokens.weight"}, unused)
+    return Family(name, tuple(entries), {"lm_head.weight": "embedding"}, unused)
 
 
 _MLP = [
@@ -94,7 +94,7 @@ _COMMON = {
 }  # fmt: skip
 _QWEN = _COMMON | {
     "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 151936, "norm_topk_prob": False, "decoder_sparse_step": 1,
-    "mlp_only_layers": None,
+    "mlp_only_layers": None, "eos_token_id": None,
 }  # fmt: skip
 DEFAULTS = {
     "mixtral": _COMMON | {
@@ -131,6 +131,8 @@ def read_config(config: Mapping[str, Any], refuse: Any) -> dict[str, dict[str, A
     if any(one != "full_attention" for one in config["layer_types"] or ()):
         refuse("layer_types", "full_attention")
     rope = config["rope_parameters"] or {}
+    if not isinstance(rope, Mapping):
+        refuse("rope_parameters", "an object")
     if rope.get("rope_type", "default") != "default":
         refuse("rope_parameters", "the rope_type default")
     heads, d_model = config["num_attention_heads"], config["hidden_size"]
@@ -150,13 +152,16 @@ def read_config(config: Mapping[str, Any], refuse: Any) -> dict[str, dict[str, A
 
 def _read_experts(config: Mapping[str, Any], refuse: Any) -> dict[str, Any]:
     kind, layers = config["model_type"], config["num_hidden_layers"]
+    renormalize, choices = kind == "mixtral" or config["norm_topk_prob"], config["num_experts_per_tok"]
     moe = {
         "num_experts": config["num_local_experts" if kind == "mixtral" else "num_experts"],
-        "choices": config["num_experts_per_tok"], "router": "top_k", "dropless": True, "every": 1,
-        "renormalize": kind == "mixtral" or config["norm_topk_prob"], "jitter": float(config.get("router_jitter_noise") or 0.0),
+        "choices": choices, "router": "top_k", "dropless": True, "every": 1,
+        # Ours leaves a single choice its gate, theirs makes it 1.
+        "unit_gates": renormalize and choices == 1, "renormalize": renormalize,
+        "jitter": float(config.get("router_jitter_noise") or 0.0),
         "z_loss_weight": 0.0,
     }  # fmt: skip
-    coefficient, choices = config["router_aux_loss_coef"], config["num_experts_per_tok"]
+    coefficient = config["router_aux_loss_coef"]
     if not kind.startswith("qwen"):
         return moe | {"balance_loss_weight": _per_layer(coefficient, choices, layers)}
     first, step = sorted(config["mlp_only_layers"] or []), config["decoder_sparse_step"]
@@ -211,7 +216,8 @@ def write_config(settings: Settings, refuse: Any) -> dict[str, Any]:
         refuse("model.scale_logits", True, "False with tied embeddings")
     if not settings.sparse:
         refuse("moe.num_experts", moe.num_experts, "2 or more in a decoder alone")
-    allowed = {"granularity": 1, "attention": False, "unit_gates": False, "router": "top_k", "dropless": True}
+    allowed = {"granularity": 1, "attention": False, "router": "top_k", "dropless": True}
+    allowed |= {"unit_gates": moe.choices == 1 and (kind == "mixtral" or moe.unit_gates)}
     qwen = kind.startswith("qwen")
     allowed |= {"shared_gate": kind == "qwen2_moe"}
     if not qwen:
@@ -245,7 +251,7 @@ def write_config(settings: Settings, refuse: Any) -> dict[str, Any]:
     if kind == "mixtral":
         config["router_jitter_noise"] = moe.jitter if moe.explore == "jitter" else 0.0
     else:
-        config["norm_topk_prob"] = moe.renormalize
+        config["norm_topk_prob"] = moe.unit_gates if moe.choices == 1 else moe.renormalize
     if qwen:
         config |= {
             "moe_intermediate_size": settings.expert_width, "decoder_sparse_step": settings.period("decoder"),

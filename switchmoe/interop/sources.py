@@ -15,6 +15,7 @@ from switchmoe.interop import torch_files
 
 DTYPES = ("float32", "bfloat16", "float16")
 _SAFETENSORS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+LARGEST_HEADER = 100_000_000  # bytes: the library's own limit
 
 
 class SourceError(ValueError):
@@ -102,8 +103,10 @@ def safetensors(file: Path) -> dict[str, Tensor]:
         size = file.stat().st_size
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise SourceError(f"{file}: not a safetensors file, or cut short ({size:,} bytes)")
+            if not 2 <= length <= min(size - 8, LARGEST_HEADER):
+                raise SourceError(
+                    f"{file}: not a safetensors file, or cut short ({size:,} bytes, of which the header's are {length:,})"
+                )
             header = json.loads(opened.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from switchmoe.interop.tables import KERNEL, LINEAR, SAME, Entry, Family
+from switchmoe.model.moe import slots
 from switchmoe.settings import Settings
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -41,13 +42,15 @@ def _stack(stack: str, dense: str, gated: bool) -> list[Entry]:
 
 
 def _hugging_face(name: str, dense: str, gated: bool) -> Family:
-    copies = {f"{stack}.embed_tokens.weight": "shared.weight" for stack in ("encoder", "decoder")}
-    entries = [Entry("shared.weight", "embedding", SAME), Entry("lm_head.weight", "output", SAME)]
+    # Safetensors keep one of the names that share a tensor, and not always the first.
+    embeddings = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    entries = [Entry(theirs, "embedding", SAME) for theirs in embeddings]
+    entries.append(Entry("lm_head.weight", "output", SAME))
     entries += _stack("encoder", dense, gated) + _stack("decoder", dense, gated)
     return Family(
         name,
         tuple(entries),
-        copies | {"lm_head.weight": "shared.weight"},
+        dict.fromkeys((*embeddings, "lm_head.weight"), "embedding"),
         # T5's first releases have it, and no model reads it
         ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     )
@@ -93,8 +96,9 @@ def read_config(config: Mapping[str, Any], refuse: Any) -> dict[str, dict[str, A
     decoders = config.get("num_decoder_layers") or layers
     model["num_decoder_layers"] = 0 if decoders == layers else decoders
     field = "dense_act_fn" if sparse else "feed_forward_proj"
-    if config[field] not in ACTIVATIONS:
-        refuse(field, f"one of {', '.join(ACTIVATIONS)}")
+    known = ("relu",) if sparse else tuple(ACTIVATIONS)  # their Switch has no gated feed-forward
+    if config[field] not in known:
+        refuse(field, f"one of {', '.join(known)}")
     model["activation"] = ACTIVATIONS[config[field]]
     tied = config["tie_word_embeddings"]
     if tied not in (True, False):
@@ -227,9 +231,9 @@ def write_config(settings: Settings, refuse: Any) -> dict[str, Any]:
         config[f"num_sparse_{stack}_layers"] = min(numbers, key=lambda n: abs(n - len(sparse)))
     # Without a capacity of its own: as many as a sequence of the run's length has at evaluation.
     length = max(settings.data.input_length, settings.data.target_length)
-    capacity = length if moe.dropless else -(-int(length * moe.eval_capacity_factor) // moe.num_experts)
+    capacity = moe.capacity or (length if moe.dropless else slots(moe, length, moe.eval_capacity_factor))
     return config | {
-        "num_experts": moe.num_experts, "expert_capacity": moe.capacity or max(1, capacity), "dense_act_fn": "relu",
+        "num_experts": moe.num_experts, "expert_capacity": capacity, "dense_act_fn": "relu",
         "router_bias": False, "router_dtype": moe.router_dtype,
         "router_jitter_noise": moe.jitter if moe.explore == "jitter" else 0.0,
         "router_aux_loss_coef": moe.balance_loss_weight, "router_z_loss_coef": moe.z_loss_weight,
@@ -305,7 +309,8 @@ def t5x_config(shapes: Shapes, missing: Any) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
     moe: dict[str, Any] = {"num_experts": 1}
     if expert:
-        moe = {"num_experts": shapes[expert][0], "group_size": 8192}  # Flaxformer's groups, of Switch Base
+        # Flaxformer's groups, of Switch Base; it has no jitter
+        moe = {"num_experts": shapes[expert][0], "group_size": 8192, "jitter": 0.0}
         for stack, prefix in (("encoder", ""), ("decoder", "decoder_")):
             sparse = [
                 n

@@ -32,7 +32,7 @@ class Family(NamedTuple):
     """What a family of models calls its tensors.
 
     ``entries``: where several have the same parameter of ours, the first is what is written, and any is read.
-    ``copies``: of names that files may have beside the tensor that they are copies of, the latter.
+    ``copies``: of names that files may have beside the tensor that they are copies of, the parameter of ours that it holds.
     ``unused``: what files may have that no model reads.
     """
 
@@ -128,11 +128,11 @@ def moves(
 
 def copies(family: Family, found: Iterable[Move], there: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """The tensors that are there beside those of which they are copies, by name."""
-    claimed = {move.theirs for move in found}
+    claimed = {move.ours: move.theirs for move in found}
     return {
-        copy: of
-        for copy, of in family.copies.items()
-        if copy in there and copy not in claimed and of in there
+        copy: claimed[ours]
+        for copy, ours in family.copies.items()
+        if copy in there and copy not in claimed.values()
     }
 
 

@@ -29,39 +29,59 @@ def upcycle(
 ) -> Report:
     """Writes a run's directory of one step, 0, with parameters, and the optimizer's state where it is asked for and there.
 
+    Args:
+      dtype: of the parameters and the activations; "": the source's.
+
     Raises:
       ValueError: a source that is sparse or can't be read, a target that is there; nothing is left at ``target``.
     """
     if target.exists():
         raise ValueError(f"--target={target}: it is there; accepted is a name that is free")
     if not convert.is_run(source):
-        dense, found = target.with_name(f".{target.name}.dense"), convert.recognised(source)
-        upcycling.settings_of(found.settings, how)  # before anything is written
-        shutil.rmtree(dense, ignore_errors=True)  # of an earlier process, and maybe of another source
-        try:
-            convert.into_run(found, dense, dtype, told)
-            return upcycle(dense, target, dtype, how, told, note)
-        finally:
-            shutil.rmtree(dense, ignore_errors=True)
+        return _from_others(convert.recognised(source), target, dtype, how, told, note)
     model = trained.find(str(source))
-    settings = upcycling.settings_of(model.settings, how)
-    if dtype:
-        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
+    upcycling.settings_of(model.settings, how)  # before anything is written
     damage = integrity.damage(model.step, "state")
     if damage:
         raise ValueError(f"--source={source}: it is damaged: {damage}; accepted is a good one")
+    with growing.grown(target, _asked(growing.step_identity(Path(model.step)), how, dtype)) as work:
+        return _into(work, model, dtype, how, told, note)
+
+
+def _asked(files: list[Any], how: Upcycling, dtype: str) -> dict[str, Any]:
+    return {"files": files, "upcycle": dataclasses.asdict(how), "dtype": dtype}
+
+
+def _from_others(
+    found: convert.Model, target: Path, dtype: str, how: Upcycling, told: Told, note: Callable[[str], None]
+) -> Report:
+    """Of another code base's directory, by a dense run's that lies where the target grows until that is whole."""
+    upcycling.settings_of(found.settings, how)
+    files = [growing.identity(file) for file in found.source.files]
+    with growing.grown(target, _asked(files, how, dtype)) as work:
+        dense, spent = work / "dense", work / "spent"
+        shutil.rmtree(spent, ignore_errors=True)
+        if not dense.exists():  # whole, where it is there
+            convert.into_run(found, dense, dtype, told)
+        report = _into(work, trained.find(str(dense)), dtype, how, told, note)
+        dense.rename(spent)  # so that no half of it is ever taken for it
+        shutil.rmtree(spent)
+    return report
+
+
+def _into(
+    work: Path, model: trained.Source, dtype: str, how: Upcycling, told: Told, note: Callable[[str], None]
+) -> Report:
+    """Writes the sparse run of a dense one to the directory ``work``."""
+    settings = upcycling.settings_of(model.settings, how)
+    if dtype:
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
     reader = run_files.Reader(Path(model.step))
     plan = upcycling.Plan(model.settings, settings, how, upcycling.Saved(reader.shape, reader.read))
-    asked = {
-        "files": growing.step_identity(Path(model.step)),
-        "upcycle": dataclasses.asdict(how),
-        "dtype": dtype,
-    }
-    with growing.grown(target, asked) as work:
-        report = _write(plan, work / buckets.CHECKPOINTS / "0", dtype or "float32", how, told, note)
-        if model.vocabulary is not None:
-            (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary.model_bytes)
-        checkpoints.write_json(work / "config.json", to_dict(settings))
+    report = _write(plan, work / buckets.CHECKPOINTS / "0", dtype or trained.dtype(model), how, told, note)
+    if model.vocabulary is not None:
+        (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary.model_bytes)
+    checkpoints.write_json(work / "config.json", to_dict(settings))
     return report
 
 

@@ -69,10 +69,12 @@ def settings_of(dense: Settings, how: Upcycling) -> Settings:
     """The sparse model's. Gates of a token sum to 1 in value, so that copies give what the feed-forward gave.
 
     Raises:
-      ValueError: a model that is sparse, or blocks that ``every`` does not divide.
+      ValueError: a model that is sparse or is to have experts in its attention, or blocks that ``every`` does not divide.
     """
     if dense.sparse:
         raise ValueError(f"--source: it has {dense.moe.num_experts} experts; accepted is a dense model")
+    if dense.moe.attention:
+        raise ValueError("--source: moe.attention=True: accepted to upcycle is False")
     decoders = "encoder" not in dense.stacks
     if how.router == "expert_choice" and decoders:
         raise ValueError(

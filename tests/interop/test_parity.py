@@ -1,6 +1,7 @@
 """Equal to `transformers`: logits, gradients, tokens and files, of random weights in float32. Needs the extra ``hf``."""
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -41,14 +42,17 @@ DECODER = dict(
 QWEN = DECODER | dict(intermediate_size=64, moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3)
 CASES = {  # name: (class, fields)
     "switch": ("SwitchTransformers", SWITCH | dict(expert_capacity=64)),
-    "switch over capacity": ("SwitchTransformers", SWITCH | dict(expert_capacity=2)),
+    "switch over capacity": (
+        "SwitchTransformers",
+        SWITCH | dict(expert_capacity=2, num_decoder_layers=4, num_sparse_decoder_layers=2),
+    ),
     "switch, every block, untied, 3": (
         "SwitchTransformers",
         SWITCH | dict(num_sparse_encoder_layers=4, num_sparse_decoder_layers=6, num_experts=3, tie_word_embeddings=False),
     ),
-    "switch, every fourth, gated": (
+    "switch, every fourth, one in the decoder": (
         "SwitchTransformers",
-        SWITCH | dict(num_layers=8, num_sparse_encoder_layers=2, num_sparse_decoder_layers=0, dense_act_fn="relu"),
+        SWITCH | dict(num_layers=8, num_sparse_encoder_layers=2, num_sparse_decoder_layers=0),
     ),
     "switch, one expert": ("SwitchTransformers", SWITCH | dict(num_experts=1, expert_capacity=5)),
     "switch, seven blocks and ten, every second and third": (
@@ -59,11 +63,17 @@ CASES = {  # name: (class, fields)
     "t5, relu, tied": ("T5", T5 | dict(feed_forward_proj="relu")),
     "t5, gated, untied": ("T5", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
     "mt5": ("MT5", T5),
+    "mt5, gated, untied": ("MT5", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
     "mixtral": ("Mixtral", DECODER | dict(intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, head_dim=16)),
     "olmoe": ("Olmoe", DECODER | dict(intermediate_size=48, num_experts=8, num_experts_per_tok=3, norm_topk_prob=False)),
     "olmoe, renormalised": (
         "Olmoe",
         DECODER | dict(intermediate_size=48, num_experts=64, num_experts_per_tok=8, norm_topk_prob=True),
+    ),
+    "mixtral, one choice": ("Mixtral", DECODER | dict(intermediate_size=48, num_local_experts=4, num_experts_per_tok=1)),
+    "olmoe, one choice, renormalised": (
+        "Olmoe",
+        DECODER | dict(intermediate_size=48, num_experts=8, num_experts_per_tok=1, norm_topk_prob=True),
     ),
     "qwen2": ("Qwen2Moe", QWEN | dict(shared_expert_intermediate_size=48, norm_topk_prob=False)),
     "qwen2, every other, renormalised": (
@@ -72,6 +82,7 @@ CASES = {  # name: (class, fields)
     ),
     "qwen3": ("Qwen3Moe", QWEN | dict(head_dim=16, norm_topk_prob=True)),
     "qwen3, dense first": ("Qwen3Moe", QWEN | dict(head_dim=16, norm_topk_prob=False, mlp_only_layers=[0, 1])),
+    "qwen3, one choice": ("Qwen3Moe", QWEN | dict(head_dim=16, num_experts_per_tok=1, norm_topk_prob=False)),
     "qwen3, tied": ("Qwen3Moe", QWEN | dict(head_dim=8, tie_word_embeddings=True)),
 }  # fmt: skip
 ONE_OF_EACH = [
@@ -239,15 +250,26 @@ def test_gradients_of_the_loss_are_equal(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", ["switch", "t5, gated, untied", "mixtral", "olmoe", "qwen2", "qwen3, dense first"]
+    "case",
+    [
+        "switch",
+        "switch over capacity",
+        "t5, gated, untied",
+        "mixtral",
+        "olmoe",
+        "qwen2",
+        "qwen3, dense first",
+    ],
 )
 def test_greedy_and_beams_give_the_same_tokens(case, tmp_path):
+    """Of a Switch over its capacity, too: its encoder drops the tokens of a prompt that find no slot."""
     model = model_of(case)
     settings, params = converted(model, tmp_path)
-    prompts = np.random.default_rng(5).integers(3, 333, (3, 7))
+    prompts = np.random.default_rng(5).integers(3, 333, (3, 40 if "over" in case else 7))
     model.generation_config.eos_token_id = None
     # With a cache their `generate` fails where the decoder has more layers than the encoder.
     encoder = "encoder" in settings.stacks
+    cached = settings.layers("decoder") <= settings.layers("encoder") or not encoder
     own = Generator(settings, params, 8, Choosing(stop_ids=()))
     search = Generator(settings, params, 8, Choosing(stop_ids=()), beams=3)
     for generator, beams in ((own, 1), (search, 3)):
@@ -256,12 +278,22 @@ def test_greedy_and_beams_give_the_same_tokens(case, tmp_path):
                 max_new_tokens=8,
                 do_sample=False,
                 num_beams=beams,
-                use_cache=not encoder,
+                use_cache=cached,
                 early_stopping=False,
             )
             wanted = model.generate(torch.tensor(prompts), **given)
-        wanted = wanted[:, 1:] if encoder else wanted[:, 7:]
+        wanted = wanted[:, 1:] if encoder else wanted[:, prompts.shape[1] :]
         assert [answer.ids for answer in generator(prompts)] == wanted.tolist()
+
+
+def test_the_check_has_tokens_over_a_switchs_capacity(tmp_path):
+    """Else it would say that a model without slots is the same."""
+    settings, params = converted(model_of("switch"), tmp_path)
+    batch = check.batch(settings)
+    moe = dataclasses.replace(settings.moe, dropless=True)
+    other = check.ours(dataclasses.replace(settings, moe=moe), params, batch)
+    found = check.compared(check.ours(settings, params, batch), other, batch)
+    assert found.largest > 1e-2 * found.scale
 
 
 def test_a_wrong_tensor_is_found_by_the_check(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Tables of names: the released models' tensors are all claimed, once, and every wrong file is told by name."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -161,6 +162,7 @@ def test_a_parameter_that_a_family_does_not_have_is_told():
         ("router_bias", True, "false"),
         ("num_experts", 0, "1 or more"),
         ("dense_act_fn", "swish", "relu"),
+        ("dense_act_fn", "gated-gelu", "relu"),
         ("d_model", "wide", "of type int, as 768"),
         ("dropout_rate", "abc", "of type float"),
         ("tie_word_embeddings", 1, "of type bool"),
@@ -183,16 +185,45 @@ def test_a_switch_config_that_cannot_be_said_is_refused_by_field(field, value, a
         ("olmoe", "attention_bias", True),
         ("qwen3_moe", "rope_parameters", {"rope_type": "yarn", "factor": 4.0}),
         ("qwen3_moe", "rope_scaling", {"type": "yarn", "factor": 4.0}),
+        ("qwen3_moe", "rope_parameters", [1]),
+        ("mixtral", "eos_token_id", []),
+        ("mixtral", "hidden_size", [16]),
+        ("qwen2_moe", "eos_token_id", ["end"]),
         ("qwen3_moe", "mlp_only_layers", [3]),
         ("qwen2_moe", "decoder_sparse_step", 5),
         ("qwen2_moe", "shared_expert_intermediate_size", 1000),
         ("qwen2_moe", "layer_types", ["sliding_attention"]),
         ("llama", "model_type", "llama"),
+        ("llama", "model_type", ["t5"]),
     ],
 )
 def test_a_decoders_config_that_cannot_be_said_is_refused_by_field(kind, field, value):
-    with pytest.raises(ValueError, match=rf"config.json: {field}="):
+    with pytest.raises(ValueError, match=rf"config.json: {field}=.*: accepted is"):
         convert.from_fields({"model_type": kind, field: value}, "config.json")
+
+
+@pytest.mark.parametrize("kind, unit", [("mixtral", True), ("olmoe", True), ("olmoe", False)])
+def test_a_single_choices_gate_is_one_or_its_probability_both_ways(kind, unit):
+    """Theirs divides it by itself where gates are renormalised; `moe.renormalize` leaves it as it is, `moe.unit_gates` does so."""
+    given = {"model_type": kind, "num_experts_per_tok": 1, "norm_topk_prob": unit, "vocab_size": 999}
+    settings = settings_of(convert.from_fields(given, "config.json")[1])
+    assert settings.moe.unit_gates == unit
+    assert convert.to_fields(settings)[1].get("norm_topk_prob", True) == unit
+    if kind == "mixtral":
+        other = dataclasses.replace(settings, moe=dataclasses.replace(settings.moe, unit_gates=False))
+        with pytest.raises(ValueError, match="moe.unit_gates=False.*is True with MixtralForCausalLM"):
+            convert.to_fields(other)
+
+
+@pytest.mark.parametrize(
+    "length, factor, experts, slots",
+    [(96, 1.26, 12, 11), (512, 1.2501, 8, 81), (114, 1.1, 5, 26), (100, 1.1, 10, 11)],
+)
+def test_their_slots_are_those_of_a_sequence_of_the_runs_length(length, factor, experts, slots):
+    """ceil(length * factor / experts), by hand."""
+    settings = small(num_experts=experts, eval_capacity_factor=factor)
+    data = dataclasses.replace(settings.data, input_length=length, target_length=length)
+    assert convert.to_fields(dataclasses.replace(settings, data=data))[1]["expert_capacity"] == slots
 
 
 def test_our_settings_that_theirs_cannot_say_are_refused_by_field():

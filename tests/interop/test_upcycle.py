@@ -155,6 +155,20 @@ def test_a_converted_t5_becomes_sparse_and_a_sparse_model_is_refused(tmp_path, c
     assert "accepted is a dense model" in capsys.readouterr().err and not (tmp_path / "more").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_made_sparse_keeps_its_sources_type(dtype, tmp_path):
+    make(tmp_path / "theirs", T5, dtype)
+    asked = [f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'sparse'}", "--upcycle.experts=2"]
+    assert command.main(["convert", *asked]) == 0
+    assert trained.dtype(trained.find(str(tmp_path / "sparse"))) == dtype
+
+
+def test_experts_in_attention_have_no_dense_model_to_be_copies_of():
+    settings = from_config(DENSE | {"moe": DENSE["moe"] | {"attention": True}})
+    with pytest.raises(ValueError, match="moe.attention=True: accepted to upcycle is False"):
+        upcycling.settings_of(settings, upcycling.Upcycling(experts=4))
+
+
 @pytest.mark.parametrize(
     "option, accepted",
     [
@@ -228,6 +242,69 @@ def test_a_run_becomes_sparse_part_by_part_and_goes_on_after_a_stop(tmp_path, ca
         jax.tree.leaves((found.params, found.opt_state)), jax.tree.leaves((whole, made)), strict=True
     ):
         np.testing.assert_array_equal(one, other)
+
+
+def watched(monkeypatch, act):
+    """(stage, name, place) of each part that an upcycling writes; ``act(stage, count)`` comes before it."""
+    from switchmoe.interop import run_files
+
+    write, counts, written = run_files.Writer.write, {"dense": 0, "sparse": 0}, []
+
+    def watching(writer, name, index, part):
+        stage = "dense" if ".dense" in str(writer._state) else "sparse"
+        counts[stage] += 1
+        act(stage, counts[stage])
+        written.append((stage, name, index))
+        write(writer, name, index, part)
+
+    monkeypatch.setattr(run_files.Writer, "write", watching)
+    return written
+
+
+@pytest.mark.parametrize("stage", ["dense", "sparse"])
+def test_upcycling_anothers_model_goes_on_after_a_stop_in_either_stage(stage, tmp_path, monkeypatch):
+    """With what it has; the result is that of a command that was never stopped."""
+    make(tmp_path / "theirs", T5)
+    asked = ["convert", f"--source={tmp_path / 'theirs'}", "--upcycle.experts=4", "--upcycle.noise=0.1"]
+    assert command.main([*asked, f"--target={tmp_path / 'never'}"]) == 0
+
+    def stop(at, count):
+        if (at, count) == (stage, 5):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        before = watched(patch, stop)
+        assert command.main([*asked, f"--target={tmp_path / 'stopped'}"]) == exits.EXIT_INTERRUPTED
+    after = watched(monkeypatch, lambda *_: None)
+    assert command.main([*asked, f"--target={tmp_path / 'stopped'}"]) == 0
+    assert len(before) >= 4 and not set(before) & set(after)
+    assert ("dense" in {stage for stage, *_ in after}) == (stage == "dense")
+    manifests = [tmp_path / name / "checkpoints" / "0" / "files.json" for name in ("never", "stopped")]
+    assert json.loads(manifests[0].read_text()) == json.loads(manifests[1].read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["never", "stopped", "theirs"]
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {"checkpoints", "config.json"}
+
+
+@pytest.mark.parametrize("stage", ["dense", "sparse"])
+def test_a_second_upcycling_to_the_same_place_leaves_the_first_its_files(
+    stage, tmp_path, capsys, monkeypatch
+):
+    make(tmp_path / "theirs", T5)
+    asked = [
+        "convert",
+        f"--source={tmp_path / 'theirs'}",
+        f"--target={tmp_path / 'sparse'}",
+        "--upcycle.experts=4",
+    ]
+
+    def second(at, count):
+        if (at, count) == (stage, 3):
+            assert command.main(asked) == exits.EXIT_BAD_INPUT
+            assert "a conversion is under way there" in capsys.readouterr().err
+
+    written = watched(monkeypatch, second)
+    assert command.main(asked) == 0
+    assert len(set(written)) == len(written)
 
 
 def test_a_run_goes_on_with_the_optimizers_state(tmp_path):
