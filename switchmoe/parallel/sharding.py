@@ -90,9 +90,13 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
         slices = len({device.process_index for device in devices})
     inner, outer = axis_sizes(settings, len(devices), slices)
     types = (AxisType.Auto,) * len(AXES)
+    # Two axes of a mesh may have to share an axis of a slice: 16 chips by 4 in a torus of 4 x 4 x 4.
     if slices == 1:
-        return jax.make_mesh(inner, AXES, axis_types=types, devices=devices)
-    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, process_is_granule=processes)
+        grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, process_is_granule=processes, allow_split_physical_axes=True
+        )
     return Mesh(grid, AXES, axis_types=types)
 
 
