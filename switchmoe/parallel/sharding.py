@@ -49,7 +49,8 @@ def axis_sizes(settings: MeshSettings, devices: int, slices: int = 1) -> tuple[t
     """Devices along data, expert and model within a slice, and slices along them.
 
     Raises:
-      ValueError: no such layout, or sizes that do not multiply to the devices there are.
+      ValueError: no such layout, sizes that do not multiply to the devices there are, or several devices
+        along an axis on which the layout lays nothing: they would all do the same.
     """
     if settings.layout not in LAYOUTS:
         raise ValueError(f"mesh.layout={settings.layout}: accepted is one of {', '.join(LAYOUTS)}")
@@ -58,7 +59,23 @@ def axis_sizes(settings: MeshSettings, devices: int, slices: int = 1) -> tuple[t
     outer = {
         f"dcn_{axis}": getattr(settings, f"dcn_{axis}") or (-1 if axis == "data" else 1) for axis in AXES
     }
-    return _filled(inner, devices // slices, "devices of a slice"), _filled(outer, slices, "slices")
+    filled = _filled(inner, devices // slices, "devices of a slice"), _filled(outer, slices, "slices")
+    for axis in set(AXES) - used_axes(settings.layout):
+        for field, size in zip(
+            (axis, f"dcn_{axis}"), (sizes[AXES.index(axis)] for sizes in filled), strict=True
+        ):
+            if size > 1:
+                raise ValueError(
+                    f"mesh.{field}={size}: accepted with mesh.layout={settings.layout} is 0 or 1"
+                    f" (nothing lies along {axis})"
+                )
+    return filled
+
+
+def used_axes(layout: str) -> set[str]:
+    """Mesh axes along which the layout lays anything."""
+    named = [(axes,) if isinstance(axes, str) else axes for _, axes in LAYOUTS[layout].rules]
+    return {axis for axes in named for axis in axes}
 
 
 def _filled(sizes: dict[str, int], total: int, what: str) -> tuple[int, ...]:

@@ -163,8 +163,9 @@ def hardware_flops(settings: Settings, lengths: dict[str, int], mesh: dict[str, 
 
 
 def with_layout(settings: Settings, layout: str, fsdp: bool) -> Settings:
-    """The layout's own sizes within a slice; those across slices as they are set."""
-    mesh = dataclasses.replace(settings.mesh, layout=layout, fsdp=fsdp)
+    """The layout with the mesh's sizes as they are set, but for axes on which it lays nothing."""
+    unused = set(sharding.AXES) - sharding.used_axes(layout)
+    mesh = dataclasses.replace(settings.mesh, layout=layout, fsdp=fsdp, **dict.fromkeys(unused, 0))
     return dataclasses.replace(settings, mesh=mesh)
 
 

@@ -319,6 +319,19 @@ def test_axis_sizes_fill_within_a_slice_and_across_slices():
     assert sizes(32, 4, layout="data_expert", dcn_expert=2) == ((1, 8, 1), (2, 2, 1))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "slices", "said"),
+    [(dict(model=4), 1, "mesh.model=4"), (dict(dcn_data=1, dcn_model=2), 2, "mesh.dcn_model=2")],
+)
+@pytest.mark.parametrize("layout", ["data", "data_expert"])
+def test_devices_along_an_axis_without_a_use_are_refused(layout, sizes, slices, said):
+    """Each would do all of the others' work."""
+    said += rf": accepted with mesh.layout={layout} is 0 or 1 \(nothing lies along model\)"
+    with pytest.raises(ValueError, match=said):
+        sharding.axis_sizes(case(layout, **sizes).mesh, 8, slices)
+    assert sharding.axis_sizes(case(layout, model=1).mesh, 8)
+
+
 class Chip:
     """What JAX knows of a TPU's device when it lays out a mesh."""
 

@@ -268,6 +268,16 @@ def test_a_table_has_a_line_for_each_layout_or_the_reason(capsys):
         assert ("model.num_heads: 12" if line.startswith("model ") else "GiB") in line
 
 
+def test_a_table_keeps_a_meshs_sizes_where_the_layout_has_a_use_for_them(capsys):
+    """Four devices along `model` are the table's for data_model, and none of `data`, which would refuse them."""
+    arguments = ["--devices=8", "--config.data.batch_size=256", "--config.model.num_layers=2"]
+    code, output = run(capsys, BASE, *arguments, "--config.mesh.model=4")
+    meshes = {line.split()[0]: line.split("GiB")[0] for line in output.out.splitlines()[2:]}
+    assert code == 0 and "8x1x1" in meshes["data"] and "2x1x4" in meshes["data_model"]
+    code, output = run(capsys, BASE, *arguments, "--config.mesh.model=4", "--layout=data")
+    assert code == 2 and "mesh.model=4: accepted with mesh.layout=data is 0 or 1" in output.err
+
+
 def test_smallest_is_the_first_that_fits(capsys):
     arguments = ["--layout=data_expert", "--config.data.batch_size=256", "--config.model.remat=True"]
     code, output = run(capsys, "smallest", BASE, "--hbm=16GiB", "--device=v5e", *arguments)
