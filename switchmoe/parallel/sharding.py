@@ -176,13 +176,15 @@ def _largest(batch: int, lengths: dict[str, int], moe: MoESettings, shards: int)
 
 def _check_widths(settings: Settings, mesh: Mapping[str, int]) -> None:
     """Refuses widths that do not divide among the devices along their axis."""
-    model = settings.model
+    model, moe = settings.model, settings.moe
+    experts = "moe.d_ff" if moe.d_ff else "model.d_ff"
+    finer = f"{experts} / moe.granularity={moe.granularity}" if moe.granularity > 1 else experts
     widths = {
         "model.num_heads": ("heads", model.num_heads),
         "model.num_kv_heads": ("heads", model.kv_heads),
         "model.d_ff": ("mlp", model.d_ff),
-        "moe.d_ff": ("mlp", settings.expert_width // settings.moe.granularity if settings.sparse else 0),
-        "data.vocab_size": ("vocab", settings.embedding_rows),
+        finer: ("mlp", settings.expert_width // moe.granularity if settings.sparse else 0),
+        "model.vocab_rows" if model.vocab_rows else "data.vocab_size": ("vocab", settings.embedding_rows),
         "model.d_model": ("embed", model.d_model),
     }
     used = dict(reversed(table(settings)))
