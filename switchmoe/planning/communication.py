@@ -138,7 +138,11 @@ def _widths(settings: Settings, lengths: Sizes, batch: int, inner: Sizes, outer:
 def _parameters(settings: Settings, boxes: dict, inner: Sizes, outer: Sizes) -> Iterator[Transfer]:
     """Gradients, summed over the tokens' axes; with fsdp parameters as well, gathered where they are used.
 
-    What is frozen has no gradient.
+    What is frozen has no gradient. Each array is counted once. XLA sums a tied embedding's gradient where it
+    arises, in the encoder, the decoder and the output, and that of relative positions over all pairs of tokens, in the
+    scans' bodies: of a step in float32 with layout data, 8 devices, 1 + 1 dense layers (d 64, 1,024 rows of vocabulary,
+    128 / 32 tokens) 1,459,988 bytes are reduced and 658,176 planned. The larger the model beside its embedding, the
+    less it matters.
     """
     plain = sharding.LAYOUTS[settings.mesh.layout].rules
     tokens = [axis for axis in ("data", "expert") if inner[axis] * outer[axis] > 1]

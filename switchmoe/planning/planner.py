@@ -89,7 +89,7 @@ class Plan(NamedTuple):
 
     @property
     def parts(self) -> dict[str, float]:
-        """Seconds of each resource."""
+        """Seconds of each resource; what devices along `model` repeat, routers and one-hot masks, counts as divided."""
         m = self.memory
         traffic = 4 * (m.parameters + m.optimizer + m.gradients) + 2 * m.activations
         return {
