@@ -3,7 +3,8 @@
 32 layers of width 4096, all sparse: 8 experts (SwiGLU, 14,336 wide), the 2 best of each token with renormalised gates. 32
 heads, 8 of keys and values; rotary positions with theta 1e6. Trained without capacity here, as it is used.
 
-    python -m experiments.plan --config=configs/mixtral_8x7b.py --devices=64 --layout=data_expert
+    python -m experiments.plan --config=configs/mixtral_8x7b.py --devices=64 --layout=data_expert \\
+      --config.mesh.data=8 --config.mesh.expert=8
     python -m experiments.run --config=configs/mixtral_8x7b.py --config.data.source=c4/en
 
 Not run here: its state alone is a pod's.

@@ -75,6 +75,21 @@ def test_impossible_values_are_refused(config, message):
         ({"mesh": {"data": -1, "model": -1}}, 8, "mesh.model=-1: accepted is one axis that fills"),
         ({"mesh": {"dcn_model": 2}}, 8, "accepted are sizes whose product is the 1 slices"),
         ({"mesh": {"layout": "model"}}, 16, "model.num_heads: 12 along the axis heads; accepted with mesh"),
+        (
+            {"mesh": {"layout": "model"}, "model": {"vocab_rows": 33001}},
+            2,
+            "model.vocab_rows: 33001 along the axis vocab",
+        ),
+        (
+            {"mesh": {"layout": "model"}, "moe": {"granularity": 1024, "num_experts": 2}},
+            4,
+            "model.d_ff / moe.granularity=1024: 2 along the axis mlp",
+        ),
+        (
+            {"mesh": {"layout": "model"}, "moe": {"d_ff": 34}},
+            4,
+            "moe.d_ff: 34 along the axis mlp",
+        ),
         ({"mesh": {"fsdp": True}, "model": {"d_model": 36}}, 8, "model.d_model: 36 along the axis embed"),
     ],
 )

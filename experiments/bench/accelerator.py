@@ -21,12 +21,15 @@ Exit codes: 0 done (a part that failed says so in the table); 2 bad input; 4 a f
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +70,18 @@ def _parts() -> dict[str, tuple]:
 
 
 def _child(options: argparse.Namespace) -> int:
-    """Measures one part, a line of JSON a row; the first line is the machine."""
+    """Measures one part, a line of JSON a row; one line is the machine: the first, but for `runs` the last."""
     from experiments.bench import accelerator_parts as parts
 
     until = time.monotonic() + options.budget
     sizes = parts.TINY if options.tiny else parts.Sizes()
-    if options.only != "runs":  # which leaves the device to its own processes
-        print(json.dumps({"machine": tools.machine(), "sizes": dataclasses.asdict(sizes)}), flush=True)
-    for row in _parts()[options.only][0](sizes, until):
+
+    def machine() -> Iterator[dict[str, Any]]:
+        yield {"machine": tools.machine(), "sizes": dataclasses.asdict(sizes)}
+
+    rows = _parts()[options.only][0](sizes, until)
+    # `runs` leaves the device to its own processes until they are done.
+    for row in itertools.chain(*((rows, machine()) if options.only == "runs" else (machine(), rows))):
         print(json.dumps(row), flush=True)
     return 0
 
@@ -98,7 +105,8 @@ def _measure(options: argparse.Namespace, argv: list[str]) -> int:
         found["seconds"][name] = round(time.monotonic() - started, 1)
         _write(options.out, found)
     directory = _write(options.out, found)
-    print(f"{directory}: results.json, table.md, layer.png ({time.monotonic() - began:.0f} s)")
+    files = [name for name in ("results.json", "table.md", "layer.png") if (directory / name).exists()]
+    print(f"{directory}: {', '.join(files)} ({time.monotonic() - began:.0f} s)")
     return 0
 
 
@@ -132,9 +140,10 @@ def _part(name: str, seconds: float, options: argparse.Namespace, found: dict[st
             rows.append(row)
             print(f"{name}: {_line(row)}", flush=True)
     found["parts"][name] = rows
-    if process.returncode > 0:
+    if process.returncode and name not in found["notes"]:  # else it was ended here
         last = (err.strip().splitlines() or ["it said nothing"])[-1]
-        found["notes"][name] = f"failed: {last[:300]}"
+        by = f" by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else ""
+        found["notes"][name] = f"failed{by}: {last[:300]}"
         print(f"{name}: {found['notes'][name]}", flush=True)
 
 

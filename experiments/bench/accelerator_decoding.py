@@ -4,6 +4,7 @@ Letters: B sequences, L tokens, H heads, K width of a head.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from experiments.bench.accelerator_parts import TINY, Row, Sizes, measured
 from switchmoe.analysis import timing
 from switchmoe.model import attend
 from switchmoe.model.attend import MASKED, Seen
+from switchmoe.settings import Settings
 
 FORMS = {
     "plain": attend.plain,
@@ -68,7 +70,10 @@ def attention(sizes: Sizes, until: float) -> Iterator[Row]:
 
 
 def generate(sizes: Sizes, until: float) -> Iterator[Row]:
-    """Cached generation of `bench generate`'s shape: ms a token, and the share of the memory's bandwidth."""
+    """Cached generation of `bench generate`'s shape: ms a token, and a step's share of the memory's bandwidth.
+
+    A step is what a token takes once the prompt, and with it the first token, is there.
+    """
     tiny, new = sizes == TINY, 4 if sizes == TINY else bench_generate.NEW
     bandwidth = timing.memory_bandwidth(16 if tiny else 512)
     for experts in sizes.step_experts:
@@ -82,17 +87,24 @@ def generate(sizes: Sizes, until: float) -> Iterator[Row]:
             rng = np.random.default_rng(sizes.seed)
             prompts = rng.integers(2, settings.data.vocab_size, (batch, bench_generate.PROMPT))
             row = {"experts": experts, "case": "switchmoe", "batch": batch}
-            row = measured(
-                row,
-                lambda s=settings, p=params, asked=prompts: bench_generate.ours(s, p, asked, new),
-                sizes.repeats,
+            row, prompt = (
+                measured(kept, functools.partial(_decoding, settings, params, prompts, new, n), sizes.repeats)
+                for kept, n in ((row, new), ({}, 1))
             )
-            if "error" not in row:
+            if not {"error"} & (row.keys() | prompt.keys()):
+                row["prompt_ms"] = prompt["median_ms"]
                 row["ms_per_token"] = row["median_ms"] / new
+                row["ms_per_step"] = (row["median_ms"] - row["prompt_ms"]) / (new - 1)
                 row["tokens_per_second"] = 1e3 * batch * new / row["median_ms"]
                 read = bench_generate.bytes_read(settings)
-                row["bandwidth_share"] = read / (row["ms_per_token"] / 1e3) / bandwidth
+                row["bandwidth_share"] = read / (row["ms_per_step"] / 1e3) / bandwidth
             yield row
+
+
+def _decoding(settings: Settings, params: dict, prompts: np.ndarray, new: int, tokens: int) -> timing.Case:
+    """The first tokens of those that ``new`` would make."""
+    generator = bench_generate.generator_of(settings, params, new, len(prompts)).with_tokens(tokens)
+    return timing.Case(lambda: generator(prompts))
 
 
 PARTS = {"attention": (attention, 0.15), "generate": (generate, 0.15)}

@@ -40,7 +40,7 @@ def measure(experts: int, options: argparse.Namespace, found: dict[str, Any]) ->
         cases, sizes = {}, {}
         for dtype in ("float32", "bfloat16"):
             own = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype=dtype))
-            generator = _generator(own, params, new, batch)
+            generator = generator_of(own, params, new, batch)
             first = generator.with_tokens(1)
             cases[f"switchmoe {dtype}"] = timing.Case(functools.partial(generator, prompts))
             cases[f"switchmoe {dtype}{PROMPT_ONLY}"] = timing.Case(functools.partial(first, prompts))
@@ -90,12 +90,7 @@ def bytes_read(settings: Settings) -> int:
     return width * (size + shapes["embedding"].size)
 
 
-def ours(settings: Settings, params: dict, prompts: np.ndarray, new: int) -> timing.Case:
-    generator = _generator(settings, params, new, len(prompts))
-    return timing.Case(lambda: generator(prompts))
-
-
-def _generator(settings: Settings, params: dict, new: int, batch: int) -> Generator:
+def generator_of(settings: Settings, params: dict, new: int, batch: int) -> Generator:
     return Generator(settings, params, new, Choosing(stop_ids=()), batch_size=batch)
 
 

@@ -111,6 +111,8 @@ def _plan(what: str, settings: Any, options: dict[str, str], compiles: bool) -> 
     layout = options["layout"]
     if layout not in ("", "all", *sharding.LAYOUTS):
         raise ValueError(f"--layout={layout}: accepted is all, or one of {', '.join(sharding.LAYOUTS)}")
+    if what == "plan":
+        planner.check_slices(devices, slices, device)
     lengths = batches.lengths(settings.data)
     if layout in ("", "all") or what == "smallest":
         if compiles:

@@ -86,9 +86,16 @@ def initialize(settings: MeshSettings) -> None:
         jax.distributed.initialize(
             **arguments, **_devices(os.environ), heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT
         )
-    except ValueError as error:
+    except jax.errors.JaxRuntimeError:
+        raise
+    except (
+        ValueError,
+        RuntimeError,
+    ) as error:  # the latter of variables that JAX can't read, as Open MPI 5's
         if _tasks(os.environ) != "1":
             raise ValueError(f"mesh.coordinator=auto: {error}; accepted is HOST:PORT of process 0") from error
+        if isinstance(error, RuntimeError):
+            raise
         # Else a TPU on its own, such as a notebook's, that nothing says is part of a pod.
 
 

@@ -49,7 +49,8 @@ def axis_sizes(settings: MeshSettings, devices: int, slices: int = 1) -> tuple[t
     """Devices along data, expert and model within a slice, and slices along them.
 
     Raises:
-      ValueError: no such layout, or sizes that do not multiply to the devices there are.
+      ValueError: no such layout, sizes that do not multiply to the devices there are, or several devices
+        along an axis on which the layout lays nothing: they would all do the same.
     """
     if settings.layout not in LAYOUTS:
         raise ValueError(f"mesh.layout={settings.layout}: accepted is one of {', '.join(LAYOUTS)}")
@@ -58,7 +59,23 @@ def axis_sizes(settings: MeshSettings, devices: int, slices: int = 1) -> tuple[t
     outer = {
         f"dcn_{axis}": getattr(settings, f"dcn_{axis}") or (-1 if axis == "data" else 1) for axis in AXES
     }
-    return _filled(inner, devices // slices, "devices of a slice"), _filled(outer, slices, "slices")
+    filled = _filled(inner, devices // slices, "devices of a slice"), _filled(outer, slices, "slices")
+    for axis in set(AXES) - used_axes(settings.layout):
+        for field, size in zip(
+            (axis, f"dcn_{axis}"), (sizes[AXES.index(axis)] for sizes in filled), strict=True
+        ):
+            if size > 1:
+                raise ValueError(
+                    f"mesh.{field}={size}: accepted with mesh.layout={settings.layout} is 0 or 1"
+                    f" (nothing lies along {axis})"
+                )
+    return filled
+
+
+def used_axes(layout: str) -> set[str]:
+    """Mesh axes along which the layout lays anything."""
+    named = [(axes,) if isinstance(axes, str) else axes for _, axes in LAYOUTS[layout].rules]
+    return {axis for axes in named for axis in axes}
 
 
 def _filled(sizes: dict[str, int], total: int, what: str) -> tuple[int, ...]:
@@ -90,9 +107,13 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
         slices = len({device.process_index for device in devices})
     inner, outer = axis_sizes(settings, len(devices), slices)
     types = (AxisType.Auto,) * len(AXES)
+    # Two axes of a mesh may have to share an axis of a slice: 16 chips by 4 in a torus of 4 x 4 x 4.
     if slices == 1:
-        return jax.make_mesh(inner, AXES, axis_types=types, devices=devices)
-    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, process_is_granule=processes)
+        grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, process_is_granule=processes, allow_split_physical_axes=True
+        )
     return Mesh(grid, AXES, axis_types=types)
 
 
@@ -155,13 +176,15 @@ def _largest(batch: int, lengths: dict[str, int], moe: MoESettings, shards: int)
 
 def _check_widths(settings: Settings, mesh: Mapping[str, int]) -> None:
     """Refuses widths that do not divide among the devices along their axis."""
-    model = settings.model
+    model, moe = settings.model, settings.moe
+    experts = "moe.d_ff" if moe.d_ff else "model.d_ff"
+    finer = f"{experts} / moe.granularity={moe.granularity}" if moe.granularity > 1 else experts
     widths = {
         "model.num_heads": ("heads", model.num_heads),
         "model.num_kv_heads": ("heads", model.kv_heads),
         "model.d_ff": ("mlp", model.d_ff),
-        "moe.d_ff": ("mlp", settings.expert_width // settings.moe.granularity if settings.sparse else 0),
-        "data.vocab_size": ("vocab", settings.embedding_rows),
+        finer: ("mlp", settings.expert_width // moe.granularity if settings.sparse else 0),
+        "model.vocab_rows" if model.vocab_rows else "data.vocab_size": ("vocab", settings.embedding_rows),
         "model.d_model": ("embed", model.d_model),
     }
     used = dict(reversed(table(settings)))

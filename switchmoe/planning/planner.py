@@ -32,6 +32,7 @@ class Device(NamedTuple):
     bandwidth: float
     ici: float
     dcn: float
+    slice: int  # devices that the ICI joins: a pod, or the GPUs of a host; of the same source
     source: str
 
 
@@ -40,26 +41,28 @@ _V3 = f"{_TPU}/v3, half a chip: a device is a core; ICI: 340 TB/s a pod; DCN ass
 _A100 = "A100 data sheet 1758950-r4, 80 GB SXM: NVLink 600 GB/s both ways; DGX A100: 200 Gbit/s a GPU"
 _H100 = "H100 data sheet, SXM, no sparsity: NVLink 900 GB/s both ways; docs.nvidia.com/dgx-basepod: 400 Gbit/s a GPU"
 DEVICES = {
-    "tpu_v3": Device(61.5e12, 16 * GIB, 450 * GB, 166 * GB, 1.6 * GB, _V3),
+    "tpu_v3": Device(61.5e12, 16 * GIB, 450 * GB, 166 * GB, 1.6 * GB, 2048, _V3),
     "tpu_v4": Device(
         275e12,
         32 * GIB,
         1200 * GB,
         268 * GB,
         6.25 * GB,
+        4096,
         f"{_TPU}/v4; ICI: 1.1 PB/s a pod; DCN assumed as v5p's",
     ),
-    "v5e": Device(197e12, 16 * GB, 819 * GB, 200 * GB, 3.125 * GB, f"{_TPU}/v5e; DCN: 6.4 Tbit/s a pod"),
+    "v5e": Device(197e12, 16 * GB, 819 * GB, 200 * GB, 3.125 * GB, 256, f"{_TPU}/v5e; DCN: 6.4 Tbit/s a pod"),
     "v5p": Device(
         459e12,
         95 * GIB,
         2765 * GB,
         600 * GB,
         6.25 * GB,
+        8960,
         f"{_TPU}/v5p; ICI: 1,200 GB/s both ways; DCN: 50 Gbit/s",
     ),
-    "a100": Device(312e12, 80 * GB, 2039 * GB, 300 * GB, 25 * GB, _A100),
-    "h100": Device(989e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, _H100),
+    "a100": Device(312e12, 80 * GB, 2039 * GB, 300 * GB, 25 * GB, 8, _A100),
+    "h100": Device(989e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, 8, _H100),
 }
 
 
@@ -86,7 +89,7 @@ class Plan(NamedTuple):
 
     @property
     def parts(self) -> dict[str, float]:
-        """Seconds of each resource."""
+        """Seconds of each resource; what devices along `model` repeat, routers and one-hot masks, counts as divided."""
         m = self.memory
         traffic = 4 * (m.parameters + m.optimizer + m.gradients) + 2 * m.activations
         return {
@@ -106,8 +109,9 @@ def make(settings: Settings, lengths: dict[str, int], devices: int, slices: int,
     """The plan of ``settings.mesh`` on so many devices in so many slices.
 
     Raises:
-      ValueError: devices, batch, groups, experts or widths that do not divide; one line.
+      ValueError: as `check_slices`; devices, batch, groups, experts or widths that do not divide; one line.
     """
+    check_slices(devices, slices, device)
     inner, outer = _sizes(settings, lengths, devices, slices)
     mesh = _product(inner, outer)
     boxes = memory.abstract_state(memory.without_mesh(settings))[1]
@@ -121,6 +125,16 @@ def make(settings: Settings, lengths: dict[str, int], devices: int, slices: int,
         flops.train_flops(settings, lengths),
         hardware_flops(settings, lengths, mesh),
     )
+
+
+def check_slices(devices: int, slices: int, device: Device) -> None:
+    """Refuses more devices in a slice than it has."""
+    if devices > slices * device.slice:
+        name = next((name for name, known in DEVICES.items() if known == device), "this device")
+        raise ValueError(
+            f"--devices={devices}: accepted with --device={name} is at most {device.slice} a slice"
+            f" (--slices={-(-devices // device.slice)})"
+        )
 
 
 def _sizes(
@@ -163,8 +177,9 @@ def hardware_flops(settings: Settings, lengths: dict[str, int], mesh: dict[str, 
 
 
 def with_layout(settings: Settings, layout: str, fsdp: bool) -> Settings:
-    """The layout's own sizes within a slice; those across slices as they are set."""
-    mesh = dataclasses.replace(settings.mesh, layout=layout, fsdp=fsdp)
+    """The layout with the mesh's sizes as they are set, but for axes on which it lays nothing."""
+    unused = set(sharding.AXES) - sharding.used_axes(layout)
+    mesh = dataclasses.replace(settings.mesh, layout=layout, fsdp=fsdp, **dict.fromkeys(unused, 0))
     return dataclasses.replace(settings, mesh=mesh)
 
 
@@ -182,23 +197,25 @@ def smallest(
     models = [settings.mesh.model]
     if layout.sizes["model"] > 1 and not settings.mesh.model:
         models = [2**n for n in range(1, 8)]
-    missed, refused = None, ""
+    missed, refused, largest = None, "", min(largest, device.slice)
     for devices in (2**n for n in range(largest.bit_length())):
         for model in models:
-            mesh = dataclasses.replace(settings.mesh, model=model)
-            chosen = dataclasses.replace(settings, mesh=mesh)
+            chosen = dataclasses.replace(settings, mesh=dataclasses.replace(settings.mesh, model=model))
             try:
                 sizes = _sizes(chosen, lengths, devices, 1)
             except ValueError as error:
                 refused = refused or f"{devices} devices: {error}"
                 continue
-            parameters, optimizer = memory.state_bytes(chosen, _product(*sizes))
+            mesh = _product(*sizes)
+            least = sum(memory.state_bytes(chosen, mesh)) + memory.trained_bytes(chosen, mesh)
             missed, refused = (chosen, devices), ""
-            if 2 * parameters + optimizer <= hbm:  # else the gradients alone are too much
+            if least <= hbm:  # else state and gradients alone are too much
                 plan = make(chosen, lengths, devices, 1, device)
                 if plan.memory.peak <= hbm:
                     return plan, ""
     if missed:
         peak = make(missed[0], lengths, missed[1], 1, device).memory.peak
-        refused = f"{missed[1]} devices: {peak / GIB:.0f} GiB; {refused}"
+        refused = (
+            f"{missed[1]} devices: {peak / GIB:.0f} GiB; {refused or f'a slice has no more than {largest}'}"
+        )
     return None, refused

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import accelerator, accelerator_parts
+from experiments.bench import accelerator, accelerator_decoding, accelerator_parts
 from switchmoe.dispatch import dispatchers, grouped
 
 
@@ -82,11 +82,14 @@ def test_a_wrong_gradient_is_found(monkeypatch):
     assert not any(row["idle_are_zero"] for row in found)
 
 
-def test_a_part_that_fails_or_takes_too_long_says_so_and_the_others_are_measured(tmp_path, monkeypatch):
+def test_a_part_that_fails_or_takes_too_long_says_so_and_the_others_are_measured(
+    tmp_path, monkeypatch, capsys
+):
     said = {
         "layer": 'print(\'{"case": "dense", "median_ms": 2.0, "experts": 1}\'); import time; time.sleep(60)',
         "gradients": "raise SystemExit('no memory')",
         "step": 'print(\'noise\'); print(\'{"case": "switchmoe", "error": "RuntimeError: x"}\')',
+        "attention": "import os; os.abort()",
         "transformers": 'print(\'{"case": "cut short\'',
     }
     spawn = subprocess.Popen
@@ -104,10 +107,54 @@ def test_a_part_that_fails_or_takes_too_long_says_so_and_the_others_are_measured
         and found["parts"]["layer"][0]["median_ms"] == 2
     )
     assert found["notes"]["gradients"] == "failed: no memory"
+    assert found["notes"]["attention"].startswith("failed by SIGABRT: ")
     assert found["parts"]["step"] == [{"case": "switchmoe", "error": "RuntimeError: x"}]
     assert found["parts"]["transformers"] == []
     text = (tmp_path / "unknown" / "table.md").read_text()
     assert "RuntimeError: x" in text and "failed: no memory" in text
+    assert "unknown: results.json, table.md, layer.png (" in capsys.readouterr().out
+
+
+def test_no_picture_is_told_of_where_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "_part", lambda *_: None)
+    assert bench.main(["accelerator", f"--out={tmp_path}", "--only=step"]) == 0
+    assert "unknown: results.json, table.md (" in capsys.readouterr().out
+
+
+def test_the_machine_is_told_of_after_runs_and_before_all_else(monkeypatch, capsys):
+    """`runs` starts processes of its own, which need the device that telling takes."""
+    for name, order in (("runs", ["case", "machine"]), ("step", ["machine", "case"])):
+        part = {name: (lambda sizes, until: iter([{"case": "run"}]), 1)}
+        monkeypatch.setattr(accelerator, "_parts", lambda part=part: part)
+        assert bench.main(["accelerator", "--child", f"--only={name}", "--tiny"]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [next(iter(row)) for row in rows] == order
+
+
+def test_a_step_of_decoding_is_without_the_prompt(monkeypatch):
+    """Of 4 tokens in 50 ms, 20 of them for the prompt and the first, each other one takes 10."""
+    took = {4: 50.0, 1: 20.0}
+
+    class Generator:
+        def __init__(self, tokens=0):
+            self.tokens = tokens
+
+        def with_tokens(self, tokens):
+            return Generator(tokens)
+
+        def __call__(self, prompts):
+            return self.tokens
+
+    def measured(row, make, repeats):
+        return row | {"median_ms": took[make().run()]}
+
+    monkeypatch.setattr(accelerator_decoding, "measured", measured)
+    monkeypatch.setattr(accelerator_decoding.timing, "memory_bandwidth", lambda _: 1e9)
+    for name, value in dict(generator_of=Generator(), random_parameters=None, bytes_read=2e6).items():
+        monkeypatch.setattr(accelerator_decoding.bench_generate, name, lambda *_, value=value: value)
+    (row,) = accelerator_decoding.generate(accelerator_parts.TINY, float("inf"))
+    assert row["prompt_ms"] == 20 and row["ms_per_step"] == 10 and row["ms_per_token"] == 12.5
+    assert row["bandwidth_share"] == pytest.approx(2e6 / 0.010 / 1e9)
 
 
 @pytest.mark.parametrize("argument", ["--budget=5", "--budget=x", "--only=all", "--layers=3"])

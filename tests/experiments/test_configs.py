@@ -1,13 +1,17 @@
 """Published shapes: parameter counts and FLOPs against Table 9 of the Switch paper, nothing allocated."""
 
 import importlib
+import shlex
 from pathlib import Path
 
 import pytest
 
 import configs
+from experiments import command_line
+from experiments.plan import __main__ as plan
+from switchmoe.data import batches
 from switchmoe.model.moe import group_shape
-from switchmoe.planning import flops
+from switchmoe.planning import flops, planner
 from switchmoe.runs import trained
 from switchmoe.settings import from_config
 from switchmoe.training import train_state
@@ -120,6 +124,25 @@ def test_every_config_is_valid_and_says_how_to_run_it():
             settings(path.stem)
         text = importlib.import_module(f"configs.{path.stem}").__doc__
         assert f"--config=configs/{path.name}" in text or "python -m experiments.run" in text, path
+
+
+def plan_commands():
+    """(config, arguments) of each plan that a config's docstring names."""
+    for path in sorted(Path(configs.__file__).parent.glob("[a-z]*.py")):
+        text = (importlib.import_module(f"configs.{path.stem}").__doc__ or "").replace("\\\n", " ")
+        for line in text.splitlines():
+            if line.strip().startswith("python -m experiments.plan --"):
+                yield pytest.param(shlex.split(line)[3:], id=path.stem)
+
+
+@pytest.mark.parametrize("arguments", plan_commands())
+def test_the_plans_that_configs_name_divide(arguments):
+    """Devices, batch, groups, experts and widths; without the plan itself, which takes a minute."""
+    what, options, _, rest = plan._own(arguments)
+    parsed, _ = command_line.parse(["plan", *rest], plan.DEFAULT_CONFIG, plan.__doc__)
+    chosen = planner.with_layout(parsed, options["layout"], parsed.mesh.fsdp)
+    planner._sizes(chosen, batches.lengths(chosen.data), int(options["devices"]), int(options["slices"]))
+    assert what == "plan" and chosen.mesh.layout == options["layout"]
 
 
 @pytest.mark.parametrize("name, argument", [("finetune", "DIR"), ("distill", "DIR"), ("distill", "task:DIR")])

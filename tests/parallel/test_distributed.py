@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent import futures
 
+import jax
 import numpy as np
 import pytest
 from test_run import DECODER_ONLY, losses, wait_for_step
@@ -301,6 +302,25 @@ def test_variables_that_do_not_tell_enough():
         ValueError, match="JAX_COORDINATOR_ADDRESS=b:2: accepted beside it are JAX_NUM_PROCESSES"
     ):
         distributed.job(MeshSettings(), {"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_PROCESS_ID": "1"})
+
+
+def test_a_launcher_that_jax_cannot_read_gets_one_line(monkeypatch):
+    """JAX 0.12 raises RuntimeError without Open MPI 4's variable; others that do not come are not the launcher's fault."""
+    failure = RuntimeError("OMPI_MCA_orte_hnp_uri is not set")
+
+    def initialize(**_):
+        raise failure
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    with pytest.raises(
+        ValueError, match="mesh.coordinator=auto: OMPI_MCA.*; accepted is HOST:PORT of process 0"
+    ):
+        distributed.initialize(MeshSettings())
+    failure = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        distributed.initialize(MeshSettings())
 
 
 @pytest.mark.parametrize(

@@ -317,3 +317,47 @@ def test_axis_sizes_fill_within_a_slice_and_across_slices():
     assert sizes(32, layout="data_expert_model", expert=4, data=-1) == ((4, 4, 2), (1, 1, 1))
     assert sizes(32, 4, layout="data_expert") == ((1, 8, 1), (4, 1, 1))
     assert sizes(32, 4, layout="data_expert", dcn_expert=2) == ((1, 8, 1), (2, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices", "said"),
+    [(dict(model=4), 1, "mesh.model=4"), (dict(dcn_data=1, dcn_model=2), 2, "mesh.dcn_model=2")],
+)
+@pytest.mark.parametrize("layout", ["data", "data_expert"])
+def test_devices_along_an_axis_without_a_use_are_refused(layout, sizes, slices, said):
+    """Each would do all of the others' work."""
+    said += rf": accepted with mesh.layout={layout} is 0 or 1 \(nothing lies along model\)"
+    with pytest.raises(ValueError, match=said):
+        sharding.axis_sizes(case(layout, **sizes).mesh, 8, slices)
+    assert sharding.axis_sizes(case(layout, model=1).mesh, 8)
+
+
+class Chip:
+    """What JAX knows of a TPU's device when it lays out a mesh."""
+
+    platform, core_on_chip = "tpu", 0
+
+    def __init__(self, number, coords, slice_index, kind):
+        self.id, self.coords, self.slice_index, self.device_kind = number, coords, slice_index, kind
+        self.process_index = number // 4
+
+
+@pytest.mark.parametrize("layout", ["data_model", "data_expert_model"])
+@pytest.mark.parametrize(
+    ("kind", "torus", "slices"),
+    [
+        ("TPU v4", (4, 4, 4), 1),
+        ("TPU v5", (4, 4, 4), 1),  # v5p
+        ("TPU v6 lite", (4, 4, 1), 1),
+        ("TPU v6 lite", (8, 8, 1), 1),
+        ("TPU v5 lite", (4, 4, 1), 2),  # v5e
+    ],
+)
+def test_a_mesh_may_divide_an_axis_of_the_torus(kind, torus, slices, layout):
+    """Two axes of the mesh on one of the slice, where 2 devices along `model` are half of it."""
+    places = [(n, coords) for n in range(slices) for coords in np.ndindex(torus)]
+    chips = [Chip(number, coords, n, kind) for number, (n, coords) in enumerate(places)]
+    mesh = sharding.make_mesh(case(layout).mesh, chips)
+    assert sorted(chip.id for chip in mesh.devices.flat) == list(range(len(chips)))
+    assert mesh.shape["model"] == 2 and mesh.size == len(chips)
+    assert all(len({chip.slice_index for chip in pair}) == 1 for pair in mesh.devices.reshape(-1, 2))

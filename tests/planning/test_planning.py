@@ -1,5 +1,6 @@
 """Plans against what XLA says of the compiled step: memory to 15 %, FLOPs to 5 %, collectives exactly."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -32,6 +33,8 @@ def small(model=None, moe=None, data=None, **groups) -> Settings:
 
 ALONE = dict(stacks="decoder_only", positions="rotary", num_kv_heads=2, qk_norm="head", activation="swiglu")
 WIDE = dict(d_model=256, d_ff=1024), dict(num_experts=32, group_size=128), dict(batch_size=32)
+DROPLESS = dict(dropless=True, router="top_k", choices=2)
+FINE = dict(ALONE, d_model=128, d_ff=128, num_layers=2, remat=True)
 CASES = {
     "activations": (small(), 1),
     "remat": (small(dict(remat=True)), 1),
@@ -39,9 +42,28 @@ CASES = {
     "experts apart": (small(*WIDE, mesh=dict(layout="data_expert")), 8),
     "fsdp": (small(*WIDE, mesh=dict(layout="data", fsdp=True)), 8),
     "widths apart": (small(*WIDE, mesh=dict(layout="model")), 4),
+    "shared, widths apart": (
+        small(WIDE[0], WIDE[1] | dict(num_shared=2), WIDE[2], mesh=dict(layout="model")),
+        4,
+    ),
     "a decoder alone": (small(ALONE, data=dict(objective="causal_lm")), 1),
     "a deeper encoder": (small(dict(num_layers=8, num_decoder_layers=4), dict(decoder_every=4)), 1),
+    "dropless, experts apart": (
+        small(WIDE[0], WIDE[1] | DROPLESS, WIDE[2], mesh=dict(layout="data_expert")),
+        8,
+    ),
+    "dropless, remat": (
+        small(
+            FINE,
+            dict(num_experts=64, group_size=128, every=1) | DROPLESS | dict(choices=8),
+            dict(batch_size=32, objective="causal_lm"),
+            mesh=dict(layout="data_expert"),
+        ),
+        8,
+    ),
 }
+# Blocks with empty rows are counted, not traced: of XLA's copies of them nothing is known.
+LOOSE = dict.fromkeys(("dropless, experts apart", "dropless, remat"), 0.3)
 SOME = ("experts apart", "a decoder alone")
 
 
@@ -63,12 +85,33 @@ def compiled(name):
     "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.long) for name in CASES]
 )
 def test_memory_is_xlas_within_15_percent(name):
-    """Parameters, state and temporaries of a float32 step; a CPU computes bfloat16 in float32."""
+    """Parameters, state and temporaries of a float32 step; a CPU computes bfloat16 in float32. See LOOSE."""
     settings, devices = CASES[name]
     estimated = planner.make(settings, lengths_of(settings), devices, 1, planner.DEVICES["v5p"]).memory
-    assert estimated.peak == pytest.approx(aot.peak_bytes(compiled(name)), rel=0.15)
+    assert estimated.peak == pytest.approx(aot.peak_bytes(compiled(name)), rel=LOOSE.get(name, 0.15))
     arguments = compiled(name).memory_analysis().argument_size_in_bytes
     assert estimated.parameters + estimated.optimizer + estimated.batch == pytest.approx(arguments, rel=1e-3)
+
+
+def test_the_ragged_back_ends_empty_rows_take_memory():
+    """Each of 4 devices may get all choices of 512 + 128 tokens: three times as many rows again, of two sparse layers."""
+    settings = small(dict(d_ff=128), DROPLESS, mesh=dict(layout="data_expert"))
+    alone, apart = (
+        memory.estimate(settings, LENGTHS, dict(data=data, expert=4 // data, model=1)) for data in (4, 1)
+    )
+    empty = 3 * 2 * (4 * 128 + 4 * 32)
+    assert apart.activations - alone.activations == 2 * empty * 4 * (2 * 64 + 3 * 128)
+    assert apart.peak > alone.peak
+
+
+def test_experts_width_is_divided_like_the_dense_layers():
+    """Whether it is said for itself or not."""
+    mesh = dict(data=1, expert=1, model=4)
+    peaks = {
+        memory.estimate(small(moe=dict(d_ff=width), mesh=dict(layout="model")), LENGTHS, mesh).peak
+        for width in (0, 256)
+    }
+    assert len(peaks) == 1
 
 
 def test_all_to_alls_are_those_compiled():
@@ -83,14 +126,15 @@ def test_all_to_alls_are_those_compiled():
 
 
 @pytest.mark.long
-def test_sums_over_the_model_axis_are_those_compiled():
+@pytest.mark.parametrize("name", ["widths apart", "shared, widths apart"])
+def test_sums_over_the_model_axis_are_those_compiled(name):
     """To 1 %: softmax's statistics and norms are left out. In the scans' bodies each is written once."""
-    settings, devices = CASES["widths apart"]
+    settings, devices = CASES[name]
     plan = planner.make(settings, LENGTHS, devices, 1, planner.DEVICES["v5p"])
     (moved,) = (t for t in plan.transfers if t.purpose == "split widths")
     outside = 4 * 256 * 32 * (128 + 32 + 32)  # the embeddings of both stacks, the output's input
     written = (moved.ici / (2 * 3 / 4) - outside) / 2 + outside
-    found = aot.collectives(compiled("widths apart").as_text())
+    found = aot.collectives(compiled(name).as_text())
     assert written == pytest.approx(found["all-reduce"]["bytes"], rel=0.01)
 
 
@@ -251,6 +295,22 @@ def test_what_is_frozen_has_neither_gradients_nor_moments():
     assert less.optimizer < all_of_it.optimizer and less.peak < all_of_it.peak
 
 
+def test_frozen_parameters_gradients_are_not_sent():
+    """Of routers alone 4 bytes an expert and width, four layers, around 8 devices; and fewer devices may do."""
+    full, part = (
+        small(*WIDE, mesh=dict(layout="data"), train=dict(trainable=which)) for which in ("", "router")
+    )
+    device = planner.DEVICES["v5p"]
+    sent = [
+        sum(t.ici for t in planner.make(s, LENGTHS, 8, 1, device).transfers if t.purpose == "gradients")
+        for s in (full, part)
+    ]
+    assert sent[1] == 2 * 7 / 8 * 4 * (4 * 32 * 256) < sent[0] / 100
+    gathered = dataclasses.replace(part, mesh=dataclasses.replace(part.mesh, fsdp=True))
+    moved = {t.kind: t.ici for t in planner.make(gathered, LENGTHS, 8, 1, device).transfers}
+    assert moved["reduce-scatter"] < moved["all-gather"] / 100
+
+
 def test_a_plan_says_by_how_much_it_does_not_fit(capsys):
     few = ["--config.data.batch_size=256", "--config.model.num_layers=2", "--layout=data_expert"]
     code, output = run(capsys, BASE, "--hbm=1TiB", "--devices=8", *few)
@@ -270,6 +330,16 @@ def test_a_table_has_a_line_for_each_layout_or_the_reason(capsys):
     assert code == 3 and " yes " not in "".join(line[20:] for line in output.out.splitlines()[2:])
 
 
+def test_a_table_keeps_a_meshs_sizes_where_the_layout_has_a_use_for_them(capsys):
+    """Four devices along `model` are the table's for data_model, and none of `data`, which would refuse them."""
+    arguments = ["--devices=8", "--config.data.batch_size=256", "--config.model.num_layers=2"]
+    code, output = run(capsys, BASE, *arguments, "--config.mesh.model=4")
+    meshes = {line.split()[0]: line.split("GiB")[0] for line in output.out.splitlines()[2:]}
+    assert code == 0 and "8x1x1" in meshes["data"] and "2x1x4" in meshes["data_model"]
+    code, output = run(capsys, BASE, *arguments, "--config.mesh.model=4", "--layout=data")
+    assert code == 2 and "mesh.model=4: accepted with mesh.layout=data is 0 or 1" in output.err
+
+
 def test_smallest_is_the_first_that_fits(capsys):
     arguments = ["--layout=data_expert", "--config.data.batch_size=256", "--config.model.remat=True"]
     code, output = run(capsys, "smallest", BASE, "--hbm=16GiB", "--device=v5e", *arguments)
@@ -284,6 +354,17 @@ def test_smallest_is_the_first_that_fits(capsys):
     assert peaks[0] <= 16 * 2**30 < peaks[1]
 
 
+def test_slices_are_no_larger_than_the_devices_have(capsys):
+    """Eight GPUs a host: what does not fit on them is not planned as one NVLink domain of more."""
+    device = planner.DEVICES["h100"]
+    settings = small(WIDE[0], WIDE[1] | dict(group_size=64), WIDE[2], mesh=dict(layout="data_expert"))
+    assert planner.make(settings, LENGTHS, 16, 2, device).outer["data"] == 2
+    found = planner.smallest(settings, LENGTHS, device, 1e5)
+    assert found == (None, "8 devices: 0 GiB; a slice has no more than 8")
+    with pytest.raises(ValueError, match="at most 8 a slice"):
+        planner.make(settings, LENGTHS, 16, 1, device)
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [
@@ -294,6 +375,11 @@ def test_smallest_is_the_first_that_fits(capsys):
         (["--devices=many"], "--devices=many: accepted is an integer >= 1"),
         (["--device=abacus"], "--device=abacus: accepted is one of tpu_v3"),
         (["--devices=8", "--slices=3", "--layout=data"], "--slices=3: accepted is a divisor"),
+        (
+            ["--devices=64", "--device=h100"],
+            "--devices=64: accepted with --device=h100 is at most 8 a slice (--slices=8)",
+        ),
+        (["--devices=20", "--device=a100", "--slices=2"], "--device=a100 is at most 8 a slice (--slices=3)"),
         (["--devices=24", "--layout=data_expert"], "data.batch_size=2048: accepted is a multiple of 24"),
         (["--devices=256", "--layout=data_expert"], "a multiple of the 256 devices along the expert axis"),
         (["--compile"], "--compile: accepted with one --layout"),
