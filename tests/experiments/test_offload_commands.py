@@ -217,6 +217,7 @@ def test_a_store_that_lost_a_file_between_two_tries_is_written_anew(run, tmp_pat
         assert (target / "experts" / "1" / name).read_bytes() == (whole / "experts" / "1" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_benchmarks_short_form(tmp_path, capsys, monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -324,6 +324,7 @@ def test_a_claim_whose_runs_are_done_is_judged_and_nothing_is_run_again(tmp_path
     assert "holds another sweep" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_runs_that_are_kept_in_a_file_outlive_their_directories(tmp_path, capsys):
     """The same verdict and report from the file alone; it grows, and runs of another base are refused."""

@@ -15,7 +15,7 @@ from experiments import finetune as command
 from experiments.exits import EXIT_BAD_INPUT
 from switchmoe.runs.stopping import Patience, ended_early
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.slow]
 STEPS = [
     "--steps=40",
     "--config.train.eval_every=2",

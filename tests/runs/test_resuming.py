@@ -138,6 +138,7 @@ def test_a_directory_of_an_earlier_version_goes_on(old_run, capsys):
     assert there["moe"]["balance_choices"] == "all", "what it lacked is now said"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_what_is_only_told_or_kept_may_change_and_the_bits_stay(old_run, capsys, tmp_path):
     workdir, config, _ = old_run
