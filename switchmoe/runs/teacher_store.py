@@ -7,10 +7,12 @@ Letters: B batch, L length, K likeliest tokens.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,7 +200,12 @@ def _reserve(path: Path) -> None:
     with path.open("r+b") as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            os.posix_fallocate(file.fileno(), 0, size)  # where a file system can't, glibc writes each block
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(
+                    file.fileno(), 0, size
+                )  # where a file system can't, glibc writes each block
+            elif shutil.disk_usage(path.parent).free < size:  # macOS
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             what = f"no room for the teacher's likeliest tokens ({size / 1e6:,.1f} MB): {error.strerror}"
             raise OSError(error.errno, what, str(path)) from error

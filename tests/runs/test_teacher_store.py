@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shutil
+import types
 
 import jax
 import numpy as np
@@ -108,12 +110,17 @@ def test_who_waited_for_the_lock_goes_on_where_the_other_stopped(store, monkeypa
     assert seen == [2, 3] and ids(second) == [1, 2, 3]
 
 
-def test_a_disk_without_room_is_found_before_anything_is_written(store, monkeypatch):
+@pytest.mark.parametrize("system", ["Linux", "macOS"])
+def test_a_disk_without_room_is_found_before_anything_is_written(store, monkeypatch, system):
     def full(descriptor, start, size):
         assert (start, size) == (0, os.fstat(descriptor).st_size) and size > 0
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    if system == "Linux":
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    else:
+        monkeypatch.delattr(os, "posix_fallocate")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10))
     kept, data = store()
     data.meanwhile = lambda number: pytest.fail("a step was asked for")
     with pytest.raises(OSError, match=r"no room for the teacher's likeliest tokens .*ids.npy"):
