@@ -91,7 +91,9 @@ def generate(sizes: Sizes, until: float) -> Iterator[Row]:
                 measured(kept, functools.partial(_decoding, settings, params, prompts, new, n), sizes.repeats)
                 for kept, n in ((row, new), ({}, 1))
             )
-            if not {"error"} & (row.keys() | prompt.keys()):
+            if "error" in prompt:
+                row = {"error": prompt["error"]} | row
+            if "error" not in row:
                 row["prompt_ms"] = prompt["median_ms"]
                 row["ms_per_token"] = row["median_ms"] / new
                 row["ms_per_step"] = (row["median_ms"] - row["prompt_ms"]) / (new - 1)

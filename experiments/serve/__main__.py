@@ -132,8 +132,10 @@ def _service(options: dict[str, Any], overrides: dict[str, Any]) -> Any:
     from experiments.serve.exchange import Service
     from experiments.serve.fields import Limits
     from experiments.serve.metrics import Metrics
+    from switchmoe.dispatch.dispatchers import DECODING
     from switchmoe.inference.serving.engine import Engine
     from switchmoe.inference.serving.programs import Programs
+    from switchmoe.routing import NOT_CAUSAL
     from switchmoe.runs import trained
     from switchmoe.settings import MeshSettings
 
@@ -156,9 +158,10 @@ def _service(options: dict[str, Any], overrides: dict[str, Any]) -> Any:
     sizes = options["slots"], limits.max_prompt, limits.max_tokens
     programs = Programs(settings, params, *sizes, pager.check if pager else None)
     if pager:
-        experts, rows = settings.moe.total_experts, max(programs.slots, programs.lengths[-1])
-        # Where experts choose, or all tokens are for all of them, there are buffers for each.
-        pager.holds(rows * settings.moe.total_choices if programs.settings.moe.dropless else experts)
+        moe, rows = programs.settings.moe, max(programs.slots, programs.lengths[-1])
+        # Rows are sorted by expert, of which one without rows is not needed; else there are buffers for each.
+        sorted_rows = moe.dispatch in ("ragged", DECODING) and moe.router not in NOT_CAUSAL
+        pager.holds(rows * moe.total_choices if sorted_rows else moe.total_experts)
     name = options["name"] or directory.name
     metrics = Metrics(name, programs.prompt_layers, programs.layers, settings.moe.total_experts)
     engine = Engine(programs, limits.queue, metrics, _note)

@@ -61,10 +61,11 @@ def with_their_slots(settings: Settings, path: Path) -> Settings:
 
 
 def batch(settings: Settings, rows: int = ROWS, length: int = LENGTH, seed: int = 0) -> Batch:
-    """Of an encoder's slots there are fewer than tokens, and a row of one token makes an expert's run out."""
+    """Of an encoder's slots there are fewer than tokens, where `LONGEST` allows, and a row of one token makes an expert's run out."""
     rng, size = np.random.default_rng(seed), settings.embedding_rows
     encoder = "encoder" in settings.stacks
-    length = max(length, min(3 * settings.moe.capacity, LONGEST))
+    over = settings.moe.capacity + length
+    length = over if settings.moe.capacity and over <= LONGEST else length
     tokens_BL = rng.integers(2 if encoder else 0, size, (rows, length))
     if settings.moe.capacity:
         tokens_BL[0] = tokens_BL[0, 0]

@@ -112,7 +112,11 @@ def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str,
     is_t5 = kind in t5.CLASSES
     for field, default in defaults[kind].items():
         if config[field] is not None and not _of_kind(field, config[field], default):
-            refuse(field, f"of type {type(default).__name__}, as {default}")
+            ends = field == "eos_token_id"
+            refuse(
+                field,
+                "an id, or a list of them" if ends else f"of type {type(default).__name__}, as {default}",
+            )
     try:
         groups = (t5 if is_t5 else decoders).read_config(config, refuse)
     except (TypeError, KeyError, ZeroDivisionError, AttributeError) as error:

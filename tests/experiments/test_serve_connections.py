@@ -13,11 +13,11 @@ from experiments.serve import application, server
 
 @pytest.fixture(scope="module")
 def hurried():
-    with Running(made=Scripted("decoder"), limits=LIMITS._replace(timeout=1.0)) as running:
+    with Running(made=Scripted("decoder"), limits=LIMITS._replace(timeout=3.0)) as running:
         yield running.ready()
 
 
-def until(what, seconds=8):
+def until(what, seconds=20):
     end = time.monotonic() + seconds
     while not (found := what()) and time.monotonic() < end:
         time.sleep(0.02)

@@ -1,6 +1,7 @@
 """Directories of Hugging Face's as they are found: other names, places and configs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +65,9 @@ def test_what_our_settings_do_not_have_of_a_config_comes_back(tmp_path):
 
 def test_a_model_that_memory_does_not_have_twice_is_not_checked(tmp_path, capsys, monkeypatch):
     """By default a line says so; asked for, it is refused before anything is written."""
-    assert 10**6 < check.free_memory() < 10**15
+    assert check.free_memory() > 10**6
+    if Path("/proc/meminfo").exists():
+        assert check.free_memory() < 10**15
     monkeypatch.setattr(check, "available", lambda: True)
     monkeypatch.setattr(check, "free_memory", lambda: 10**4)
     make(tmp_path / "theirs", T5)

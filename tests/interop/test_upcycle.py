@@ -1,5 +1,6 @@
 """A dense model made sparse gives what it gave, and its optimizer goes on."""
 
+import itertools
 import json
 
 import jax
@@ -248,12 +249,12 @@ def watched(monkeypatch, act):
     """(stage, name, place) of each part that an upcycling writes; ``act(stage, count)`` comes before it."""
     from switchmoe.interop import run_files
 
-    write, counts, written = run_files.Writer.write, {"dense": 0, "sparse": 0}, []
+    write, written = run_files.Writer.write, []
+    counts = {stage: itertools.count(1) for stage in ("dense", "sparse")}  # two threads write
 
     def watching(writer, name, index, part):
         stage = "dense" if ".dense" in str(writer._state) else "sparse"
-        counts[stage] += 1
-        act(stage, counts[stage])
+        act(stage, next(counts[stage]))
         written.append((stage, name, index))
         write(writer, name, index, part)
 
@@ -299,11 +300,12 @@ def test_a_second_upcycling_to_the_same_place_leaves_the_first_its_files(
 
     def second(at, count):
         if (at, count) == (stage, 3):
+            ran.append(at)
             assert command.main(asked) == exits.EXIT_BAD_INPUT
             assert "a conversion is under way there" in capsys.readouterr().err
 
-    written = watched(monkeypatch, second)
-    assert command.main(asked) == 0
+    ran, written = [], watched(monkeypatch, second)
+    assert command.main(asked) == 0 and ran == [stage]
     assert len(set(written)) == len(written)
 
 

@@ -7,6 +7,7 @@ A job is a prompt and its answers, of which each takes a slot. What becomes of i
 import collections
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -190,7 +191,9 @@ class Engine:
         if self._thread.ident is None:
             return True
         self._thread.join(seconds)
-        done = not self._thread.is_alive() or not (self.running or self.waiting)  # or it still compiles
+        done = not self._thread.is_alive() or not (
+            self.running or self.waiting
+        )  # while it compiles nobody waits
         self._cut = True
         self._thread.join(seconds)
         return done
@@ -219,8 +222,13 @@ class Engine:
         with self._changed:
             self._failed, self.ready = f"{type(error).__name__}: {error}".splitlines()[0], False
         for job in _jobs((*self._slots, *self._waiting)):
-            with contextlib.suppress(Exception):  # of who listens, so that the others are told
-                self._fail(job, BROKEN)
+            self._remove(job)
+            for tell in (
+                functools.partial(job.tell, Failed(BROKEN)),
+                functools.partial(self._watcher.ended, job, BROKEN),
+            ):
+                with contextlib.suppress(Exception):  # of who listens, so that the others are told
+                    tell()
 
     def _serve(self) -> None:
         while self._wait():
