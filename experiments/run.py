@@ -63,9 +63,10 @@ def carry_out(command: str, argv: Sequence[str], settings: Settings, workdir: st
         supervisor.leave_with_parent()
     try:
         code = _train(command, settings, workdir)
-    except BaseException:
+    except BaseException as error:
         if several:  # the interpreter's own way out waits minutes for the others, who wait for this one
-            traceback.print_exc()
+            if not isinstance(error, BrokenPipeError):
+                traceback.print_exc()
             _leave_at_once(exits.EXIT_FAILED, wait=distributed.is_main())
         raise
     if several and code not in (0, EXIT_STOPPED):
@@ -119,8 +120,9 @@ def _leave_at_once(code: int, wait: bool) -> None:
     The main process goes last, as the others end with it before they have said what ails them.
     """
     time.sleep(2 if wait else 0)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 

@@ -112,7 +112,8 @@ def timed(run: sweeps.Run | None, arm: Overrides, seed: int, measured: dict[str,
     if run is None or measured is None:
         return run
     if seed >= len(seconds):  # beside times that were measured a run's own record says nothing
-        return dataclasses.replace(run, step_seconds=math.nan)
+        none = {"step_T": np.array([]), "seconds_T": np.array([])} if seconds else {}
+        return dataclasses.replace(run, step_seconds=math.nan, **none)
     second, steps = float(np.median(seconds[seed])), run.settings.train.num_steps
     return dataclasses.replace(
         run, step_seconds=second, step_T=np.array([steps]), seconds_T=np.array([steps * second])

@@ -17,7 +17,7 @@ from experiments.launchers.order import LOG_FILE, Order
 from experiments.sweep import outcomes, study
 from experiments.sweep.study import Run, Sweep
 from switchmoe.runs.checkpoints import write_json
-from switchmoe.runs.lock import InUse, Lock
+from switchmoe.runs.lock import Lock
 
 COMMAND = "experiments.sweep"
 LOST = (EXIT_LOST, EXIT_STOPPED, 128 + signal.SIGKILL)  # of a run that something else than the sweep ended
@@ -156,7 +156,7 @@ class _Loop:
         self.told[run.name] = 0
         try:
             self.jobs[run.name] = self.launcher.start(order)
-        except (InUse, OSError, ValueError) as error:  # another sweep has it; no process or job can be made
+        except (OSError, ValueError) as error:  # another sweep has it; no process or job can be made
             self.failed[run.name] = f"can't start: {error}"
             return self._show(run, self.failed[run.name])
         self._pass_on(run.name)  # what came since before there was a job to pass it on to

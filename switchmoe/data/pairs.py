@@ -54,7 +54,8 @@ def shares(tasks: Sequence[Task], settings: TaskSettings) -> np.ndarray:
     else:
         size_T = np.array([len(task.examples("train")) for task in tasks], float)
         size_T = np.minimum(size_T, settings.ceiling or np.inf)
-        rate_T = (size_T / size_T.max()) ** (1 / settings.temperature)  # at most 1, at whatever temperature
+        scale = size_T.max() if settings.temperature < 1 else 1.0  # a power above 1 of a size might overflow
+        rate_T = (size_T / scale) ** (1 / settings.temperature)
     return rate_T / rate_T.sum()
 
 

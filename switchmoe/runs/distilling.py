@@ -154,7 +154,11 @@ def taught(parts: Parts, context: Context, lengths: dict[str, int], vocabulary_s
 
     def finish(params: Any) -> dict[str, Any]:
         found = parts.finish(params)
-        return found | {"distilled": _gain(context, teacher, judge, parts.best, baseline)}
+        try:
+            return found | {"distilled": _gain(context, teacher, judge, parts.best, baseline)}
+        except (ValueError, OSError) as error:  # the step may be gone, of a teacher that was trained on
+            context.note(f"warning: what is kept of the teacher is not told: {error}")
+            return found
 
     return parts._replace(finish=finish)
 

@@ -163,7 +163,7 @@ def _make(
         saved = checkpoints.Checkpoints(place.checkpoints, settings.checkpoint, teller.note)
         return held.enter_context(contextlib.closing(saved))
 
-    begun = bool(buckets.complete_steps(place.checkpoints))
+    begun = distributed.gathered(bool(buckets.complete_steps(place.checkpoints)))[0]
     with distributed.main_first():
         parts = kind.parts(Context(settings, place.local, mesh, begun, teller.note))
     distributed.check_same(parts.data.identity | {"init": parts.start.record})

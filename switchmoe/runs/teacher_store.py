@@ -156,7 +156,7 @@ class Kept:
         ]
         try:
             for path in self._files:
-                _reserve(path)
+                _reserve(path, 1 - done / steps)
         except OSError:
             for path in [] if done else self._files:  # what was had of the room is given back
                 path.unlink()
@@ -195,16 +195,18 @@ class Kept:
         return run
 
 
-def _reserve(path: Path) -> None:
-    """The file's place on the disk: where that is full later on, a write to its map would be the process's end (SIGBUS)."""
+def _reserve(path: Path, left: float) -> None:
+    """The file's place on the disk: where that is full later on, a write to its map would be the process's end (SIGBUS).
+
+    Args:
+      left: the share of it that is not written yet.
+    """
     with path.open("r+b") as file:
         size = os.fstat(file.fileno()).st_size
         try:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(
-                    file.fileno(), 0, size
-                )  # where a file system can't, glibc writes each block
-            elif shutil.disk_usage(path.parent).free < size:  # macOS
+                os.posix_fallocate(file.fileno(), 0, size)  # in its place glibc writes each block
+            elif shutil.disk_usage(path.parent).free < size * left:  # macOS
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             what = f"no room for the teacher's likeliest tokens ({size / 1e6:,.1f} MB): {error.strerror}"

@@ -46,6 +46,17 @@ def origin() -> dict[str, Any]:
     }
 
 
+OF_A_START = {  # variables that differ from start to start and change nothing
+    f"environment.{name}"
+    for name in (
+        "JAX_COORDINATOR_ADDRESS",
+        "JAX_PROCESS_ID",
+        "JAX_NUM_PROCESSES",
+        "JAX_COMPILATION_CACHE_DIR",
+    )
+}
+
+
 def moved(known: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """(at the last start, here), by name, of what differs in two `origin`s; what the first lacks is not known."""
     pairs: dict[str, tuple[Any, Any]] = {}
@@ -55,7 +66,9 @@ def moved(known: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, A
             pairs |= {f"{name}.{key}": (there.get(key, "none"), now.get(key, "none")) for key in there | now}
         else:
             pairs[name] = there, now
-    return {name: pair for name, pair in sorted(pairs.items()) if pair[0] != pair[1]}
+    return {
+        name: pair for name, pair in sorted(pairs.items()) if pair[0] != pair[1] and name not in OF_A_START
+    }
 
 
 class Teller:

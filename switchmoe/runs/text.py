@@ -148,6 +148,8 @@ def _vocabulary(context: Context, documents: Sequence[str], file: str) -> vocabu
         if found.sha256 != known:
             raise ValueError(f"{path}: accepted is the vocabulary that this run began with (SHA-256 {known})")
         return found
+    if data.bos_id >= (rows := context.settings.embedding_rows):
+        raise ValueError(f"data.bos_id={data.bos_id}: accepted is a row of the embedding, below {rows}")
     asked = dataclasses.replace(data, vocab=file) if file and not data.vocab else data
     found = vocabulary.load_vocabulary(asked, documents, context.note)
     if file and found.model_bytes != epath.Path(file).read_bytes():

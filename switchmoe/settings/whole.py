@@ -72,8 +72,6 @@ class Settings:
                 self.model.vocab_rows,
                 f"0, or data.vocab_size={self.data.vocab_size} or more",
             )
-        if self.data.bos_id >= self.embedding_rows:
-            raise bad("data.bos_id", self.data.bos_id, f"a row of the embedding, below {self.embedding_rows}")
         if self.init.upcycle and not self.sparse:
             raise bad("init.upcycle", True, "False with a dense model")
         if self.distill.teacher and self.distill.init and self.init.checkpoint:

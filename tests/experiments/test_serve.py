@@ -347,7 +347,7 @@ def test_what_tokens_wait_for_each_other_is_told():
             begun.set()
             return prefill(ids)
 
-        made.prefill, made.pause = slow, 0.05
+        made.prefill, made.pause = slow, 0.2
         first = pool.submit(found.post, prompt="old", max_tokens=20, ignore_eos=True)
         assert begun.wait(20)
         assert found.post(prompt="a", max_tokens=1, ignore_eos=True).status_code == 200
@@ -359,7 +359,7 @@ def test_what_tokens_wait_for_each_other_is_told():
         if line.startswith("vllm:inter_token_latency_seconds_")
     )
     assert float(told["_count{}"]) == 19, "one token of the other answer waits for none"
-    assert float(told["_sum{}"]) >= 0.6 + 18 * 0.05
+    assert float(told["_sum{}"]) >= 0.6 + 18 * 0.2
     assert float(told['_bucket{le="0.5",}']) < 19
 
 

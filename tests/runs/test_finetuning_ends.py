@@ -15,7 +15,7 @@ from experiments import finetune as command
 from experiments.exits import EXIT_BAD_INPUT
 from switchmoe.runs.stopping import Patience, ended_early
 
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("one_device")
 STEPS = [
     "--steps=40",
     "--config.train.eval_every=2",
@@ -98,6 +98,7 @@ def test_the_best_that_is_named_is_there(saved, said):
     assert ("|2" in ended_early(of_an_earlier_version, 40, "runs/a", saved)) == (2 in saved)
 
 
+@pytest.mark.slow
 def test_it_is_done_when_the_score_is_no_better(still, pretrained, colours, capsys):
     assert run_json(still)["stopped_early"] == {
         "step": 6, "best_step": 2, "best_steps": [2, 4, 6], "patience": 2,
@@ -143,6 +144,7 @@ def test_without_patience_it_goes_on(still, pretrained, colours, tmp_path):
     assert run_json(tmp_path / "run")["stopped_early"] is None
 
 
+@pytest.mark.slow
 def test_the_load_of_experts_before_and_after(still, pretrained, colours, tmp_path):
     load = run_json(still)["expert_load"]
     assert load["layers"] == ["encoder/0", "encoder/1", "decoder/0", "decoder/1"]
@@ -166,6 +168,7 @@ def test_the_load_of_experts_before_and_after(still, pretrained, colours, tmp_pa
     assert np.abs(np.array(other["after"]) - before).max() > 0.01
 
 
+@pytest.mark.slow
 def test_solved_examples_when_a_model_is_measured(pretrained, colours, tmp_path, capsys):
     more = [
         "--steps=0",

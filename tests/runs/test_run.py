@@ -139,6 +139,8 @@ def run_here(tmp_path, capsys, *arguments):
         ),
         (["--config.moe.num_experts=512"], "moe.num_experts=512: accepted is at most"),
         (["--config.data.target_length=3"], "data.target_length=3"),
+        (["--config.data.bos_id=1000000"], "data.bos_id=1000000: accepted is a row of the embedding, below"),
+        (["--config.data.eos_id=2"], "data.eos_id=2: accepted is 1"),
     ],
 )
 @pytest.mark.usefixtures("one_device")
@@ -274,8 +276,10 @@ def test_a_signal_before_the_first_step_acts_at_once(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.usefixtures("one_device")
-def test_ctrl_c_once_is_a_stop_wherever_it_comes(tmp_path, capsys, monkeypatch):
+def test_ctrl_c_once_is_a_stop_wherever_it_comes(tmp_path, capsys, monkeypatch, request):
     """While the directory is looked at, and while modules are imported."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background has none
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with monkeypatch.context() as patch:
         patch.setattr(loop, "check", lambda *_: signal.raise_signal(signal.SIGINT))
         code, captured = run_here(tmp_path, capsys)

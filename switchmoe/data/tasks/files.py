@@ -62,7 +62,8 @@ def _check_metrics(
         if name in metrics.OWN:
             others = ", ".join(one for one in metrics.METRICS if one not in metrics.OWN)
             raise DataError(f"task.metrics={name}: of a benchmark's own answers; accepted are {others}")
-        if name == "f1_positive" and not set(options) & set(metrics.POSITIVE):
+        classes = set(options) or {answers[0] for answers in right}
+        if name == "f1_positive" and not classes & set(metrics.POSITIVE):
             raise DataError(
                 f"task.metrics={name}: none of task.options={settings.options!r} is the class that it is of;"
                 f" accepted are options with one of {', '.join(metrics.POSITIVE)}, or macro_f1"

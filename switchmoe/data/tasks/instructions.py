@@ -124,7 +124,8 @@ def _blank(record: Record, draw: Draw, split: str) -> Fields | None:
     sentence = next((one for one in _short(record["text"]) if WORD.search(one)), None)
     if sentence is None:
         return None
-    found = draw.choice(list({word[0]: word for word in reversed(list(WORD.finditer(sentence)))}.values()))
+    first = {word[0]: word for word in reversed(list(WORD.finditer(sentence)))}
+    found = draw.choice(list(first.values())[::-1])
     choices, records = [found[0]], embedded.records(split)
     while len(choices) < CHOICES:
         other = draw.choice(words(draw.choice(records)["text"]) or choices)
