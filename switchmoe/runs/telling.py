@@ -58,7 +58,7 @@ OF_A_START = {  # variables that differ from start to start and change nothing
 
 
 def moved(known: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """(at the last start, here), by name, of what differs in two `origin`s; what the first lacks is not known."""
+    """(at the last start, here), by name, of what differs in two records of `origin`; what the first lacks is not known."""
     pairs: dict[str, tuple[Any, Any]] = {}
     for name in here.keys() & known.keys():
         there, now = known[name], here[name]
