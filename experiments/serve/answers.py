@@ -1,5 +1,6 @@
 """From what an engine tells to OpenAI's objects. Nothing here waits, or knows HTTP."""
 
+import functools
 import time
 import uuid
 from collections.abc import Sequence
@@ -124,15 +125,21 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def prompt_records(prompt: Prompt, scores: Scores, most: int, vocabulary: Vocabulary) -> list[Record]:
     """A prompt's tokens; its first has no log-probability."""
-    stream = TextStream(vocabulary)
-    for token in prompt.ids:
-        stream.feed(token)
-    offset, *offsets = (min(offset, len(prompt.text)) for offset in stream.offsets)
+    offset, *offsets = (min(offset, len(prompt.text)) for offset in _offsets(tuple(prompt.ids), vocabulary))
     found = [Record(prompt.ids[0], offset, None, [], None, True)]
     for n, (token, offset) in enumerate(zip(prompt.ids[1:], offsets, strict=True)):
         best = [(int(scores.best_PT[n, k]), float(scores.best_log_prob_PT[n, k])) for k in range(most)]
         found.append(Record(token, offset, float(scores.log_prob_P[n]), best, None, True))
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _offsets(ids: tuple[int, ...], vocabulary: Vocabulary) -> list[int]:
+    """Where each token's text begins: taken once for all answers of a prompt, as the engine waits meanwhile."""
+    stream = TextStream(vocabulary)
+    for token in ids:
+        stream.feed(token)
+    return stream.offsets
 
 
 def shown(token: int, vocabulary: Vocabulary) -> str:
