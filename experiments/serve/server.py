@@ -106,9 +106,8 @@ def protocol(seconds: float) -> type[H11Protocol]:
         def handle_events(self) -> None:
             before = self.cycle
             super().handle_events()
-            if (
-                self.cycle is not before and not self.flow.write_paused
-            ):  # the next request of a reader who reads
+            # The next request of a reader who reads.
+            if self.cycle is not before and not self.flow.write_paused:
                 self._stop_waiting()
 
         def on_response_complete(self) -> None:

@@ -88,10 +88,8 @@ def initialize(settings: MeshSettings) -> None:
         )
     except jax.errors.JaxRuntimeError:
         raise
-    except (
-        ValueError,
-        RuntimeError,
-    ) as error:  # the latter of variables that JAX can't read, as Open MPI 5's
+    except (ValueError, RuntimeError) as error:
+        # The latter of variables that JAX can't read, as Open MPI 5's.
         if _tasks(os.environ) != "1":
             raise ValueError(f"mesh.coordinator=auto: {error}; accepted is HOST:PORT of process 0") from error
         if isinstance(error, RuntimeError):

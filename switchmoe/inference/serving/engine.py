@@ -191,9 +191,8 @@ class Engine:
         if self._thread.ident is None:
             return True
         self._thread.join(seconds)
-        done = not self._thread.is_alive() or not (
-            self.running or self.waiting
-        )  # while it compiles nobody waits
+        # While it compiles nobody waits.
+        done = not self._thread.is_alive() or not (self.running or self.waiting)
         self._cut = True
         self._thread.join(seconds)
         return done
