@@ -11,7 +11,7 @@ import pytest
 import switchmoe
 from configs import quickstart
 from switchmoe.data import objectives
-from switchmoe.model.moe import group_shape, slots
+from switchmoe.model.moe_rules import group_shape, slots
 from switchmoe.settings import from_config
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from switchmoe.model.moe import without_effect
+from switchmoe.model.moe_rules import without_effect
 from switchmoe.parallel import sharding
 from switchmoe.runs import telling
 from switchmoe.settings import Settings, default_config, from_config, to_dict

@@ -164,7 +164,7 @@ def _word(value: Any) -> str:
 
 def _idle(run: Run) -> list[str]:
     """The run's own overrides that nothing reads."""
-    from switchmoe.model.moe import without_effect
+    from switchmoe.model.moe_rules import without_effect
 
     idle = without_effect(run.settings.moe, run.settings.stacks)
     return [f"moe.{name}" for name in idle if f"moe.{name}" in run.overrides]

@@ -20,7 +20,8 @@ from switchmoe.analysis.sweep_plots import COLOURS
 from switchmoe.data import batches, sources
 from switchmoe.data.vocabulary import BLANK, load_vocabulary
 from switchmoe.dispatch.dispatchers import DISPATCHERS
-from switchmoe.model.moe import MoELayer, check
+from switchmoe.model.moe import MoELayer
+from switchmoe.model.moe_rules import check
 from switchmoe.routing import ROUTERS, Routing
 from switchmoe.runs import trained
 from switchmoe.settings import DataSettings, ModelSettings, MoESettings

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from switchmoe.data import local_files
 from switchmoe.data.tasks import files as task_files
 from switchmoe.interop import growing, run_files
-from switchmoe.model import moe as moe_layer
+from switchmoe.model import moe_rules
 from switchmoe.model.transformer import sparse_layer_names
 from switchmoe.quantised import SCALE
 from switchmoe.runs import buckets, integrity, measuring, slimming, start, trained
@@ -141,7 +141,7 @@ def _layers(
         name: run_files.Reader(Path(model.step)) for parts in there.values() for name, _ in parts.values()
     }
     for layer, parts in there.items():
-        router = moe_layer.router_name(moe, layer.startswith("decoder"))
+        router = moe_rules.router_name(moe, layer.startswith("decoder"))
         kernels = {
             inner: readers[name].read(f"params/{name}", index) for inner, (name, index) in parts.items()
         }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from switchmoe.interop.tables import KERNEL, LINEAR, SAME, Entry, Family
-from switchmoe.model.moe import slots
+from switchmoe.model.moe_rules import slots
 from switchmoe.settings import Settings
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -18,7 +18,8 @@ from switchmoe.model import output_loss
 from switchmoe.model.attend import MASKED, Seen
 from switchmoe.model.attention import Attention, KeysValues, Memory, RelativeBias, filled
 from switchmoe.model.layers import FeedForward, RMSNorm, param
-from switchmoe.model.moe import AttentionExperts, Experts, MoELayer, group_shape
+from switchmoe.model.moe import AttentionExperts, Experts, MoELayer
+from switchmoe.model.moe_rules import group_shape
 from switchmoe.settings import MoESettings, Settings
 
 PAD_ID = 0

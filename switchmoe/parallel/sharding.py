@@ -14,8 +14,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from switchmoe.model.moe import check as moe_check
-from switchmoe.model.moe import group_shape
+from switchmoe.model.moe_rules import check as moe_check
+from switchmoe.model.moe_rules import group_shape
 from switchmoe.settings import MeshSettings, MoESettings, Settings
 
 AXES = ("data", "expert", "model")

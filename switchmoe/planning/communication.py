@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from switchmoe.model.moe import dispatch_name, group_shape, router_name, slots
+from switchmoe.model.moe_rules import dispatch_name, group_shape, router_name, slots
 from switchmoe.parallel import sharding
 from switchmoe.settings import Settings
 from switchmoe.training import train_state

@@ -5,7 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from switchmoe.model.moe import expert_width, group_shape, router_columns, router_name, slots
+from switchmoe.model.moe_rules import expert_width, group_shape, router_columns, router_name, slots
 from switchmoe.routing import NOT_CAUSAL
 from switchmoe.settings import ModelSettings, Settings
 

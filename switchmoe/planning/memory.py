@@ -22,7 +22,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from switchmoe.data.batches import array_lengths
-from switchmoe.model.moe import expert_width
+from switchmoe.model.moe_rules import expert_width
 from switchmoe.model.transformer import Transformer
 from switchmoe.parallel import sharding
 from switchmoe.planning import communication, flops

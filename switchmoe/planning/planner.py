@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from switchmoe.model.moe import dispatch_name, expert_width, group_shape, router_name
+from switchmoe.model.moe_rules import dispatch_name, expert_width, group_shape, router_name
 from switchmoe.parallel import sharding
 from switchmoe.planning import communication, flops, memory
 from switchmoe.settings import Settings

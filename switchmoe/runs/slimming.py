@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from switchmoe.model import moe as moe_layer
+from switchmoe.model import moe_rules
 from switchmoe.model.transformer import sparse_layer_names
 from switchmoe.quantised import SCALE, quantise
 from switchmoe.settings import MoESettings, Settings, from_config, to_dict
@@ -66,7 +66,7 @@ def settings_of(source: Settings, how: Slimming, step: int) -> Settings:
         if not 1 <= how.experts <= there:
             raise ValueError(f"--experts={how.experts}: accepted is an integer from 1 to the model's {there}")
         for stack in source.sparse_stacks:
-            name = moe_layer.router_name(source.moe, stack == "decoder")
+            name = moe_rules.router_name(source.moe, stack == "decoder")
             if name in UNROUTED:
                 raise ValueError(
                     f"--experts={how.experts}: accepted with the router {name} is 0: it has no column for each expert"
@@ -77,7 +77,7 @@ def settings_of(source: Settings, how: Slimming, step: int) -> Settings:
     try:
         found = from_config(groups)
         for stack in found.sparse_stacks:
-            moe_layer.check(found.moe, stack == "decoder")
+            moe_rules.check(found.moe, stack == "decoder")
     except ValueError as error:
         field = "experts" if how.experts else "bits"
         raise ValueError(f"--{field}={getattr(how, field)}: as settings of a run: {error}") from error

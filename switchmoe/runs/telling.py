@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import switchmoe
-from switchmoe.model.moe import dispatch_name, group_shape, router_name, slots, without_effect
+from switchmoe.model.moe_rules import dispatch_name, group_shape, router_name, slots, without_effect
 from switchmoe.model.transformer import sparse_layer_names
 from switchmoe.parallel import distributed
 from switchmoe.runs import buckets

@@ -10,7 +10,7 @@ import configs
 from experiments import command_line
 from experiments.plan import __main__ as plan
 from switchmoe.data import batches
-from switchmoe.model.moe import group_shape
+from switchmoe.model.moe_rules import group_shape
 from switchmoe.planning import flops, planner
 from switchmoe.runs import trained
 from switchmoe.settings import from_config

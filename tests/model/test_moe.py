@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from switchmoe.dispatch.dispatchers import einsum_dispatcher
-from switchmoe.model.moe import Experts, MoELayer, group_shape
+from switchmoe.model.moe import Experts, MoELayer
+from switchmoe.model.moe_rules import group_shape
 from switchmoe.routing import RouterSettings, expert_capacity, switch
 from switchmoe.settings import ModelSettings, MoESettings
 

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from switchmoe.model.moe import AttentionExperts, MoELayer, check, dispatch_name
+from switchmoe.model.moe import AttentionExperts, MoELayer
+from switchmoe.model.moe_rules import check, dispatch_name
 from switchmoe.routing import NOT_CAUSAL, ROUTERS
 from switchmoe.settings import ModelSettings, MoESettings, from_config
 from switchmoe.training import optimizers, train_state, train_step

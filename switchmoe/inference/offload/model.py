@@ -16,7 +16,8 @@ from switchmoe.inference.offload.predict import Table
 from switchmoe.inference.offload.runtime import PATIENCE, Pager, in_memory
 from switchmoe.inference.offload.shelf import Shelf
 from switchmoe.inference.offload.store import Store
-from switchmoe.model.moe import ON_DISK, router_columns, router_name
+from switchmoe.model.moe import ON_DISK
+from switchmoe.model.moe_rules import router_columns, router_name
 from switchmoe.model.transformer import sparse_layer_names
 from switchmoe.settings import Settings
 
