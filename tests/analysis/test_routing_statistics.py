@@ -114,6 +114,18 @@ def test_next_layer_from_this_one():
     assert found["next_hits"].shuffled == pytest.approx(0.25, abs=0.03)
 
 
+def test_what_a_second_choice_tells_of_the_next_layer_counts():
+    """The next layer follows the second of two choices: half of the pairs are (e, e), half a random other one and e."""
+    second = RANDOM.integers(0, 16, 8000)
+    first = (second + RANDOM.integers(1, 16, 8000)) % 16
+    statistic = chains.next_layer(layer(second, 16))["next_information"]
+    found = estimate(statistic, layer(np.stack([first, second], 1), 16))
+    assert found.value == pytest.approx(4 - (0.5 + 0.5 * math.log2(30)), abs=0.03) and found.shuffled < 0.05
+    planted = np.stack([second, (second + 8) % 16], 1)  # and where both of the next layer's choices do
+    both = estimate(chains.next_layer(layer(planted, 16))["next_information"], layer(second, 16))
+    assert both.value == pytest.approx(3, abs=0.01)
+
+
 def test_guesses_are_as_many_as_the_token_has_choices_in_the_next_layer():
     """Lists as long as the layer has experts, of which a token fills one (a decoder beside expert choice), or one or two."""
     first = RANDOM.integers(0, 4, 4000)

@@ -63,18 +63,20 @@ def overlap(one_NK: np.ndarray, other_NK: np.ndarray) -> np.ndarray:
 def _pairs(layer: Layer) -> Cells | None:
     """Cells [E, E] of all pairs of a token's different experts, each in both orders."""
     choices = layer.expert_NK.shape[1]
-    if choices < 2:
+    return _of_pairs(layer, layer, [pair for pair in np.ndindex(choices, choices) if pair[0] != pair[1]])
+
+
+def _of_pairs(one: Layer, other: Layer, at: list[tuple[int, int]]) -> Cells | None:
+    """Cells [E, E'] of a token's expert in ``one`` and its expert in ``other``, at each of these pairs of ranks."""
+    shape, parts = (one.num_experts, other.num_experts), []
+    for mine, theirs in at:
+        a_N, b_N = one.expert_NK[:, mine], other.expert_NK[:, theirs]
+        row = np.flatnonzero((a_N >= 0) & (b_N >= 0))
+        parts.append((a_N[row] * shape[1] + b_N[row], row))
+    if not sum(len(row) for _, row in parts):
         return None
-    parts = []
-    for one in range(choices):
-        for other in range(choices):
-            a_N, b_N = layer.expert_NK[:, one], layer.expert_NK[:, other]
-            row = np.flatnonzero((a_N >= 0) & (b_N >= 0)) if one != other else np.zeros(0, np.int64)
-            parts.append((a_N[row] * layer.num_experts + b_N[row], row))
     cell, row = (np.concatenate(part) for part in zip(*parts, strict=True))
-    if not len(cell):
-        return None
-    return Cells(cell, np.ones(len(cell)), row, (layer.num_experts, layer.num_experts))
+    return Cells(cell, np.ones(len(cell)), row, shape)
 
 
 def together(layer: Layer) -> np.ndarray | None:
@@ -124,14 +126,16 @@ def next_layer(following: Layer) -> dict[str, Statistic]:
         return Statistic(count, mean, shuffle, "share", says)
 
     def both(layer: Layer) -> Cells | None:
-        a_N, b_N = layer.expert_NK[:, 0], following.expert_NK[:, 0]
-        row = np.flatnonzero((a_N >= 0) & (b_N >= 0))
-        shape = (layer.num_experts, following.num_experts)
-        return Cells(a_N[row] * shape[1] + b_N[row], np.ones(len(row)), row, shape)
+        choices = (layer.expert_NK.shape[1], following.expert_NK.shape[1])
+        return _of_pairs(layer, following, list(np.ndindex(choices)))
 
     found = {
         "next_information": Statistic(
-            both, mutual, shuffle, "bits", "information of the first expert in that of the next layer"
+            both,
+            mutual,
+            shuffle,
+            "bits",
+            "information of an expert in one of the next layer, all pairs of ranks",
         ),
         "next_hits": hits(1),
     }
