@@ -83,10 +83,9 @@ def accept(name, arguments):
     elif name == "bench":
         if arguments[:1] == ["accelerator"]:
             importlib.import_module("experiments.bench.accelerator")._parse(arguments[1:])
-        elif arguments[:1] == ["serving"]:
-            importlib.import_module("experiments.bench.serving").parse(arguments)
-        elif arguments[:1] == ["offload"]:
-            importlib.import_module("experiments.bench.offload").parse(arguments)
+        elif arguments[:1] in (["serving"], ["offload"], ["trace"]):
+            name = {"trace": "tracing"}.get(arguments[0], arguments[0])
+            importlib.import_module(f"experiments.bench.{name}").parse(arguments)
         else:
             importlib.import_module("experiments.bench.__main__")._parse(arguments)
     else:

@@ -1,4 +1,4 @@
-"""Measures the MoE layer and the training step: ``python -m experiments.bench [layer|step|generate|serving|offload|accelerator] [--OPTION=VALUE ...]``
+"""Measures the MoE layer and the training step: ``python -m experiments.bench [layer|step|generate|trace|serving|offload|accelerator] [--OPTION=VALUE ...]``
 
 ``layer``: forward, and forward + backward, of each back end against a dense feed-forward with the same
 FLOPs per token and, with transformers and torch installed (extra `hf`), Hugging Face's Switch layer.
@@ -7,6 +7,7 @@ budget by part. Random data, one process, interleaved repeats, medians of the ra
 NAME.json and NAME.png into --out and prints a table.
 ``generate``: 64 new tokens after prompts of 64, width 512, 6 + 6 layers, 32,128 rows, one prompt and 16 at once, float32
 and bfloat16, against Hugging Face's model with the same weights; with more --experts ours alone.
+``trace``: a routing trace of a run's text, against evaluating the run on the same batches (see its --help).
 ``serving``: a server of a run, against batch 1 and a plain loop; or for a while with clients of all kinds (see its --help).
 ``offload``: experts on disk under a memory limit, by predictor, form and way of reading (see its --help).
 ``accelerator``: all that is to be known of a GPU or TPU, within ``--budget=480`` seconds (see its --help).
@@ -99,6 +100,10 @@ def main(argv: list[str]) -> int:
         from experiments.bench import serving
 
         return serving.main(argv)
+    if argv[:1] == ["trace"]:
+        from experiments.bench import tracing
+
+        return tracing.main(argv)
     options = _parse(argv)
     process.keep_memory()
     return exits.guarded("experiments.bench", lambda: _measured(options, argv))
@@ -109,8 +114,7 @@ def _measured(options: argparse.Namespace, argv: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)  # before hours of measuring
     bench = _bench(options.what)
     settings = {name: value for name, value in vars(options).items() if name in bench.OPTIONS}
-    found = {
-        "command": " ".join(["python -m experiments.bench", *(a for a in argv if not a.startswith("--out"))]),
+    found = tools.origin(argv) | {
         "options": settings,
         "machine": tools.machine(),
         "matmul_peak_flops": flops.matmul_peak(options.dtype),

@@ -88,8 +88,7 @@ def _child(options: argparse.Namespace) -> int:
 
 def _measure(options: argparse.Namespace, argv: list[str]) -> int:
     began, parts = time.monotonic(), _parts()
-    found: dict[str, Any] = {
-        "command": " ".join(["python -m experiments.bench accelerator", *argv]),
+    found: dict[str, Any] = tools.origin(["accelerator", *argv]) | {
         "parts": {},
         "seconds": {},
         "notes": {},

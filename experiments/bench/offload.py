@@ -24,7 +24,6 @@ Exit codes: 0 done; 2 bad input; 4 a file that can't be written or read.
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -121,8 +120,8 @@ def _bench(options: argparse.Namespace, argv: list[str]) -> int:
             rows[name].append(found)
             print(f"{name:26s} {_line(found)}", flush=True)
     machine = tools.machine() | {"cgroup": group.kind if group else "none", "page cache dropped": dropped}
-    result = {
-        "command": shlex.join(["python", "-m", "experiments.bench", *argv]), "machine": machine, "model": facts, "routing": table,
+    result = tools.origin(argv) | {
+        "machine": machine, "model": facts, "routing": table,
         "limit": limit, "expert_memory": budget, "rows": [_row(name, found, rows) for name, found in rows.items()], "runs": rows,
     }  # fmt: skip
     path = options.out / "offload.json"

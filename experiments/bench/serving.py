@@ -172,11 +172,8 @@ def _measure(options: argparse.Namespace, argv: list[str]) -> int:
     if options.soak:
         asked = serve(options, max(2, options.clients // 2), "--timeout=20", "--queue=12")
         with running({"the server": asked}):
-            return soak.main(asked, prompts, options)
-    found = {
-        "command": " ".join(["python -m experiments.bench", *(a for a in argv if not a.startswith("--out"))])
-    }
-    found["machine"] = tools.machine()
+            return soak.main(asked, prompts, options, tools.origin(argv))
+    found = tools.origin(argv) | {"machine": tools.machine()}
     with tempfile.TemporaryDirectory() as directory:
         cases = {f"{options.clients} slots": serve(options, options.clients), "1 slot": serve(options, 1)}
         if options.hf == "auto":

@@ -96,8 +96,8 @@ class Soak:
         self.note(f"broken: {kind}", True)
 
 
-def main(server: Any, prompts: list[list[int]], options: argparse.Namespace) -> int:
-    """Asks a server that is ready, and ends it; see `experiments.bench.serving`."""
+def main(server: Any, prompts: list[list[int]], options: argparse.Namespace, made_by: dict[str, str]) -> int:
+    """Asks a server that is ready, and ends it; ``made_by`` is said in its file; see `experiments.bench.serving`."""
     memory: list[tuple[float, float]] = []
     test = Soak(server, prompts, options.max_tokens)
     end = time.monotonic() + options.soak
@@ -146,7 +146,7 @@ def main(server: Any, prompts: list[list[int]], options: argparse.Namespace) -> 
     code = server.close() if alive else server.process.returncode
     second = np.array(memory[len(memory) // 2 :])
     slope = float(np.polyfit(second[:, 0], second[:, 1], 1)[0] * 60) if len(second) > 2 else 0.0
-    found = {
+    found = made_by | {
         "seconds": options.soak, "counts": dict(sorted(test.counts.items())), "wrong": len(test.wrong), "examples": test.wrong[:10],
         "memory_mib": [round(memory[0][1]), round(memory[-1][1])], "mib_per_minute": round(slope, 3), "slots_free_at_the_end": idle,
         "exit_code": code,

@@ -4,12 +4,15 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 
 from switchmoe.analysis import timing
+from switchmoe.runs.origin import commit
 
 Rows = list[dict[str, Any]]
 COLOURS = (
@@ -31,6 +34,12 @@ def at_least(least: int):
         return value
 
     return convert
+
+
+def origin(argv: Sequence[str]) -> dict[str, str]:
+    """What made a file of figures: the command without its --out, and the commit of its code ("" of an installed copy)."""
+    given = [argument for argument in argv if not argument.startswith("--out=")]
+    return {"command": shlex.join(["python", "-m", "experiments.bench", *given]), "commit": commit()}
 
 
 def machine() -> dict[str, Any]:

@@ -3,17 +3,22 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_traces import source
+from test_transformer import init
 
 from experiments import exits, process
 from experiments.bench import __main__ as bench
 from switchmoe.analysis import timing
+from switchmoe.analysis.routing import tracing
 from switchmoe.model.moe import MoELayer
+from switchmoe.runs import origin, trained
 from switchmoe.settings import ModelSettings, MoESettings
 
 LAYER = "layer --experts=2,4 --tokens=64 --d_model=16 --d_ff=32 --repeats=3 --hf=no".split()
@@ -41,9 +46,32 @@ def test_layer_measures_each_back_end_in_both_modes(tmp_path, capsys):
     for row in found["rows"]:
         assert 0 < row["quartile_1_ms"] <= row["median_ms"] <= row["quartile_3_ms"]
         assert row["ratio"] == 1 or row["case"] != "dense"
-    assert found["command"].startswith("python -m experiments.bench layer") and found["options"]["seed"] == 0
+    assert (
+        found["command"] == " ".join(["python -m experiments.bench", *LAYER])
+        and found["options"]["seed"] == 0
+    )
+    assert found["commit"] == origin.commit()
     assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("x dense") == len(found["rows"])
+
+
+@pytest.mark.usefixtures("one_device")
+def test_tracing_is_measured_against_evaluating_the_same_batches(tmp_path, monkeypatch, capsys):
+    traced, write = [], tracing.write
+    monkeypatch.setattr(trained, "find", lambda text: source(tmp_path))
+    monkeypatch.setattr(trained, "parameters", lambda source, settings, mesh: init(settings)["params"])
+    monkeypatch.setattr(tracing, "write", lambda *arguments: traced.append(write(*arguments)) or traced[-1])
+    text, out = f"--text={tmp_path / 'text.txt'}", tmp_path / "out"
+    given = ["trace", "--source=RUN", text, "--batches=2", "--repeats=3"]
+    assert bench.main([*given, f"--out={out}"]) == 0, capsys.readouterr().err
+    found = json.loads((out / "trace.json").read_text())
+    assert [info.tokens for info in traced] == [found["tokens"]] * 4 and all(info.complete for info in traced)
+    rows = {row["case"]: row for row in found["rows"]}
+    assert rows["evaluation"]["ratio"] == 1 and len(rows["tracing"]["seconds"]) == 3
+    ratios = np.divide(rows["tracing"]["seconds"], rows["evaluation"]["seconds"])
+    assert rows["tracing"]["ratio"] == pytest.approx(np.median(ratios))
+    assert found["command"] == " ".join(["python -m experiments.bench", *given])
+    assert found["commit"] == origin.commit() and found["machine"]["cores"] > 0
 
 
 @pytest.mark.slow
@@ -124,6 +152,12 @@ def test_out_that_is_a_file_is_refused_before_anything_is_measured(tmp_path, cap
     with pytest.raises(SystemExit) as stopped:
         bench.main([*LAYER, f"--out={tmp_path / 'file'}"])
     assert stopped.value.code == 2 and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["__main__", "accelerator", "offload", "serving", "tracing"])
+def test_every_file_of_figures_says_which_code_made_it(name):
+    """What a file of figures is made of begins with the command and the commit."""
+    assert "tools.origin(" in (Path(bench.__file__).parent / f"{name}.py").read_text()
 
 
 def test_rounds_interleave_and_ratios_are_taken_within_them():
