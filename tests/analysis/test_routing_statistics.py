@@ -148,7 +148,21 @@ def test_loads_by_hand():
     late.kept_NK[late.position_N >= 6] = False
     found = estimate(loads.STATISTICS["late_drops"], late)
     assert found.value == 1 and abs(found.shuffled) < 0.1
-    np.testing.assert_array_equal(loads.by_place(late, loads.dropped_N(late), 4), [0, 0, 0, 1])
+
+
+def test_drops_by_the_place_have_intervals_and_what_shuffled_tokens_give():
+    """Documents of 8 tokens; of the last 2 most are dropped, of the others a few."""
+    made = layer(np.zeros(1600, int), length=8)
+    share_N = np.where(made.position_N >= 6, 0.9, 0.1)
+    made.kept_NK[:, 0] = np.random.default_rng(3).random(1600) >= share_N
+    first, *_, last = figures = estimates.several(loads.by_place(loads.dropped_N, "share", "", 4), made)
+    assert [one.value for one in figures] == pytest.approx([0.1, 0.1, 0.1, 0.9], abs=0.05)
+    assert all(one.low < one.value < one.high and one.high - one.low < 0.15 for one in figures)
+    assert first.high < first.shuffled_low and last.low > last.shuffled_high
+    assert last.shuffled == pytest.approx(0.3, abs=0.02)
+    gaps = estimates.several(loads.by_place(loads.dropped_N, "share", "", 4), layer([0] * 4, length=2))
+    assert [math.isnan(one.value) for one in gaps] == [False, True, False, True]
+    assert estimates.several(loads.ALONG["entropy"], layer([0, 1])) == []  # the trace does not know it
 
 
 def test_entropies_of_sentinels_against_other_tokens():

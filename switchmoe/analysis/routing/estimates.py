@@ -60,43 +60,63 @@ class Figure(NamedTuple):
 
 def estimate(statistic: Statistic, layer: Layer, seed: int = 0) -> Figure | None:
     """A figure of the layer; None where it has none."""
+    found = several(statistic, layer, seed)
+    return found[0] if found else None
+
+
+def several(statistic: Statistic, layer: Layer, seed: int = 0) -> list[Figure]:
+    """The figures of a statistic whose ``finish`` makes [..., P] of them; [] where the layer has none."""
     cells = statistic.count(layer)
     if cells is None or not len(cells.cell_M):
-        return None
+        return []
     rng = np.random.default_rng(seed)
-    value = float(statistic.finish(_total(cells)[None])[0])
-    low, high = interval(statistic, cells, clusters(layer), value, rng)
+    value_P = _finished(statistic, cells)
+    drawn_RP = _drawn_again(statistic, cells, clusters(layer), rng)
     shuffled = []
     for _ in range(SHUFFLES):
         found = statistic.count(statistic.shuffle(layer, rng))
         if found is not None and len(found.cell_M):
-            shuffled.append(float(statistic.finish(_total(found)[None])[0]))
-    known = [number for number in shuffled if not math.isnan(number)] or [math.nan]
-    return Figure(value, low, high, float(np.mean(known)), min(known), max(known))
+            shuffled.append(_finished(statistic, found))
+    shuffled_SP = np.array(shuffled or [np.full(len(value_P), math.nan)])
+    figures = []
+    for value, drawn_R, shuffled_S in zip(value_P.tolist(), drawn_RP.T, shuffled_SP.T, strict=True):
+        known = shuffled_S[~np.isnan(shuffled_S)].tolist() or [math.nan]
+        low, high = _interval(value, drawn_R, statistic.unit)
+        figures.append(Figure(value, low, high, float(np.mean(known)), min(known), max(known)))
+    return figures
 
 
-def interval(
-    statistic: Statistic, cells: Cells, cluster_N: np.ndarray, value: float, rng: np.random.Generator
-) -> tuple[float, float]:
-    """(low, high) of the figure over documents drawn again."""
+def _finished(statistic: Statistic, cells: Cells) -> np.ndarray:
+    """[P]: one number, or several."""
+    return np.asarray(statistic.finish(_total(cells)[None]), float).reshape(-1)
+
+
+def _drawn_again(
+    statistic: Statistic, cells: Cells, cluster_N: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """[R, P]: the figures over documents drawn again; of a single document NaN."""
     table_CX = _by_cluster(cells, cluster_N)
     documents, width = table_CX.shape
     if documents < 2:
-        return math.nan, math.nan
+        return np.full((1, len(_finished(statistic, cells))), math.nan)
     weight_RC = rng.multinomial(documents, np.full(documents, 1 / documents), REPLICATES)
     found = []
     step = max(1, CHUNK_CELLS // width)
     for first in range(0, REPLICATES, step):
         table_RX = np.asarray(weight_RC[first : first + step] @ table_CX)
         found.append(statistic.finish(table_RX.reshape(-1, *cells.shape)))
-    found_R = np.concatenate(found)
-    found_R = found_R[np.isfinite(found_R)]
-    if not len(found_R):
+    return np.concatenate(found).reshape(REPLICATES, -1)
+
+
+def _interval(value: float, drawn_R: np.ndarray, unit: str) -> tuple[float, float]:
+    """(low, high) of a figure, of what documents drawn again give."""
+    drawn_R = drawn_R[np.isfinite(drawn_R)]
+    if not len(drawn_R):
         return math.nan, math.nan
-    low, high = np.quantile(found_R, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)) - found_R.mean() + value
-    if (found_R >= 0).all():  # what can't be below 0
+    low, high = np.quantile(drawn_R, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)) - drawn_R.mean() + value
+    if (drawn_R >= 0).all():  # what can't be below 0
         low = max(low, 0.0)
-    if statistic.unit == "share":
+    if unit == "share":
         high = min(high, 1.0)
     return float(low), float(high)
 

@@ -3,6 +3,8 @@
 Letters: N tokens, M choices, E experts, Q quarters of the positions.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from switchmoe.analysis.routing.estimates import (
@@ -63,19 +65,24 @@ def place_N(layer: Layer, places: int) -> np.ndarray:
     return layer.position_N.astype(np.int64) * places // length
 
 
-def by_place(layer: Layer, value_N: np.ndarray, places: int = PLACES) -> np.ndarray:
-    """Mean of what each token has, by its place in the sequence; NaN where there is none."""
-    place, known = place_N(layer, places), np.isfinite(value_N)
-    count = np.bincount(place[known], minlength=places)
-    with np.errstate(invalid="ignore"):
-        return np.bincount(place[known], value_N[known], places) / np.where(count, count, np.nan)
-
-
 def dropped_N(layer: Layer) -> np.ndarray:
     """Share of each token's choices that found no slot; NaN of none."""
     there_NK = layer.expert_NK >= 0
     with np.errstate(invalid="ignore"):
         return (there_NK & ~layer.kept_NK).sum(axis=1) / np.where(there_NK.any(1), there_NK.sum(1), np.nan)
+
+
+def by_place(value: Callable[[Layer], np.ndarray], unit: str, says: str, places: int = PLACES) -> Statistic:
+    """Means of what ``value`` says of each token, by its place in the sequence (`estimates.several`); NaN where there is none."""
+
+    def count(layer: Layer) -> Cells | None:
+        cells = mean_cells(value(layer), np.arange(len(layer.token_N)))
+        if cells is None:
+            return None
+        place_M = place_N(layer, places)[cells.token_M]
+        return cells._replace(cell_M=cells.cell_M + 2 * place_M, shape=(places, 2))
+
+    return Statistic(count, mean, rows, unit, says)
 
 
 def _of_tokens(name: str) -> Statistic:
@@ -109,3 +116,7 @@ STATISTICS = {
     "confidence": _of_tokens("confidence"),
     "margin": _of_tokens("margin"),
 }  # fmt: skip
+ALONG = {  # the sequence
+    "dropped": by_place(dropped_N, "share", "choices without a slot"),
+    "entropy": by_place(lambda layer: layer.entropy_N, "nats", "entropy of the router's distribution"),
+}

@@ -37,7 +37,7 @@ def save_all(
             lines(found, ("next_hits", "next_hits_twice"), "share of the next layer's choices"),
             "What a prefetcher can hope for: choices of the next layer among K, or 2 K, that this layer's let expect; hollow: shuffled.",
         ),
-        "routing_positions": (positions(found), "Drops and entropy by the place in the sequence, a line a layer."),
+        "routing_positions": (positions(found), "Drops and entropy by the place in the sequence, a line a layer, with 95 % intervals; dotted: shuffled tokens."),
         "routing_classes": (classes(found), "Each class of tokens over the experts, as multiples of the experts' loads."),
         "routing_together": (
             together(found), "Of the tokens that chose one expert (row) the share that chose another (column) as well, all pairs."
@@ -160,11 +160,14 @@ def positions(found: dict[str, Any]) -> Picture | None:
         figure.subplots(1, 2), ("dropped", "entropy"), ("share dropped", "entropy, nats"), strict=True
     ):
         for number, layer in enumerate(layers):
-            value = found["places"][layer][name]
-            known = np.isfinite(value)  # short sequences leave places between their tokens
-            place = ((np.arange(len(value)) + 0.5) / len(value))[known]
+            figures = found["places"][layer][name]
+            # Short sequences leave places between their tokens.
+            known = [at for at, one in enumerate(figures) if np.isfinite(one.value)]
+            place = (np.array(known) + 0.5 + 0.4 * (number + 1) / (len(layers) + 1)) / max(1, len(figures))
+            there = [figures[at] for at in known]
             dashes = "-" if layer.startswith("encoder") else "--"
-            axes.plot(place, value[known], dashes, color=colours[number], label=layer, linewidth=1.4)
+            _bars(axes, place, there, colours[number], "none", layer, dashes)
+            axes.plot(place, [one.shuffled for one in there], ":", color=colours[number], linewidth=1.2)
         _finish(axes, unit, legend=name == "dropped" and len(layers) <= 8)
         axes.set_xlabel("place in the sequence, 0 to 1")
     return figure

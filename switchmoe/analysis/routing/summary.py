@@ -59,10 +59,7 @@ def figures(directory: Path, told: Told = lambda _: None, against: Path | None =
         found["says"] |= {key: one.says for key, one in mine.items()}
         found["units"] |= {key: one.unit for key, one in mine.items()}
         found["loads"][name] = loads.load_E(layer)
-        found["places"][name] = {
-            "dropped": loads.by_place(layer, loads.dropped_N(layer)),
-            "entropy": loads.by_place(layer, layer.entropy_N),
-        }
+        found["places"][name] = {along: estimates.several(one, layer) for along, one in loads.ALONG.items()}
         if len(class_V):
             class_N = specialisation.class_N(layer, class_V)
             found["classes"][name] = specialisation.shares(layer, class_N, len(specialisation.CLASSES))
