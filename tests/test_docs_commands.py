@@ -1,6 +1,7 @@
 """Every command that README and docs show is accepted by its parser, and every local link leads somewhere. Nothing is trained."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -29,8 +30,17 @@ def shown(page):
     lines = [line for line in blocks if line.startswith("    ") or re.match(r"[^|`]*\bpython -m", line)]
     for line in (*spans, *lines):
         for found in re.finditer(r"python -m experiments\.(\w+)([^`]*)", line):
-            if not re.search(r"\[|=\.\.\.| \.\.\.|NAME", found[2]):
-                yield found[1], shlex.split(found[2].rstrip(" .,:)"), comments=True)
+            given = plain(re.sub(r"\s#.*", "", found[2]))
+            if not re.search(r"=\.\.\.| \.\.\.|NAME", given):
+                yield found[1], shlex.split(given.rstrip(" .,:)"))
+
+
+def plain(given):
+    """Arguments without what may be left out, [...], and with the first of what a|b offers and 4 for K; DIR|STEP is a value as it is."""
+    while re.search(r"\[[^][]*\]", given):
+        given = re.sub(r"\s*\[[^][]*\]", "", given)
+    given = re.sub(r"(=[a-z0-9]+)(\|[a-z0-9]+)+(?=\s|$)", r"\1", given)
+    return re.sub(r"=K(?=\s|$)", "=4", given)
 
 
 def parse_config(rest, default, buckets=False):
@@ -107,6 +117,48 @@ def test_a_command_is_accepted(name, arguments):
     accept(name, arguments)
 
 
+def test_what_may_be_left_out_is_and_comments_are():
+    assert plain("--source=S [--of=use|merge [--bits=8|4]] --by=use|merge --from=DIR|3") == (
+        "--source=S --by=use --from=DIR|3"
+    )
+    found = dict(shown(ROOT / "docs" / "slim.md"))
+    assert set(found) == {"slim"}
+    benches = [arguments for name, arguments in shown(ROOT / "docs" / "speed.md") if name == "bench"]
+    assert ["layer"] in benches  # its comment has a " ... "
+
+
+def asked_of_pytest(page):
+    """The arguments of each pytest command of a page."""
+    for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+        for found in re.finditer(r"(?:python -m |`)pytest((?: +(?:-\w+|[\w./:\[\]-]+))*)", line):
+            yield shlex.split(found[1])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_pytest_is_asked_for_is_there(page):
+    for arguments in asked_of_pytest(page):
+        paths = [word.partition("::")[0] for word in arguments if word.startswith("tests/")]
+        assert all((ROOT / path).exists() for path in paths), arguments
+        files = [file for path in paths or ["tests"] for file in files_of_tests(ROOT / path)]
+        sources = [file.read_text(encoding="utf-8") for file in files]
+        named = [arguments[at + 1] for at, word in enumerate(arguments) if word == "-k"]
+        for name in named:
+            found = (f"{file.stem} {source}" for file, source in zip(files, sources, strict=True))
+            assert any(re.search(rf"def test_\w*{name}|^\w*{name}", text) for text in found), arguments
+        marked = [arguments[at + 1] for at, word in enumerate(arguments) if word == "-m"]
+        for mark in marked:
+            assert any(f"pytest.mark.{mark}" in source for source in sources), arguments
+
+
+def files_of_tests(path):
+    return [path] if path.is_file() else sorted(path.rglob("test_*.py"))
+
+
+def test_pytests_commands_are_found():
+    found = [arguments for page in PAGES for arguments in asked_of_pytest(page)]
+    assert len(found) >= 7 and ["-n", "0", "tests/routing/test_routers.py", "-k", "top_k"] in found
+
+
 def test_the_commands_are_found():
     assert {name for name, _ in COMMANDS.values()} == set(commands()) and len(COMMANDS) > 50
 
@@ -140,9 +192,21 @@ def anchors(page):
     return {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_local_links_lead_somewhere(page):
+def words(page):
+    """Of a notebook its cells of text."""
     text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
+def test_local_links_lead_somewhere(page):
+    text = words(page)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"\w+:", target):
             continue

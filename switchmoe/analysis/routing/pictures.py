@@ -163,10 +163,10 @@ def positions(found: dict[str, Any]) -> Picture | None:
             figures = found["places"][layer][name]
             # Short sequences leave places between their tokens.
             known = [at for at, one in enumerate(figures) if np.isfinite(one.value)]
-            place = (np.array(known) + 0.5 + 0.4 * (number + 1) / (len(layers) + 1)) / max(1, len(figures))
+            place = (np.array(known) + 0.3 + 0.4 * (number + 1) / (len(layers) + 1)) / max(1, len(figures))
             there = [figures[at] for at in known]
             dashes = "-" if layer.startswith("encoder") else "--"
-            _bars(axes, place, there, colours[number], "none", layer, dashes)
+            _bars(axes, place, there, colours[number], "", layer, dashes)
             axes.plot(place, [one.shuffled for one in there], ":", color=colours[number], linewidth=1.2)
         _finish(axes, unit, legend=name == "dropped" and len(layers) <= 8)
         axes.set_xlabel("place in the sequence, 0 to 1")
