@@ -99,7 +99,7 @@ setup(
         "gcs": ["gcsfs>=2024.6"],  # runs and data in gs://
         "s3": ["s3fs>=2024.6"],
         "zstd": ["zstandard>=0.22"],  # text in .zst files
-        "parquet": [],  # is always there now
+        "parquet": [],  # a name that older commands have: pyarrow is always there
         "tasks": ["sacrebleu>=2.4"],  # BLEU, of translations
         "gpu": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],

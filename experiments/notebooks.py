@@ -6,6 +6,8 @@ the CPU (`cpu`), as an accelerator belongs to one process.
 
 import csv
 import html
+import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -131,6 +133,54 @@ def sweep(workdir: str | Path, *arguments: str) -> Path:
 
     run("sweep", f"--workdir={workdir}", *arguments, pictures=runs)
     return directory
+
+
+def converted(source: str | Path, target: str | Path, *arguments: str) -> Path:
+    """`run` of a conversion into a directory, which it returns; one that is there is left as it is.
+
+    A source that is not on disk is a hub's name: what fetches it is installed where it is missing.
+    """
+    if not Path(target).exists():
+        if not Path(source).exists():
+            needs("huggingface_hub", "hf")
+        run("convert", f"--source={source}", f"--target={target}", *arguments)
+    return Path(target)
+
+
+def needs(package: str, extra: str) -> None:
+    """Installs what an extra of this package brings, where ``package`` is missing.
+
+    Raises:
+      RuntimeError: this package is not installed, but a checkout's sources.
+    """
+    if importlib.util.find_spec(package):
+        return
+    try:
+        importlib.metadata.version("switchmoe")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise RuntimeError(
+            f"{package}: the package is missing; accepted is after pip install '.[{extra}]' in the checkout"
+        ) from error
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"switchmoe[{extra}]"], check=True)
+    importlib.invalidate_caches()
+
+
+def experts_config(path: str | Path, experts: str) -> Path:
+    """Writes a sweep of `configs/sweeps/experts_tiny.py` over other numbers of experts, such as "1, 2, 8"; returns the path.
+
+    Raises:
+      ValueError: they are no such numbers.
+    """
+    try:
+        counts = [int(one) for one in pick(experts, "1, 4").split(",")]
+    except ValueError as error:
+        raise ValueError(f"{experts}: accepted are integers with commas between, such as 1, 2, 8") from error
+    Path(path).write_text(
+        "from configs.sweeps.experts_tiny import get_config as get_config\n\n\n"
+        f'def get_sweep():\n    return [{{"moe.num_experts": {counts}}}]\n',
+        encoding="utf-8",
+    )
+    return Path(path)
 
 
 def records(directory: Path) -> list[Record]:

@@ -3,9 +3,13 @@
 import ast
 import base64
 import importlib
+import importlib.util
 import io
 import os
 import re
+import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -25,6 +29,7 @@ SHOWN = {  # at least so many pictures and tables
     "real_checkpoints": (7, 2),
     "finetune_and_distill": (10, 2),
 }
+LOGIC = (ast.FunctionDef, ast.ClassDef, ast.If, ast.While, ast.For, ast.Try, ast.With)
 every = pytest.mark.parametrize("name", SHOWN)
 
 
@@ -63,11 +68,58 @@ def test_a_checkout_is_known_by_a_file_that_it_has():
     assert (COLAB.parent / name).is_file()
 
 
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """The first cell in an empty directory of a fresh runtime; what it has pip install."""
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SWITCHMOE_REPO", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: asked.append(command))
+
+    def run(repo=""):
+        source = codes("quickstart")[0].replace('REPO = ""', f"REPO = {repo!r}")
+        with monkeypatch.context() as missing:
+            missing.setattr(importlib.util, "find_spec", lambda name: None)
+            exec(source, {})
+        ((*pip, package),) = asked
+        assert pip == [sys.executable, "-m", "pip", "install", "-q"]
+        return package
+
+    return run
+
+
+def test_the_first_cell_installs_the_checkout_that_it_is_in(fresh, monkeypatch):
+    monkeypatch.chdir(COLAB)
+    name, _, place = fresh("https://elsewhere/switchmoe").partition(" @ ")
+    assert place == COLAB.parent.resolve().as_uri() and place.startswith("file:///")
+    extras = ast.literal_eval(
+        re.search(r"extras_require=(\{.*\n    \})", (COLAB.parent / "setup.py").read_text(), re.DOTALL)[1]
+    )
+    asked = re.fullmatch(r"switchmoe\[(.*)\]", name)[1].split(",")
+    assert "notebooks" in asked and all(extras[one] for one in asked), "none that is empty"
+
+
+def test_the_first_cell_installs_what_it_is_told_of(fresh, monkeypatch):
+    monkeypatch.setenv("SWITCHMOE_REPO", "https://host/one.git")
+    assert fresh().endswith(" @ git+https://host/one.git")
+
+
+def test_the_form_field_comes_before_the_environment(fresh, monkeypatch):
+    monkeypatch.setenv("SWITCHMOE_REPO", "https://host/one.git")
+    assert fresh("https://host/other.git").endswith(" @ git+https://host/other.git")
+
+
+def test_the_first_cell_says_that_it_was_told_of_nothing(fresh):
+    with pytest.raises(RuntimeError, match="REPO is empty: accepted is the address that git clone takes"):
+        fresh()
+
+
 @every
 def test_it_holds_no_logic_of_its_own(name):
     for source in codes(name)[1:]:
         for node in ast.walk(ast.parse(source)):
-            assert not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.While, ast.For, ast.Try)), source
+            assert not isinstance(node, LOGIC), source
         assert len(source.splitlines()) <= 20, source
 
 

@@ -110,7 +110,6 @@ def _check_without_model(found: dict[str, str], overrides: dict[str, Any]) -> No
 
 
 def _analyse(arguments: Arguments) -> int:
-    check_parquet()
     from switchmoe.analysis.routing import traces
 
     if arguments.trace:
@@ -198,16 +197,6 @@ def _traced(arguments: Arguments) -> tuple[Path, Path, Path | None, dict | None]
         }
         saturation = summary.saturation(places, Bar("comparing").says)
     return out, directory, against, saturation
-
-
-def check_parquet() -> None:
-    """Raises ValueError, one line: what reads traces is not there."""
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "pyarrow: the package is missing, traces are .parquet files; accepted is after pip install '.[parquet]'"
-        ) from error
 
 
 def _write(directory: Path, against: Path | None, saturation: dict | None, out: Path, bar: "Bar") -> None:

@@ -47,7 +47,6 @@ def trace(place: Path, out: Path) -> Path:
     Raises:
       ValueError: it can't be read, or ``out`` has a trace of its own.
     """
-    routing.check_parquet()
     from switchmoe.analysis.routing import arrays, traces
 
     if place.suffix not in arrays.SUFFIXES:

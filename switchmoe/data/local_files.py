@@ -1,7 +1,6 @@
 """Documents from local files: .txt, JSON records a line, and .parquet, plain or packed."""
 
 import bz2
-import contextlib
 import dataclasses
 import glob
 import gzip
@@ -138,9 +137,12 @@ def _unpacked(path: str, file: IO[bytes], asked: str) -> Any:
     if packing in PACKINGS[1:] and not os.fstat(file.fileno()).st_size:
         raise EOFError("empty")
     if packing == ".zst":
-        with _needed("zstandard", "zstd", asked, path):
+        try:
             import zstandard
-
+        except ImportError as error:
+            raise DataError(
+                f"{asked}: {path} needs the package zstandard; accepted is after pip install '.[zstd]'"
+            ) from error
         return _zst_lines(zstandard.ZstdDecompressor(), file)
     openers = {
         ".gz": lambda: gzip.GzipFile(fileobj=file),
@@ -164,16 +166,6 @@ def _zst_lines(decompressor: Any, file: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("ended before the end of a frame")
     if rest:
         yield rest
-
-
-@contextlib.contextmanager
-def _needed(package: str, extra: str, asked: str, path: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise DataError(
-            f"{asked}: {path} needs the package {package}; accepted is after pip install '.[{extra}]'"
-        ) from error
 
 
 def lines(path: str, file: IO[bytes], asked: str) -> Iterator[tuple[int, str]]:
@@ -202,9 +194,9 @@ def lines(path: str, file: IO[bytes], asked: str) -> Iterator[tuple[int, str]]:
 
 def _columns(path: str, file: IO[bytes], settings: DataSettings) -> Iterator[str]:
     """The text column of a .parquet file, a few rows at a time."""
-    with _needed("pyarrow", "parquet", f"data.source={settings.source}", path):
-        import pyarrow
-        import pyarrow.parquet
+    import pyarrow
+    import pyarrow.parquet
+
     row = 0
     try:
         table = pyarrow.parquet.ParquetFile(file)

@@ -2,12 +2,14 @@
 
 import html
 import json
+import runpy
 import sys
 
 import pytest
 from matplotlib.figure import Figure
 
 from configs import quickstart
+from configs.sweeps import experts_tiny
 from experiments import notebooks
 
 
@@ -49,6 +51,7 @@ def test_all_is_small_where_the_environment_says_so(monkeypatch):
 
 def test_a_command_leaves_its_last_line_and_its_pictures(shown, monkeypatch):
     monkeypatch.setattr(notebooks, "REDRAW", 0.0)
+    monkeypatch.setattr(notebooks, "POLL", 0.01)
     drawn = []
 
     def pictures():
@@ -57,9 +60,52 @@ def test_a_command_leaves_its_last_line_and_its_pictures(shown, monkeypatch):
 
     said = notebooks.run("evaluate", "--help", pictures=pictures)
     assert said.startswith("Measures a trained model")
+    assert len(drawn) > 1  # while it ran, and when it was done
     assert len(shown) == 3  # a line and two pictures, however often they were drawn
     assert html.escape(said.strip().splitlines()[-1]) in shown[0].data
     assert "experiments.evaluate --help" in shown[0].data
+
+
+def test_a_conversion_that_is_there_is_not_made_again(tmp_path, monkeypatch):
+    ran, needed = [], []
+    monkeypatch.setattr(notebooks, "run", lambda *arguments: ran.append(arguments))
+    monkeypatch.setattr(notebooks, "needs", lambda *names: needed.append(names))
+    target = tmp_path / "target"
+    assert notebooks.converted(tmp_path, target, "--upcycle.experts=4") == target and not needed
+    assert ran == [("convert", f"--source={tmp_path}", f"--target={target}", "--upcycle.experts=4")]
+    notebooks.converted("google/switch-base-8", target)
+    assert needed == [("huggingface_hub", "hf")] and len(ran) == 2
+    target.mkdir()
+    notebooks.converted("google/switch-base-8", target)
+    assert len(ran) == 2 and len(needed) == 1
+
+
+def test_an_extra_is_installed_of_the_package_that_is_installed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(notebooks.subprocess, "run", lambda command, check: asked.append(command[-1]))
+    monkeypatch.setattr(notebooks.importlib.metadata, "version", lambda name: "1")
+    notebooks.needs("json", "hf")
+    assert asked == []
+    notebooks.needs("no_such_package", "hf")
+    assert asked == ["switchmoe[hf]"]
+
+    def missing(name):
+        raise notebooks.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(notebooks.importlib.metadata, "version", missing)
+    with pytest.raises(RuntimeError, match=r"no_such_package: .*pip install '.\[hf\]'"):
+        notebooks.needs("no_such_package", "hf")
+    assert asked == ["switchmoe[hf]"]
+
+
+def test_a_sweep_over_the_experts_that_are_listed(tmp_path, monkeypatch):
+    monkeypatch.delenv(notebooks.TINY, raising=False)
+    found = runpy.run_path(str(notebooks.experts_config(tmp_path / "mine.py", "1, 2,8")))
+    assert found["get_sweep"]() == [{"moe.num_experts": [1, 2, 8]}]
+    assert found["get_config"] is experts_tiny.get_config
+    with pytest.raises(ValueError, match="two: accepted are integers"):
+        notebooks.experts_config(tmp_path / "other.py", "1, two")
+    assert not (tmp_path / "other.py").exists()
 
 
 def test_a_command_that_fails_stops_the_notebook_and_says_why(shown):
