@@ -85,7 +85,7 @@ class Browser:
 
     def hover(self, selector):
         where = self.run(
-            f"(() => {{ const r = document.querySelector({selector!r}).getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; }})()"
+            f"(() => {{ const r = document.querySelector({selector!r}).getClientRects()[0]; return [r.x + r.width / 2, r.y + r.height / 2]; }})()"
         )
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=where[0], y=where[1])
 

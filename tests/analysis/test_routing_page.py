@@ -1,8 +1,10 @@
 """The page of a trace: one small file that opens without a network, is driven by keys and shows what text says as text."""
 
 import base64
+import dataclasses
 import json
 import re
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -23,7 +25,8 @@ def directory(tmp_path_factory):
     sequence_T = np.arange(3000) // 100
     arrays.write(place, expert_TLK, token_T, rng.random(expert_TLK.shape), sequence_T, pieces=pieces)
     path = next(iter(traces.parts(place)))
-    info = traces.read_info(place)
+    info = dataclasses.replace(traces.read_info(place), sentinels=(4, 5))
+    traces.write_info(place, info)
     layers = [traces.read_layer(place, name) for name in info.layers]
     for layer in layers:
         layer.kept_NK[3, 0] = False
@@ -52,6 +55,9 @@ def test_it_is_one_file_that_asks_for_nothing(made):
     assert data["tokens"] == 3000 and EVIL in data["pieces"]
     for title in ("Load", "Repeats", "Co-activation and the next layer", "Beside: Mixtral, Table 5"):
         assert f"<h2>{title}</h2>" in text
+    beside = text[text.index("<h2>Beside: ST-MoE, Table 14</h2>") :].partition("<h2>Beside: Mixtral")[0]
+    assert "2.2, 1.8, 1.6, 1.7, 1.7, 1.2" in beside and "sentinel entropy, nats" in text
+    assert "experts of a layer the first" not in text  # twelve are all listed
     assert "12 (guessed: the largest index and one), 2" in text
     assert text.count("shuffled") > 10 and text.count("<figure>") >= 4
 
@@ -79,6 +85,38 @@ def test_a_page_of_few_layers_has_all_tokens_that_it_may(tmp_path):
     info = arrays.write(tmp_path, expert_TLK, sequence_T=np.arange(22_000) // 50)
     data = page.explored(tmp_path, info, [])
     assert data["tokens"] == 20_000 and len(json.dumps(data)) < 4_200_000
+
+
+def test_the_page_says_that_it_lists_some_of_many_experts(tmp_path):
+    info = arrays.write(tmp_path, np.arange(2000).reshape(1000, 1, 2) % 100)
+    text = page.page(tmp_path, {"layers": {}, "says": {}, "units": {}}, [])
+    assert info.num_experts == 100 and "Of the 100 experts of a layer the first 64 are listed." in text
+
+
+def test_numbers_on_coloured_and_striped_tokens_can_be_read():
+    """WCAG's contrast of text of this size is 4.5 at least, of every expert's colour and of the stripes on it."""
+    text = resources.files("switchmoe.analysis.routing").joinpath("page.html").read_text(encoding="utf-8")
+    colours = json.loads(re.search(r"COLOURS = (\[.*?\])", text)[1])
+    dark = json.loads(re.search(r"DARK = new Set\((\[.*?\])\)", text)[1])
+    on_dark, on_light, alpha = re.search(
+        r'rgba\(\$\{DARK\.has\(e % 8\) \? "([\d,]+)" : "([\d,]+)"\},(\.\d+)\)', text
+    ).groups()
+    for number, colour in enumerate(colours):
+        plain = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+        stripe = np.array((on_dark if number in dark else on_light).split(","), float) / 255
+        striped = (1 - float(alpha)) * plain + float(alpha) * stripe
+        ink = np.full(3, float(number in dark))
+        assert min(contrast(ink, plain), contrast(ink, striped)) >= 4.5, colour
+        assert contrast(plain, striped) > 1.15, colour  # a stripe is seen
+    assert len(colours) == 8 and contrast(np.zeros(3), np.ones(3)) == pytest.approx(21)
+
+
+def contrast(one, other):
+    light = []
+    for colour in (one, other):
+        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        light.append(linear @ [0.2126, 0.7152, 0.0722] + 0.05)
+    return max(light) / min(light)
 
 
 def test_gates_above_one_are_shown_as_they_are(tmp_path):
@@ -112,6 +150,11 @@ def test_a_browser_opens_it_switches_layers_and_filters(chromium, made, director
     assert chromium.run("document.activeElement.dataset.row") == "3"  # where the reader was
     assert chromium.run(f"{token}.querySelector('sub').textContent") == str(second.expert_NK[3, 0])
 
+    chromium.key("[")
+    assert chromium.run("document.getElementById('layer').value") == "0"
+    assert chromium.run(f"{token}.querySelector('sub').textContent") == str(first.expert_NK[3, 0])
+    chromium.key("]")
+
     for key in ("1", "1", "Enter"):
         chromium.key(key)
     assert chromium.run("document.activeElement.dataset.row") == "3"
@@ -130,6 +173,10 @@ def test_a_browser_opens_it_switches_layers_and_filters(chromium, made, director
     assert (
         chromium.run("document.getElementById('legend').children[2].getAttribute('aria-pressed')") == "true"
     )
+    for key, pressed in ((" ", "false"), ("Enter", "true")):  # as any button
+        chromium.key(key)
+        assert chromium.run("document.activeElement.dataset.expert") == "2"
+        assert chromium.run("document.activeElement.getAttribute('aria-pressed')") == pressed
     chromium.key("p")
     chromium.run("document.getElementById('after').focus()")
     for other in ("before", "after"):  # of two pages: the button can't be pressed again
@@ -139,6 +186,14 @@ def test_a_browser_opens_it_switches_layers_and_filters(chromium, made, director
     chromium.hover(".t")
     assert "position 0" in chromium.run("document.getElementById('detail').innerText")
     assert EVIL.replace("\u2581", "").strip() in chromium.run("document.getElementById('text').textContent")
+    chromium.run(f"{token}.scrollIntoView({{block: 'center'}})")
+    chromium.hover('.t[data-row="3"]')
+    lines = chromium.run("document.getElementById('detail').innerText").splitlines()
+    assert any(line.startswith("position 3,") for line in lines)
+    cells = [line.split("\t")[1:4] for line in lines if "\t" in line]
+    for layer in (first, second):  # of both of its choices the gate; the first one has no slot
+        for choice, lost in enumerate(("dropped", "")):
+            assert [str(layer.expert_NK[3, choice]), f"{layer.gate_NK[3, choice]:.2f}", lost] in cells, lines
     chromium.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 20_000
     assert chromium.errors == []

@@ -55,7 +55,7 @@ def page(
         "<h2>What experts like best</h2>",
         f'<p class="note">Tokens, of those read {specialisation.OFTEN} times or more in {MOST_TOKENS:,}, that an expert gets more often'
         " than its load says: how many choices they made, the share of these that it gets, over its load; and where it was surest."
-        " Counts alone, of the tokens that were picked because they are high.</p>",
+        f" Counts alone, of the tokens that were picked because they are high.{_left_out(info)}</p>",
         *(_favourites(directory, info, pieces)),
     ]
     template = resources.files("switchmoe.analysis.routing").joinpath("page.html").read_text(encoding="utf-8")
@@ -233,6 +233,12 @@ def _published(found: dict[str, Any]) -> list[str]:
         + report.grid(["", *(f"layer {layer}" for layer in chains.MIXTRAL["first"])], rows)
     )
     return sections
+
+
+def _left_out(info: Info) -> str:
+    if info.num_experts <= MOST_EXPERTS:
+        return ""
+    return f" Of the {info.num_experts} experts of a layer the first {MOST_EXPERTS} are listed."
 
 
 def _favourites(directory: Path, info: Info, pieces: Sequence[str]) -> list[str]:
