@@ -83,12 +83,20 @@ def write_pages(app: Any) -> None:
             page.write_text(text, encoding="utf-8")
 
 
+def with_code(text: str) -> str:
+    """Lines such as ``Code: [`NAME`](FILE)`` followed by the function itself."""
+    included = r"\g<0>\n\n```{literalinclude} \2\n:pyobject: \1\n```"
+    return re.sub(r"^Code: \[`(\w+)`\]\(([^)]+)\)$", included, text, flags=re.MULTILINE)
+
+
 def fill(app: Any, page: str, source: list[str]) -> None:
-    """Links of a page lead to pages; the page `configuration` ends with the tables."""
+    """Links of a page lead to pages; the page `configuration` ends with the tables, `router_mathematics` has the code."""
     if not page.startswith(("api/", "elsewhere/")):
         source[0] = moved(source[0], DOCS / f"{page}.md", DOCS / f"{page}.md")
     if page == "configuration":
         source[0] += settings_tables()
+    if page == "router_mathematics":
+        source[0] = with_code(source[0])
 
 
 def as_rst(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:

@@ -1,7 +1,10 @@
 """docs/router_mathematics.md: every case worked out by hand there is what the router gives."""
 
+import ast
+import importlib
 import json
 import re
+import runpy
 from pathlib import Path
 
 import jax
@@ -11,7 +14,8 @@ import pytest
 
 from switchmoe.routing import ROUTERS, RouterSettings
 
-PAGE = (Path(__file__).parents[1] / "docs" / "router_mathematics.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "router_mathematics.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 
 
@@ -39,6 +43,20 @@ def rows(section, column):
 
 def test_every_router_has_a_section():
     assert list(SECTIONS) == list(ROUTERS)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_it_stands_beside_its_code(name):
+    """A link for those who read the page as it is, and the function itself on the site."""
+    ((shown, place),) = re.findall(r"^Code: \[`(\w+)`\]\((.+)\)$", SECTIONS[name], re.MULTILINE)
+    assert ROUTERS[name] is vars(importlib.import_module(ROUTERS[name].__module__))[shown]
+    file = (DOCS / place).resolve()
+    assert ".".join(file.relative_to(DOCS.parent).with_suffix("").parts) == ROUTERS[name].__module__
+    functions = [node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+    assert shown in functions
+    reference = runpy.run_path(str(DOCS / "reference.py"))
+    included = reference["with_code"](SECTIONS[name]).split("```{literalinclude} ")
+    assert len(included) == 2 and included[1].startswith(f"{place}\n:pyobject: {shown}\n```\n")
 
 
 @pytest.mark.parametrize("name", SECTIONS)
