@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,15 @@ def test_a_page_of_few_layers_has_all_tokens_that_it_may(tmp_path):
     info = arrays.write(tmp_path, expert_TLK, sequence_T=np.arange(22_000) // 50)
     data = page.explored(tmp_path, info, [])
     assert data["tokens"] == 20_000 and len(json.dumps(data)) < 4_200_000
+
+
+def test_how_many_layers_the_page_has_room_for():
+    text = (Path(__file__).parents[2] / "docs" / "routing_traces.md").read_text(encoding="utf-8")
+    told = re.findall(r"(\d+) x (\d+)[, ]", re.search(r"choices of a token: (.*?)\(up to 254", text)[1])
+    assert [int(choices) for _, choices in told] == [1, 2, 4, 8]
+    for layers, choices in ((int(one), int(other)) for one, other in told):
+        fits = [page.token_bytes(layers + more, choices, False) * page.MOST_TOKENS for more in (0, 1)]
+        assert fits[0] <= page.MOST_BYTES < fits[1]
 
 
 def test_the_page_says_that_it_lists_some_of_many_experts(tmp_path):

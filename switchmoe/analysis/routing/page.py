@@ -104,13 +104,13 @@ def explored(directory: Path, info: Info, pieces: Sequence[str], most: int = MOS
     wide = info.num_experts > 254
     layers = [traces.read_layer(directory, name, tokens=MOST_TOKENS) for name in info.layers]
     kept_bytes = -(-info.choices // 8)
-    per_row = info.choices * (3 if wide else 2) + kept_bytes + 4
     first: dict[str, Layer] = {}
     for layer in layers:
         traces.check_rows(first.setdefault(layer.name.stack, layer), layer)
     ends = {}
     sequences = np.unique(np.concatenate([layer.sequence_N for layer in first.values()]))
-    size_of = {stack: 28 + per_row * sum(one.name.stack == stack for one in layers) for stack in first}
+    depth = {stack: sum(one.name.stack == stack for one in layers) for stack in first}
+    size_of = {stack: token_bytes(depth[stack], info.choices, wide) for stack in first}
     rows = sum(np.searchsorted(one.sequence_N, sequences, "right") for one in first.values())
     used = sum(
         np.searchsorted(one.sequence_N, sequences, "right") * size_of[stack] for stack, one in first.items()
@@ -154,6 +154,11 @@ def explored(directory: Path, info: Info, pieces: Sequence[str], most: int = MOS
         "stacks": stacks,
         "layers": [_layer(one, ends[one.name.stack], wide) for one in layers],
     }
+
+
+def token_bytes(layers: int, choices: int, wide: bool) -> int:
+    """Of a token in a stack with so many sparse layers, before base64; ``wide``: an expert's number takes two bytes."""
+    return 28 + layers * (choices * (3 if wide else 2) + -(-choices // 8) + 4)
 
 
 def _layer(layer: Layer, end: int, wide: bool) -> dict[str, Any]:
