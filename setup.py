@@ -10,7 +10,7 @@ setup(
     version=re.search(r'^__version__ = "(.+)"', (ROOT / "switchmoe/__init__.py").read_text(), re.MULTILINE)[
         1
     ],
-    description="Switch Transformers in JAX and Flax: sparse mixture-of-experts pre-training, small enough to read",
+    description="Switch Transformers in JAX and Flax: sparse mixture-of-experts pre-training, checked against the papers",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

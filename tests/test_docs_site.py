@@ -10,6 +10,7 @@ import pytest
 
 import switchmoe
 from configs import quickstart
+from switchmoe.analysis.routing import traces
 from switchmoe.data import objectives
 from switchmoe.model.moe_rules import group_shape, slots
 from switchmoe.settings import from_config
@@ -129,6 +130,57 @@ def test_the_figures_of_the_layer_are_those_recorded():
     assert wanted["experts"] == [str(row["experts"]) for row in rows]
     assert wanted["time, of dense's"] == [f"{row['ratio']:.2f}" for row in rows]
     assert wanted["memory, MB"] == [f"{row['temporary_bytes'] / 1e6:,.0f}" for row in rows]
+
+
+def test_the_schema_of_a_trace_is_that_of_the_code():
+    wanted = {name: text.partition(":")[0] for name, text in traces.COLUMNS.items()}
+    found = {}
+    for names, (kinds, _) in table(page("routing_traces.md"), "column").items():
+        one, _, what = kinds.rpartition(" of ")
+        kinds = [f"list of {kind}" if one else kind for kind in what.split(", ")]
+        names = re.findall(r"`(\w+)`", names)
+        found |= dict(zip(names, kinds * (len(names) if len(kinds) == 1 else 1), strict=True))
+    assert found == {name: re.sub("of [EK] ", "of ", kind) for name, kind in wanted.items()}
+
+
+def test_the_readme_begins_with_what_it_is_two_commands_and_a_picture():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("!["))
+    assert first < 25 and sum(line.startswith("python3 -m venv") for line in lines[:first]) == 2
+    assert [line for line in lines if re.match("#+ ", line)] == [
+        "# switchmoe",
+        "## Three things to try next",
+        "## What of the papers was found here",
+        "## Where to read on",
+        "## Licences",
+    ]
+
+
+def test_the_readmes_verdicts_are_the_scorecards():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    scorecard = (RESULTS / "scorecard.md").read_text(encoding="utf-8")
+    claims = list(table(scorecard[scorecard.index("## Scale `tiny`") :], "claim").values())[1:]
+    # With all their runs: of three seeds or more.
+    seeds = [int(re.match(r"\d+|", claim[-1])[0] or 0) for claim in claims]
+    decided = [
+        claim[1].removesuffix(" at this scale")
+        for claim, count in zip(claims, seeds, strict=True)
+        if count >= 3
+    ]
+    counts = [decided.count(verdict) for verdict in ("held", "did not hold", "not decidable")]
+    told = re.search(r"\((\d+) held, (\d+) did not, (\d+) not\s+decidable\)", text)
+    assert [int(count) for count in told.groups()] == counts
+    shown = [row[0] for row in table(text, "claim").values()]
+    assert [shown.count(verdict) for verdict in ("held", "did not hold")] == counts[:2]
+
+
+def test_how_long_the_path_of_a_token_is():
+    lines = 0
+    for room in ("routing", "dispatch", "model"):
+        files = (ROOT / "switchmoe" / room).rglob("*.py")
+        lines += sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+    told = re.search(r"is ([\d,]+) lines to read", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    assert abs(lines / int(told.replace(",", "")) - 1) < 0.1
 
 
 def test_what_is_cited_is_this_version():

@@ -1,7 +1,7 @@
 """Traces from what other systems tell: arrays of expert indices, as servers return them with their answers.
 
 vLLM (``routed_experts`` of a completion) and SGLang give int [tokens, layers, choices] for each request; Hugging Face's models
-give router logits, of which ``argsort(-logits)[:, :K]`` is that. docs/routing_traces.md has a line for each.
+give router logits, of which ``argsort(-logits)[:, :K]`` is that. docs/routing_traces.md says how they are put together.
 
 Letters: T tokens, L layers, K choices.
 """
