@@ -77,8 +77,12 @@ def _cases(options: argparse.Namespace, directory: Path) -> tuple[dict[str, Any]
     settings = trained.changed(source.settings, {"data.source": options.text} if options.text else {})
     split, mesh = ("all" if options.text else "validation"), sharding.make_mesh(settings.mesh)
 
+    needed = _documents(options.batches, settings, source.vocabulary, split)
+
     def read() -> list[batches.Batch]:
-        documents = [document for document, _ in origins.labelled(settings.data, split)]
+        documents = [
+            document for document, _ in itertools.islice(origins.labelled(settings.data, split), needed)
+        ]
         return batches.eval_batches(settings.data, source.vocabulary, documents, options.batches, padded=True)
 
     def evaluated(like: judges.HeldOut | None = None) -> judges.HeldOut:
@@ -97,3 +101,16 @@ def _cases(options: argparse.Namespace, directory: Path) -> tuple[dict[str, Any]
         TRACING: Case(lambda: tracing.write(source, settings, text, directory / str(next(number)))),
     }
     return cases, {"tokens": tokens}
+
+
+def _documents(count: int, settings: Any, vocabulary: Any, split: str) -> int:
+    """Documents that so many batches are made of: a trace reads no more, so an evaluation shall not."""
+    from switchmoe.data import batches, objectives, origins
+
+    wanted, number = count * settings.data.batch_size * objectives.lengths(settings.data).raw, 0
+    for document, _ in origins.labelled(settings.data, split):
+        if wanted <= 0:
+            break
+        wanted -= len(batches.tokens_of(document, settings.data, vocabulary))
+        number += 1
+    return number
