@@ -26,6 +26,7 @@ from switchmoe.runs import buckets, integrity
 from switchmoe.settings import CheckpointSettings
 
 REMOVED = "removed"  # where a step goes that is no longer to be kept
+APART = 2**20  # bytes: a layer's share of an array, from which on it is a chunk of its own
 
 
 class CheckpointError(RuntimeError):
@@ -138,7 +139,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = {
-            "state": ocp.args.StandardSave(state),
+            "state": ocp.args.StandardSave(state, save_args=_layers_apart(state)),
             "data": ocp.args.JsonSave(joined_states(distributed.gathered(iterator.get_state()))),
             "config": ocp.args.JsonSave(config),
         }
@@ -337,6 +338,19 @@ def _check_space(directory: Path, state: Any) -> None:
         raise NoSpace(
             f"it takes up to {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free on that disk"
         )
+
+
+def _layers_apart(state: Any) -> Any:
+    """How Orbax is to lay out each array: of a stack of layers a chunk a layer, where one is large.
+
+    So whoever reads a model in parts (`interop.run_files`) has one layer of an array in memory.
+    """
+
+    def one(path: Any, leaf: Any) -> ocp.SaveArgs:
+        stacked = "blocks" in path_keys(path) and leaf.ndim > 1 and leaf.nbytes >= APART * leaf.shape[0]
+        return ocp.SaveArgs(shard_axes=(0,) if stacked else ())
+
+    return jax.tree_util.tree_map_with_path(one, state)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -132,6 +132,7 @@ def test_logits_are_equal_and_files_come_back_bit_for_bit(case, tmp_path):
     batch = check.batch(settings)
     wanted = check.theirs(model, batch, settings.data.bos_id)
     found = check.compared(check.ours(settings, params, batch), wanted, batch)
+    print(f"{case}: {found}")
     assert found.largest <= 1e-4 * found.scale, found
     assert (
         command.main(
