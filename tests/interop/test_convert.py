@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from experiments import convert as command
 from experiments import exits
+from experiments.bench.offload import Group
 from switchmoe.interop import convert, shards, sources, tables
 from switchmoe.runs import trained
 from switchmoe.settings import from_config
@@ -118,6 +119,42 @@ def test_what_is_written_is_of_the_type_asked(tmp_path):
     assert json.loads(leaf.read_text())["dtype"] == "bfloat16"
 
 
+def test_what_is_written_back_is_of_the_type_asked(tmp_path):
+    """Tensors and config.json, rounded; without the option as the run has them."""
+    there = make(tmp_path / "theirs", SWITCH)
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == 0
+    for option, dtype in (("--dtype=bfloat16", "bfloat16"), ("--shard=5GB", "float32")):
+        assert run(f"--source={tmp_path / 'run'}", f"--target={tmp_path / dtype}", option) == 0
+        config = json.loads((tmp_path / dtype / "config.json").read_text())
+        assert (config["dtype"], config["torch_dtype"]) == (dtype, dtype)
+        back = sources.hugging_face(tmp_path / dtype).tensors
+        assert {tensor.dtype for tensor in back.values()} == {dtype}
+        np.testing.assert_array_equal(back[EXPERT].read((), slice(None)), there[EXPERT].astype(dtype))
+
+
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_the_closing_lines_seconds_are_those_of_all_that_was_read(tmp_path, way, monkeypatch):
+    """The files' checksums, and the copies that are compared, too."""
+
+    def slow(of):
+        def act(*arguments):
+            time.sleep(0.5)
+            return of(*arguments)
+
+        return act
+
+    shapes = shapes_of(T5)
+    make(tmp_path / "theirs", T5, shapes=shapes)
+    told = contextlib.nullcontext
+    monkeypatch.setattr(tables, "copies", slow(tables.copies))
+    report = convert.into_run(convert.recognised(tmp_path / "theirs"), tmp_path / "run", "", told)
+    if way == "out":
+        monkeypatch.setattr(trained, "check", slow(trained.check))
+        model = trained.find(str(tmp_path / "run"))
+        report = convert.into_hugging_face(model, tmp_path / "back", "", 10**9, told)
+    assert report.seconds >= 0.5
+
+
 def test_a_run_begins_with_a_converted_model(tmp_path):
     """`init.checkpoint` takes the directory: the parameters are the converted ones."""
     from switchmoe.runs import start
@@ -163,13 +200,24 @@ def test_a_step_that_a_run_saved_becomes_theirs(tmp_path):
 def spoiled(directory, how):
     """Damages a directory of `make`; returns what the one line must say."""
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if how == "cut short":
+    if how == "cut short":  # within the last tensor but one, which is the first that is not whole
         file = sorted(directory.glob("model-*"))[1]
-        os.truncate(file, file.stat().st_size - 1)
-        return "bytes, expected"
+        with header_of(file) as header:
+            *_, first, last = [name for name in header if name != "__metadata__"]
+            missing = header[last]["data_offsets"][1] - header[first]["data_offsets"][1] + 1
+        size = file.stat().st_size
+        os.truncate(file, size - missing)
+        return f"tensor {first}: found cut short in {file}: it has {size - missing:,} bytes, expected {size:,} by"
+    if how == "too long":
+        file = sorted(directory.glob("model-*"))[1]
+        os.truncate(file, file.stat().st_size + 1)
+        return f"{file}: it has {file.stat().st_size:,} bytes, expected {file.stat().st_size - 1:,} by its header"
     if how == "no shard":
-        sorted(directory.glob("model-*"))[1].unlink()
-        return "which is not there"
+        file = sorted(directory.glob("model-*"))[1]
+        named = json.loads(index.read_text())["weight_map"]
+        first = next(name for name in named if named[name] == file.name)
+        file.unlink()
+        return f"tensor {first}: not found, expected in {file.name}, which {index} names and is not there"
     if how == "index":
         index.write_text("{}")
         return "not an index"
@@ -214,6 +262,7 @@ def _rewritten(directory, shapes):
     "how",
     [
         "cut short",
+        "too long",
         "no shard",
         "index",
         "not in the index",
@@ -291,6 +340,26 @@ sys.exit(convert.main(sys.argv))
 """
 
 
+def test_a_killed_upcycling_goes_on_with_the_same_command(tmp_path, environment, capsys):
+    """A run's, part by part: what was done is kept, and the result is that of a command that was never killed."""
+    make(tmp_path / "theirs", T5)
+    assert run(f"--source={tmp_path / 'theirs'}", f"--target={tmp_path / 'run'}") == 0
+    asked = [f"--source={tmp_path / 'run'}", "--upcycle.experts=2", "--upcycle.noise=0.1"]
+    again = [*asked, f"--target={tmp_path / 'sparse'}"]
+    killed = subprocess.run(
+        [sys.executable, "-c", SLOW, *again], env=environment, capture_output=True, timeout=120
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "sparse").exists()
+    assert command.main(["convert", *again, "--upcycle.experts=3"]) == exits.EXIT_BAD_INPUT
+    assert "another conversion is half done" in capsys.readouterr().err
+    assert command.main(["convert", *again]) == 0
+    assert "were there" in capsys.readouterr().out
+    assert command.main(["convert", *asked, f"--target={tmp_path / 'never'}"]) == 0
+    manifests = [tmp_path / name / "checkpoints" / "0" / "files.json" for name in ("sparse", "never")]
+    assert json.loads(manifests[0].read_text()) == json.loads(manifests[1].read_text())
+
+
 @pytest.mark.parametrize("way", ["in", "out"])
 def test_a_killed_conversion_goes_on_with_the_same_command(tmp_path, way, environment, capsys):
     """What was done is kept and not done again; another conversion to the same place is refused."""
@@ -331,7 +400,12 @@ sys.exit(code)
 @pytest.mark.slow
 def test_memory_is_a_few_tensors_whatever_the_models_size(tmp_path, environment):
     """400 MB there and back, or the megabytes that CONVERT_MB says: the process grows by less than 100 MB, or by six of the largest
-    tensors."""
+    tensors. With CONVERT_LIMIT_MB it is in a memory cgroup of so many (that takes root), is killed once, and goes on."""
+    limit, group, enters = int(os.environ.get("CONVERT_LIMIT_MB", 0)) * 10**6, None, None
+    if limit:
+        group = Group.made(limit)
+        procs = group.path / "cgroup.procs"
+        enters = lambda: procs.write_text(str(os.getpid()))  # noqa: E731
     size = int(os.environ.get("CONVERT_MB", 400))
     config = SWITCH | {"d_model": 256, "d_ff": 4096, "num_decoder_layers": 4}
     config |= {"d_model": 1024, "d_ff": 4096} if size > 2000 else {}
@@ -344,10 +418,18 @@ def test_memory_is_a_few_tensors_whatever_the_models_size(tmp_path, environment)
     allowed = max(100, 6 * 4 * config["d_model"] * config["d_ff"] / 2**20)
     for source, target in (("theirs", "run"), ("run", "back")):
         asked = [f"--source={tmp_path / source}", f"--target={tmp_path / target}", "--check=False"]
-        command = [sys.executable, "-c", MEASURED, *asked]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        how = dict(env=environment, capture_output=True, text=True, timeout=300, preexec_fn=enters)
+        if group:
+            group.begin()
+            killed = subprocess.run([sys.executable, "-c", SLOW, *asked], **how)
+            assert killed.returncode == -signal.SIGKILL and not (tmp_path / target).exists(), killed.stderr
+        done = subprocess.run([sys.executable, "-c", MEASURED, *asked], **how)
         assert done.returncode == 0, done.stderr
         print(done.stdout)
+        if group:
+            assert "were there" in done.stdout
+            print(f"peak {group.peak():,} bytes of memory and page cache, limit {limit:,}")
+            assert 0 < group.peak() <= limit
         assert int(done.stdout.split("grown ")[1]) < allowed * 1024  # ru_maxrss is in KiB on Linux
 
 
