@@ -247,6 +247,12 @@ def test_a_decoders_config_that_cannot_be_said_is_refused_by_field(kind, field, 
         convert.from_fields({"model_type": kind, field: value}, "config.json")
 
 
+def test_dense_blocks_first_and_a_step_are_refused_together():
+    given = {"model_type": "qwen3_moe", "mlp_only_layers": [0], "decoder_sparse_step": 2}
+    with pytest.raises(ValueError, match=r"mlp_only_layers=\[0\]: accepted is none, or the first ones with"):
+        convert.from_fields(given, "config.json")
+
+
 @pytest.mark.parametrize("kind, unit", [("mixtral", True), ("olmoe", True), ("olmoe", False)])
 def test_a_single_choices_gate_is_one_or_its_probability_both_ways(kind, unit):
     """Theirs divides it by itself where gates are renormalised; `moe.renormalize` leaves it as it is, `moe.unit_gates` does so."""
