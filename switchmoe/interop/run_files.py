@@ -140,8 +140,8 @@ def _zarray(shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> dict
 class Reader:
     """Reads parts of a step's arrays, ``params/...`` or ``opt_state/...``, whether Orbax or `Writer` wrote them.
 
-    Of an array that lies in larger chunks than the parts asked for (a layer's experts, as runs save them; all layers, as they
-    did before, and do where a layer is small), the chunks of a part are read once and kept until a part of others is asked for.
+    Of an array that lies in larger chunks than the parts asked for (all layers, where a run saved them so: earlier versions, and
+    where a layer's share is small), the chunks of a part are read once and kept until a part of others is asked for.
     """
 
     def __init__(self, step: Path):

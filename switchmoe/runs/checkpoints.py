@@ -26,7 +26,7 @@ from switchmoe.runs import buckets, integrity
 from switchmoe.settings import CheckpointSettings
 
 REMOVED = "removed"  # where a step goes that is no longer to be kept
-APART = 2**20  # bytes: a layer's share of an array, from which on it is a chunk of its own
+APART = 2**20  # bytes: a layer's or an expert's share of an array, from which on it is a chunk of its own
 
 
 class CheckpointError(RuntimeError):
@@ -341,14 +341,17 @@ def _check_space(directory: Path, state: Any) -> None:
 
 
 def _layers_apart(state: Any) -> Any:
-    """How Orbax is to lay out each array: of a stack of layers a chunk a layer, where one is large.
+    """How Orbax is to lay out each array: of a stack of layers a chunk a layer, or an expert of one, where that is large.
 
-    So whoever reads a model in parts (`interop.run_files`) has one layer of an array in memory.
+    So whoever reads a model in parts (`interop.run_files`) has one part of an array in memory.
     """
 
     def one(path: Any, leaf: Any) -> ocp.SaveArgs:
-        stacked = "blocks" in path_keys(path) and leaf.ndim > 1 and leaf.nbytes >= APART * leaf.shape[0]
-        return ocp.SaveArgs(shard_axes=(0,) if stacked else ())
+        keys = tuple(path_keys(path))
+        lead = min(leaf.ndim, ("blocks" in keys) + ("experts" in keys))
+        while lead and leaf.nbytes < APART * math.prod(leaf.shape[:lead]):
+            lead -= 1
+        return ocp.SaveArgs(shard_axes=tuple(range(lead)))
 
     return jax.tree_util.tree_map_with_path(one, state)
 
