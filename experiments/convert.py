@@ -8,7 +8,7 @@ from_pretrained loads. Families: Switch, T5, T5 1.1, Flan-T5, mT5, Mixtral, OLMo
   --dtype=float32|bfloat16   of what is written (the source's)
   --shard=5GB                at most so much in a safetensors file
   --revision=REVISION        a hub's branch or commit
-  --check=True|False         compares both models' logits on random sequences (True where transformers is installed and
+  --check[=True|False]       compares both models' logits on random sequences (True where transformers is installed and
                              memory has both, whole in float32)
   --tolerance=N              of the check, a share of the largest logit (1e-4; both compute in float32, of weights rounded alike)
 
@@ -58,6 +58,7 @@ OPTIONS = (
 )
 OWN = "own"
 NO_T5X = "transformers reads no T5X checkpoint"
+BARE = {"--experts_on_disk": OWN, "--check": "True"}  # options without a value
 FORMS = (OWN, "float32", "bfloat16", "int8", "int4")
 UPCYCLE: dict[str, Any] = {  # option: its type
     "experts": int,
@@ -91,8 +92,8 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
     accepted = [f"--{name}=" for name in (*OPTIONS, *(f"upcycle.{name}" for name in UPCYCLE))]
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
-        if argument == "--experts_on_disk":
-            equals, value = "=", OWN
+        if argument in BARE:
+            equals, value = "=", BARE[argument]
         if not (argument.startswith("--") and equals and f"--{name}=" in accepted):
             raise ValueError(f"argument {argument}: accepted are {', '.join(accepted)}")
         if name.startswith("upcycle."):

@@ -6,6 +6,7 @@ not at all, and a conversion that was killed goes on where it was.
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,8 +61,9 @@ def recognised(directory: Path) -> Model:
         raise tables.TableError(f"tensor {name}: not found, expected in a T5X checkpoint")
 
     config = t5.t5x_config(source.shapes, missing)
-    settings = _settings(config, directory, source)
-    return Model(settings, t5.t5x_family(settings.model.gated), source)
+    vocabulary = _vocabulary(directory)
+    settings = _settings(config, directory, source, vocabulary)
+    return Model(settings, t5.t5x_family(settings.model.gated), source, vocabulary)
 
 
 def _hugging_face(directory: Path) -> Model:
@@ -86,9 +88,13 @@ def _hugging_face(directory: Path) -> Model:
                 f"tensor lm_head.weight: found with other values than {embedding}, expected a copy of it"
             )
         model["tie_embeddings"] = not own
-    path = directory / VOCABULARY
-    vocabulary = path.read_bytes() if path.exists() else None
+    vocabulary = _vocabulary(directory)
     return Model(_settings(groups, directory, source, vocabulary), family, source, vocabulary, config)
+
+
+def _vocabulary(directory: Path) -> bytes | None:
+    path = directory / VOCABULARY
+    return path.read_bytes() if path.exists() else None
 
 
 def from_fields(given: Mapping[str, Any], where: str) -> tuple[Family, dict[str, dict[str, Any]]]:
@@ -157,11 +163,17 @@ def _settings(
     groups: dict[str, dict[str, Any]],
     directory: Path,
     source: sources.Source,
-    vocabulary: bytes | None = None,
+    vocabulary: bytes | None,
 ) -> Settings:
-    rows = groups["model"]["vocab_rows"]
-    pieces = Vocabulary.from_bytes(vocabulary, VOCABULARY).pieces if vocabulary else max(300, rows - 100)
-    groups["data"] |= {"vocab_size": min(pieces, rows), "input_length": 512}
+    rows, file = groups["model"]["vocab_rows"], directory / VOCABULARY
+    pieces = min(max(300, rows - 100), rows)
+    if vocabulary is not None:
+        pieces = Vocabulary.from_bytes(vocabulary, str(file)).pieces
+        if pieces > rows:
+            raise ValueError(
+                f"{file}: found {pieces:,} pieces, and {rows:,} rows of the embedding; accepted is the model's own"
+            )
+    groups["data"] |= {"vocab_size": pieces, "input_length": 512}
     dtypes = {tensor.dtype for tensor in source.tensors.values()}
     # float16 is held by float32 alone
     groups["model"]["dtype"] = "bfloat16" if dtypes == {"bfloat16"} else "float32"
@@ -191,7 +203,7 @@ def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
     Raises:
       ValueError: tensors that are not the family's, a target that is there; nothing is left at ``target``.
     """
-    source = model.source
+    source, began = model.source, time.monotonic()
     found = tables.moves(model.family, model.settings, source.shapes)
     for copy, of in tables.copies(model.family, found, source.shapes).items():
         if not sources.same(source.tensors[copy], source.tensors[of]):
@@ -206,7 +218,8 @@ def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
     with growing.grown(target, asked) as work:
         step = work / "checkpoints" / "0"
         writer = run_files.Writer(step, run_files.parts(found, places.names(settings)), kept)
-        counter = growing.Counter(sum(math.prod(move.shape) for move in found) * np.dtype(kept).itemsize)
+        total = sum(math.prod(move.shape) for move in found) * np.dtype(kept).itemsize
+        counter = growing.Counter(total, began)
 
         def one(move: Move) -> None:
             size = math.prod(move.shape) * np.dtype(kept).itemsize
@@ -223,7 +236,7 @@ def into_run(model: Model, target: Path, dtype: str, told: Told) -> Report:
             _each(one, found)
         checksums = writer.finish()
         (step / integrity.MANIFEST).write_text(json.dumps(checksums, indent=1))
-        if model.vocabulary:
+        if model.vocabulary is not None:
             (work / start.VOCABULARY_FILE).write_bytes(model.vocabulary)
         if model.config:
             write_json(work / KEPT, model.config)
@@ -272,7 +285,7 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
     Raises:
       ValueError: settings that theirs can't say, a damaged step, a target that is there.
     """
-    settings = model.settings
+    settings, began = model.settings, time.monotonic()
     family, config = to_fields(settings)
     config |= _kept(Path(model.step).parent.parent / KEPT, config["model_type"])
     trained.check(model)
@@ -290,7 +303,7 @@ def into_hugging_face(model: trained.Source, target: Path, dtype: str, limit: in
         shapes |= {copy: shapes[of] for copy, of in copied.items()}
         shapes = dict(sorted(shapes.items(), key=lambda item: natural(item[0])))
         writer = shards.Writer(work, shapes, kept, limit)
-        counter = growing.Counter(writer.total)
+        counter = growing.Counter(writer.total, began)
         log = work / WRITTEN  # a byte a move that is done
         done = log.stat().st_size if log.exists() else 0
         with told(counter.state), log.open("ab", buffering=0) as written:

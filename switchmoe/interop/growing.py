@@ -42,11 +42,11 @@ def identity(file: Path) -> list[Any]:
 
 
 class Counter:
-    """Bytes that are done, by several threads."""
+    """Bytes that are done, by several threads, since ``began`` of `time.monotonic` (None: now)."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, began: float | None = None):
         self._total, self._done, self._kept, self._lock = total, 0, 0, threading.Lock()
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
 
     def add(self, size: int, kept: bool = False) -> None:
         with self._lock:

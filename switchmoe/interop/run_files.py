@@ -140,14 +140,15 @@ def _zarray(shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> dict
 class Reader:
     """Reads parts of a step's arrays, ``params/...`` or ``opt_state/...``, whether Orbax or `Writer` wrote them.
 
-    Of an array that lies in larger chunks than the parts asked for, the whole is read once and kept until another one is
-    asked for.
+    Of an array that lies in larger chunks than the parts asked for (all layers, where a run saved them so: earlier versions, and
+    where a layer's share is small), the chunks of a part are read once and kept until a part of others is asked for.
     """
 
     def __init__(self, step: Path):
         self._state = step / STATE
         self._ocdbt = (self._state / "manifest.ocdbt").exists()
-        self._store: tuple[str, Any, np.ndarray | None] | None = None
+        self._array: tuple[str, Any] = "", None
+        self._held: tuple[tuple[str, tuple[int, ...]], Any] = ("", ()), None  # (name, first place), values
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(name).shape)
@@ -165,13 +166,19 @@ class Reader:
         return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
 
     def read(self, name: str, index: tuple[int, ...]) -> np.ndarray:
-        if self._store is None or self._store[0] != name:
-            array = self._open(name)
-            chunk = array.chunk_layout.read_chunk.shape or ()
-            large = math.prod(chunk[: len(index)]) > 1
-            self._store = name, array, np.asarray(array.read().result()) if large else None
-        _, array, whole = self._store
-        return whole[index] if whole is not None else np.asarray(array[index].read().result())
+        if self._array[0] != name:
+            self._array = name, self._open(name)
+        array = self._array[1]
+        sizes = (array.chunk_layout.read_chunk.shape or ())[: len(index)]
+        if math.prod(sizes) == 1:
+            return np.asarray(array[index].read().result())
+        first = tuple(place - place % size for place, size in zip(index, sizes, strict=True))
+        if self._held[0] != (name, first):
+            self._held = ("", ()), None  # before the next is read
+            pairs = zip(first, sizes, array.shape, strict=False)
+            block = tuple(slice(place, min(place + size, end)) for place, size, end in pairs)
+            self._held = (name, first), np.asarray(array[block].read().result())
+        return self._held[1][tuple(place - begin for place, begin in zip(index, first, strict=True))]
 
 
 def parts(

@@ -70,8 +70,10 @@ def _sharded(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> Source:
         raise SourceError(f"{index}: it names no tensors; accepted is an object with weight_map")
     missing = [file for file in files if not (index.parent / file).is_file()]
     if missing:
+        first = next(name for name, file in named.items() if str(file) == missing[0])
         raise SourceError(
-            f"{index}: it names {missing[0]}, which is not there; accepted is a directory with all its shards"
+            f"tensor {first}: not found, expected in {missing[0]}, which {index} names and is not there; accepted is a directory with"
+            " all its shards"
         )
     found: dict[str, Tensor] = {}
     for file in files:
@@ -108,10 +110,14 @@ def safetensors(file: Path) -> dict[str, Tensor]:
                     f"{file}: not a safetensors file, or cut short ({size:,} bytes, of which the header's are {length:,})"
                 )
             header = json.loads(opened.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        ends = [_end(entry) for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
         if size != expected:
-            raise SourceError(f"{file}: it has {size:,} bytes, expected {expected:,} by its header")
+            beyond = (
+                name for name in header if name != "__metadata__" and _end(header[name]) > size - 8 - length
+            )
+            what = f"tensor {next(beyond)}: found cut short in {file}" if size < expected else str(file)
+            raise SourceError(f"{what}: it has {size:,} bytes, expected {expected:,} by its header")
         return {
             name: _safetensor(file, name, entry, 8 + length)
             for name, entry in header.items()
@@ -121,6 +127,10 @@ def safetensors(file: Path) -> dict[str, Tensor]:
         if isinstance(error, SourceError):
             raise
         raise SourceError(f"{file}: not a safetensors file, or cut short ({error})") from error
+
+
+def _end(entry: Mapping[str, Any]) -> Any:
+    return entry["data_offsets"][1]
 
 
 def _safetensor(file: Path, name: str, entry: Mapping[str, Any], start: int) -> Tensor:

@@ -89,6 +89,8 @@ ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu", "gated-silu": "swiglu"}
 def read_config(config: Mapping[str, Any], refuse: Any) -> dict[str, dict[str, Any]]:
     """Our config of theirs, by group. ``refuse(field, accepted)`` raises."""
     sparse = config["model_type"] == "switch_transformers"
+    if config["pad_token_id"] not in (0, None):
+        refuse("pad_token_id", "0")
     found: dict[str, dict[str, Any]] = {"model": {}, "moe": {"num_experts": 1}, "data": {}}
     for field, ours in FIELDS.items():
         found["model"][ours.removeprefix("model.")] = config[field]

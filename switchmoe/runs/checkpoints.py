@@ -26,6 +26,7 @@ from switchmoe.runs import buckets, integrity
 from switchmoe.settings import CheckpointSettings
 
 REMOVED = "removed"  # where a step goes that is no longer to be kept
+APART = 2**20  # bytes: a layer's or an expert's share of an array, from which on it is a chunk of its own
 
 
 class CheckpointError(RuntimeError):
@@ -138,7 +139,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = {
-            "state": ocp.args.StandardSave(state),
+            "state": ocp.args.StandardSave(state, save_args=_layers_apart(state)),
             "data": ocp.args.JsonSave(joined_states(distributed.gathered(iterator.get_state()))),
             "config": ocp.args.JsonSave(config),
         }
@@ -337,6 +338,22 @@ def _check_space(directory: Path, state: Any) -> None:
         raise NoSpace(
             f"it takes up to {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free on that disk"
         )
+
+
+def _layers_apart(state: Any) -> Any:
+    """How Orbax is to lay out each array: of a stack of layers a chunk a layer, or an expert of one, where that is large.
+
+    So whoever reads a model in parts (`interop.run_files`) has one part of an array in memory.
+    """
+
+    def one(path: Any, leaf: Any) -> ocp.SaveArgs:
+        keys = tuple(path_keys(path))
+        lead = min(leaf.ndim, ("blocks" in keys) + ("experts" in keys))
+        while lead and leaf.nbytes < APART * math.prod(leaf.shape[:lead]):
+            lead -= 1
+        return ocp.SaveArgs(shard_axes=tuple(range(lead)))
+
+    return jax.tree_util.tree_map_with_path(one, state)
 
 
 def write_json(path: Path, value: Any) -> None:

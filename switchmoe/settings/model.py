@@ -120,9 +120,12 @@ class MoESettings:
     capacity_factor: float = 1.25  # slots over choices in training; what finds no slot is dropped
     eval_capacity_factor: float = 2.0  # the same at evaluation
     # Slots of each expert in a group, whatever its size, in training and evaluation; 0: by the factors. Hugging Face's Switch has
-    # 64 a sequence (group_size=0), and lets padding take them; Flaxformer, which trained the released models, has factors.
+    # 64 a sequence (group_size=0). Flaxformer, which trained the released models, has factors, 1.25 and 2.0 at evaluation, of
+    # groups of 8,192 tokens.
     capacity: int = 0
-    route_padding: bool = False  # encoder: padding is routed, and takes slots, like any token
+    # Encoder: padding is routed, and takes slots, like any token, as in Hugging Face's Switch. Flaxformer's masked router leaves it
+    # out, its scatter router only weighs it down.
+    route_padding: bool = False
     group_size: int = 4096  # at most so many tokens compete for capacity: whole sequences, or parts; 0: one
     # The same at evaluation; 0: a sequence, so neighbours never matter (nothing is dropped in a decoder alone, whose
     # rows hold several documents)

@@ -9,11 +9,14 @@ import zipfile
 
 import numpy as np
 import pytest
-from test_convert import SWITCH, make, run
+from test_convert import SWITCH, T5, make, run
 
 from experiments import convert as command
 from experiments import exits
+from switchmoe.data import vocabulary
 from switchmoe.interop import check, sources, torch_files
+
+WORDS = [f"{a}{b}{c} {c}{a}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwxyz"]
 
 
 def tensors_of(file):
@@ -249,43 +252,44 @@ def test_a_header_of_any_size_is_not_read(tmp_path, monkeypatch):
         sources.safetensors(file)
 
 
-def t5x_names(there):
-    """T5X's names and layout of a Switch that `make` made: by hand, from Hugging Face's."""
+def t5x_names(there, config=SWITCH, axes=3):
+    """T5X's names and layout of a model that `make` made: by hand, from Hugging Face's.
+
+    Args:
+      axes: of a query's kernel; flaxformer's has one for the heads.
+    """
     found = {"token_embedder.embedding": there["shared.weight"]}
+    if "lm_head.weight" in there:
+        found["decoder.logits_dense.kernel"] = there["lm_head.weight"].T
+    dense, names = (
+        ("mlp", ("wi", "wo")) if "num_experts" in config else ("DenseReluDense", ("wi_0", "wi_1", "wo"))
+    )
     for stack, own, ff in (("encoder", "attention", 1), ("decoder", "self_attention", 2)):
         theirs = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         found[f"{stack}.relpos_bias.rel_embedding"] = there[theirs].T
         found[f"{stack}.{stack}_norm.scale"] = there[f"{stack}.final_layer_norm.weight"]
-        for n in range(SWITCH["num_layers"] if stack == "encoder" else SWITCH["num_decoder_layers"]):
+        for n in range(config["num_layers" if stack == "encoder" else "num_decoder_layers"]):
             block, layer = f"{stack}.block.{n}.layer", f"{stack}.layers_{n}"
             kinds = [(own, f"{block}.0.SelfAttention", f"{block}.0", f"pre_{own}")]
             if stack == "decoder":
-                kinds.append(
-                    (
-                        "encoder_decoder_attention",
-                        f"{block}.1.EncDecAttention",
-                        f"{block}.1",
-                        "pre_cross_attention",
-                    )
-                )
+                cross = f"{block}.1.EncDecAttention", f"{block}.1", "pre_cross_attention"
+                kinds.append(("encoder_decoder_attention", *cross))
             for name, attention, norm, before in kinds:
                 for a, b in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
                     kernel = there[f"{attention}.{b}.weight"].T
-                    # flaxformer's query has an axis for the heads
-                    found[f"{layer}.{name}.{a}.kernel"] = kernel.reshape(16, 3, 4) if a == "query" else kernel
+                    apart = a == "query" and axes == 3
+                    found[f"{layer}.{name}.{a}.kernel"] = kernel.reshape(16, 3, 4) if apart else kernel
                 found[f"{layer}.{before}_layer_norm.scale"] = there[f"{norm}.layer_norm.weight"]
             found[f"{layer}.pre_mlp_layer_norm.scale"] = there[f"{block}.{ff}.layer_norm.weight"]
-            mlp = f"{block}.{ff}.mlp"
-            if f"{mlp}.router.classifier.weight" in there:
-                found[f"{layer}.mlp.router.router_weights.w.kernel"] = there[
-                    f"{mlp}.router.classifier.weight"
-                ].T
-                for a in ("wi", "wo"):
-                    experts = [there[f"{mlp}.experts.expert_{e}.{a}.weight"].T for e in range(3)]
+            router = f"{block}.{ff}.mlp.router.classifier.weight"
+            if router in there:
+                found[f"{layer}.mlp.router.router_weights.w.kernel"] = there[router].T
+            for a in names:
+                if router in there:
+                    experts = [there[f"{block}.{ff}.mlp.experts.expert_{e}.{a}.weight"].T for e in range(3)]
                     found[f"{layer}.mlp.expert.{a}.kernel"] = np.stack(experts)
-            else:
-                for a in ("wi", "wo"):
-                    found[f"{layer}.mlp.{a}.kernel"] = there[f"{mlp}.{a}.weight"].T
+                else:
+                    found[f"{layer}.mlp.{a}.kernel"] = there[f"{block}.{ff}.{dense}.{a}.weight"].T
     return {f"target.{name}": value for name, value in found.items()}
 
 
@@ -304,23 +308,50 @@ def write_t5x(directory, arrays):
     (directory / "checkpoint").write_bytes(b"msgpack")
 
 
-def test_a_t5x_checkpoint_is_the_same_model_as_hugging_faces(tmp_path):
+SPARSE_APART = SWITCH | {"num_decoder_layers": 4, "num_sparse_decoder_layers": 1}
+
+
+@pytest.mark.parametrize(
+    "config, axes",
+    [(SWITCH, 3), (SWITCH, 2), (SPARSE_APART, 3), (T5, 2), (T5, 3)],
+    ids=["switch", "two axes", "one sparse block in the decoder", "t5 1.1", "t5 1.1, three axes"],
+)
+def test_a_t5x_checkpoint_is_the_same_model_as_hugging_faces(config, axes, tmp_path):
+    """Of T5 1.1 gated feed-forwards, unequal stacks, and an output of its own; the vocabulary that lies beside it is the run's."""
     import jax
     from flax.traverse_util import flatten_dict
 
     from switchmoe.runs import trained
 
-    there = make(tmp_path / "theirs", SWITCH)
-    write_t5x(tmp_path / "t5x", t5x_names(there))
+    there = make(tmp_path / "theirs", config)
+    write_t5x(tmp_path / "t5x", t5x_names(there, config, axes))
+    model_bytes = vocabulary.train(WORDS, 300)
+    (tmp_path / "t5x" / "spiece.model").write_bytes(model_bytes)
     found = {}
     for name in ("theirs", "t5x"):
         assert run(f"--source={tmp_path / name}", f"--target={tmp_path / name}-run") == 0
         source = trained.find(f"{tmp_path / name}-run")
         found[name] = flatten_dict(jax.device_get(trained.on_one_device(source, source.settings)), sep="/")
-    assert source.settings.moe.jitter == 0.0 and source.settings.moe.group_size == 8192  # Flaxformer's
+    assert source.vocabulary.model_bytes == model_bytes and source.settings.data.vocab_size == 300
+    if config is not T5:
+        assert source.settings.moe.jitter == 0.0 and source.settings.moe.group_size == 8192  # Flaxformer's
     assert found["theirs"].keys() == found["t5x"].keys()
     for name, value in found["theirs"].items():
         np.testing.assert_array_equal(found["t5x"][name], value)
+
+
+def test_scanned_layers_are_refused(tmp_path, capsys):
+    """T5X's other layout: the layers along the second axis of one array."""
+    there = t5x_names(make(tmp_path / "theirs", T5), T5)
+    scanned = {name: value for name, value in there.items() if ".layers_" not in name}
+    query = there["target.encoder.layers_0.attention.query.kernel"]
+    scanned["target.encoder.encoder.attention.query.kernel"] = np.stack([query, query], axis=1)
+    write_t5x(tmp_path / "t5x", scanned)
+    assert run(f"--source={tmp_path / 't5x'}", f"--target={tmp_path / 'run'}") == exits.EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert (
+        "tensor target.encoder.layers_0.attention.query.kernel: not found" in error and error.count("\n") == 1
+    )
 
 
 def test_a_check_of_t5x_that_is_asked_for_is_refused_before_anything_is_written(

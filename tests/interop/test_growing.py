@@ -43,6 +43,22 @@ def test_nothing_is_kept_of_a_damaged_source(tmp_path):
     assert not names(tmp_path)
 
 
+def test_what_is_told_while_it_grows(monkeypatch):
+    """Half of 10 MB in 5 s, of which 2 MB were there: 3 MB in 5 s, and 5 MB to go at that rate."""
+    now = [100.0]
+    monkeypatch.setattr(growing.time, "monotonic", lambda: now[0])
+    counter = growing.Counter(10_000_000)
+    assert counter.state() == f"[{' ' * 20}]   0% of 10 MB, 0 MB/s"
+    counter.add(2_000_000, kept=True)
+    counter.add(3_000_000)
+    now[0] = 105.0
+    assert counter.state() == f"[{'#' * 10}{' ' * 10}]  50% of 10 MB, 1 MB/s, 8 s left"
+    counter.add(5_000_000)
+    assert counter.state() == f"[{'#' * 20}] 100% of 10 MB, 2 MB/s, 0 s left"
+    assert str(counter.report(7)) == "7 tensors, 10 MB, 2 MB were there; 2 MB/s"
+    assert growing.Counter(1, began=90.0).report(1).seconds == 15.0
+
+
 def test_a_target_that_is_there(tmp_path):
     (tmp_path / "model").symlink_to("nowhere")
     with (

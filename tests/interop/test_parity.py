@@ -101,7 +101,8 @@ def model_of(case):
     kind, fields = CASES[case]
     decoder = "hidden_size" in fields
     cls = getattr(transformers, f"{kind}{'ForCausalLM' if decoder else 'ForConditionalGeneration'}")
-    torch.manual_seed(1)
+    # With 1 two experts of a token are 2e-6 apart there: the sums' order alone would send it to one or the other.
+    torch.manual_seed(2 if case == "switch, every fourth, one in the decoder" else 1)
     model = cls(cls.config_class(**fields))
     if not decoder:
         model.encoder.embed_tokens.weight = model.decoder.embed_tokens.weight = model.shared.weight
@@ -132,6 +133,7 @@ def test_logits_are_equal_and_files_come_back_bit_for_bit(case, tmp_path):
     batch = check.batch(settings)
     wanted = check.theirs(model, batch, settings.data.bos_id)
     found = check.compared(check.ours(settings, params, batch), wanted, batch)
+    print(f"{case}: {found}")
     assert found.largest <= 1e-4 * found.scale, found
     assert (
         command.main(

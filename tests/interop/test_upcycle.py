@@ -14,7 +14,7 @@ from experiments import convert as command
 from experiments import exits
 from switchmoe.model.transformer import Transformer
 from switchmoe.runs import trained, upcycling
-from switchmoe.settings import from_config
+from switchmoe.settings import from_config, to_dict
 from switchmoe.training import train_state
 from switchmoe.training.train_state import TrainState
 
@@ -190,21 +190,50 @@ def test_a_wrong_option_is_one_line_and_leaves_nothing(tmp_path, option, accepte
     assert not (tmp_path / "sparse").exists()
 
 
-def test_a_run_becomes_sparse_part_by_part_and_goes_on_after_a_stop(tmp_path, capsys, monkeypatch):
-    """Its parameters and its optimizer's state are those that are made in memory, and a run begins with them."""
+def dense_run(directory, optimizer):
+    """A run's directory of one step; returns its settings and the state."""
     import orbax.checkpoint as ocp
 
-    from switchmoe.interop import run_files
-    from switchmoe.runs import start
-    from switchmoe.settings import to_dict
-
-    settings, params = dense(ALONE | {"optimizer": dict(name="adamw", learning_rate=0.1)})
+    settings, params = dense(ALONE | {"optimizer": dict(name=optimizer, learning_rate=0.1)})
     tx = train_state.optimizer(settings)
     state = TrainState(jnp.int32(3), params, tx.update(params, tx.init(params), params)[1])
-    place = tmp_path / "dense" / "checkpoints" / "3"
+    place = directory / "checkpoints" / "3"
     ocp.Checkpointer(ocp.StandardCheckpointHandler()).save(place / "state", args=ocp.args.StandardSave(state))
     (place / "data").mkdir()
-    (tmp_path / "dense" / "config.json").write_text(json.dumps(to_dict(settings)))
+    (directory / "config.json").write_text(json.dumps(to_dict(settings)))
+    return settings, state
+
+
+@pytest.mark.parametrize("asked", ["True", "False"])
+def test_the_optimizers_state_is_copied_or_left_by_the_command(asked, tmp_path, capsys):
+    """Adafactor's, with its factored moments."""
+    from switchmoe.interop import run_files
+
+    settings, state = dense_run(tmp_path / "dense", "adafactor")
+    given = [f"--source={tmp_path / 'dense'}", f"--target={tmp_path / 'sparse'}", "--upcycle.experts=4"]
+    assert command.main(["convert", *given, f"--upcycle.optimizer={asked}"]) == 0
+    assert ("the optimizer's state" in capsys.readouterr().err) == (asked == "True")
+    there = [path.name for path in (tmp_path / "sparse/checkpoints/0/state").glob("opt_state.*")]
+    if asked == "False":
+        assert not there
+        return
+    source = trained.find(str(tmp_path / "sparse"))
+    held = saved({"params": state.params, "opt_state": state.opt_state})
+    wanted = upcycling.Plan(settings, source.settings, upcycling.Upcycling(experts=4), held).optimizer_state()
+    reader, leaves = run_files.Reader(source.step), jax.tree_util.tree_leaves_with_path(wanted)
+    assert len(there) == len(leaves)
+    for keys, leaf in leaves:
+        name = "/".join(("opt_state", *upcycling.path_keys(keys)))
+        np.testing.assert_array_equal(reader.read(name, ()), leaf, err_msg=name)
+
+
+def test_a_run_becomes_sparse_part_by_part_and_goes_on_after_a_stop(tmp_path, capsys, monkeypatch):
+    """Its parameters and its optimizer's state are those that are made in memory, and a run begins with them."""
+    from switchmoe.interop import run_files
+    from switchmoe.runs import start
+
+    settings, state = dense_run(tmp_path / "dense", "adamw")
+    params = state.params
     asked = [f"--source={tmp_path / 'dense'}", f"--target={tmp_path / 'sparse'}", "--upcycle.experts=4"]
     write, written = run_files.Writer.write, []
 
@@ -314,7 +343,6 @@ def test_a_run_goes_on_with_the_optimizers_state(tmp_path):
     import orbax.checkpoint as ocp
 
     from switchmoe.runs import start
-    from switchmoe.settings import to_dict
     from switchmoe.training import optimizers
 
     settings, params = dense(ALONE)
