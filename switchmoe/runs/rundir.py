@@ -106,7 +106,7 @@ def claim(workdir: Path, settings: Settings, lock: Lock, **facts: Any) -> None:
     write_json(workdir / "config.json", to_dict(settings))
 
 
-def read_run(workdir: Path) -> dict[str, Any]:
+def read_run(workdir: Path | epath.Path) -> dict[str, Any]:
     """`run.json`, {} if there is none.
 
     Raises:

@@ -383,13 +383,19 @@ def test_another_models_vocabulary_and_a_target_that_is_there_are_refused(files,
         [f"{a}{b}{c} " * 2 for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwxyz"], 500
     )
     own = (tmp_path / "run" / "vocabulary.model").read_bytes()
-    for model_bytes, ids, run_of in ((many, 600, many), (own, 400, many)):
+    sha = vocabulary.Vocabulary.from_bytes(many).sha256
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"vocabulary_sha256": sha}))
+    taken_out = [f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'x'}"]
+    for model_bytes, given, message in (
+        (many, (command.main, "--bits=8"), "a vocabulary of 600 ids, another model's; accepted is a run with its own"),
+        (own, (command.main, "--bits=8"), f"is another vocabulary than the run was trained with; accepted is the one of SHA-256 {sha}"),
+        (own, (convert.main,), "its vocabulary.model is another vocabulary than"),
+        (own, (convert.main, "--upcycle.experts=2"), "its vocabulary.model is another vocabulary than"),
+    ):  # fmt: skip
         (tmp_path / "run" / "vocabulary.model").write_bytes(model_bytes)
-        sha = vocabulary.Vocabulary.from_bytes(run_of).sha256
-        (tmp_path / "run" / "run.json").write_text(json.dumps({"vocabulary_sha256": sha}))
-        run(command.main, *bad(tmp_path, tmp_path / "x", "--bits=8"), code=exits.EXIT_BAD_INPUT)
+        run(given[0], *taken_out, *given[1:], code=exits.EXIT_BAD_INPUT)
         error = capsys.readouterr().err
-        assert f"a vocabulary of {ids} ids, another model's; accepted is a run with its own" in error
+        assert message in error and error.count("\n") == 1, error
     (tmp_path / "run" / "run.json").unlink()
     (tmp_path / "run" / "vocabulary.model").unlink()
     run(command.main, *bad(tmp_path, tmp_path / "x", "--bits=8"), code=exits.EXIT_BAD_INPUT)

@@ -200,6 +200,13 @@ def test_another_vocabulary_is_refused(teacher, tmp_path, capsys):
     other = f"--config.data.vocab={tmp_path / 'other' / 'vocabulary.model'}"
     assert distil(teacher, tmp_path / "run", other, "--config.data.vocab_size=601", *FEW) == EXIT_BAD_INPUT
     assert "its vocabulary is another than the run's; accepted is the same" in capsys.readouterr().err
+    assert distil(teacher, tmp_path / "run", other, "--task=topic", *FEW) == EXIT_BAD_INPUT
+    assert f"another vocabulary than distill.teacher={teacher} was trained with" in capsys.readouterr().err
+    shutil.copytree(teacher, tmp_path / "swapped")
+    shutil.copyfile(tmp_path / "other" / "vocabulary.model", tmp_path / "swapped" / "vocabulary.model")
+    for more in ([], ["--task=topic"]):
+        assert distil(tmp_path / "swapped", tmp_path / "run", *more, *FEW) == EXIT_BAD_INPUT
+        assert f"distill.teacher={tmp_path / 'swapped'}: its vocabulary.model is" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Fine-tuning: a task is learnt and judged, kills, both kinds of model, what is frozen, zero steps, refusals."""
 
+import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,10 @@ from test_run import DECODER_ONLY, TINY, finish, losses, wait_for_step
 from experiments import finetune as command
 from experiments import run as pretraining
 from experiments.exits import EXIT_BAD_INPUT
+from switchmoe.data import vocabulary
+from switchmoe.runs import start
 from switchmoe.runs.reporting import read_metrics
+from switchmoe.settings import from_config
 from switchmoe.training import train_state
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -147,13 +152,48 @@ def test_bad_input_is_one_line_and_writes_nothing(pretrained, colours, tmp_path,
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_model_without_a_vocabulary_is_refused(pretrained, colours, tmp_path, capsys):
-    import shutil
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Vocabularies that no model here has, of fewer ids than it has rows, and of more."""
+    words = [f"{a}{b}{c} " * 2 for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwxyz"]
+    directory = tmp_path_factory.mktemp("others")
+    for name, size in (("few", 400), ("many", 900)):
+        (directory / name).write_bytes(vocabulary.train(words, size))
+    return directory
 
+
+def test_another_vocabulary_than_the_models_own_is_refused(pretrained, colours, others, tmp_path, capsys):
+    own = pretrained / "vocabulary.model"
+    shutil.copytree(pretrained, tmp_path / "swapped")
+    shutil.copyfile(others / "few", tmp_path / "swapped" / "vocabulary.model")
     shutil.copytree(pretrained, tmp_path / "bare")
     (tmp_path / "bare" / "vocabulary.model").unlink()
-    assert command.main(arguments(tmp_path / "bare", colours, tmp_path / "run")) == EXIT_BAD_INPUT
-    assert "it has no vocabulary; accepted is a run that has one" in capsys.readouterr().err
+    shutil.copyfile(own, tmp_path / "same.model")
+    given = "--config.data.vocab="
+    refused = {
+        "its vocabulary.model is another vocabulary than the run was trained with": (tmp_path / "swapped",),
+        "few: another vocabulary than init.checkpoint=": (pretrained, f"{given}{others / 'few'}"),
+        "it has no vocabulary; accepted is a run that has one": (tmp_path / "bare",),
+        "ids; accepted is the vocabulary of a model of 768 rows": (tmp_path / "bare", f"{given}{others / 'many'}"),
+        "data.eos_id=3: accepted is 1": (pretrained, "--config.data.eos_id=3"),
+    }  # fmt: skip
+    for message, (init, *more) in refused.items():
+        code = command.main(arguments(init, colours, tmp_path / "run", *more, "--steps=1"))
+        error = capsys.readouterr().err
+        assert code == EXIT_BAD_INPUT and message in error and error.count("\n") == 1, error
+        assert not (tmp_path / "run" / "config.json").exists()
+    # The same is taken under another name, and what the source itself was trained with is not looked at.
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    config["data"]["vocab"] = str(others / "few")
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(own, tmp_path / "bare" / "vocabulary.model")
+    for init, vocab in ((pretrained, tmp_path / "same.model"), (tmp_path / "bare", others / "few")):
+        settings = from_config(
+            {**json.loads((init / "config.json").read_text()), "init": {"checkpoint": str(init)}}
+        )
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, vocab=str(vocab)))
+        file = str(init / "vocabulary.model")
+        assert start.tuned_vocabulary(settings, file) == file
 
 
 @pytest.mark.slow
