@@ -108,7 +108,7 @@ class Pairs:
             for name, task in bare.items()
             for split in tasks.SPLITS
         }
-        check_documents(context.workdir, settings.task.names, self._fingerprints)
+        check_documents(context.workdir, f"task.names={settings.task.names}", self._fingerprints)
         self.identity = self._fingerprints | {"vocabulary": self.vocabulary.sha256}
         self.held_out = {task.name: pairs.held_out(task, settings.task) for task in self.measured}
 

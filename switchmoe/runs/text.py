@@ -73,7 +73,7 @@ class Text:
         documents = sources.load_splits(settings.data, context.note)
         self.vocabulary = _vocabulary(context, documents["train"], vocabulary_file)
         self._fingerprints = {split: found.fingerprint for split, found in documents.items()}
-        check_documents(context.workdir, settings.data.source, self._fingerprints)
+        check_documents(context.workdir, f"data.source={settings.data.source}", self._fingerprints)
         self.identity = self._fingerprints | {"vocabulary": self.vocabulary.sha256}
         self._counts = {split: len(found) for split, found in documents.items()}
         self._documents = documents["train"]
