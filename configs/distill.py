@@ -25,7 +25,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config = from_run.get_config(directory, "distill.teacher")
     config.task.update(to_dict(trained.find(directory, "distill.teacher").settings)["task"])
     config.init.checkpoint = ""
-    config.moe.update(num_experts=1, route_one=False)
+    config.moe.update(num_experts=1, route_one=False, expert_bits=0, expert_group=0)
     config.train.update(trainable="", patience=0)  # the teacher's own, where it was a fine-tuned run
     config.distill.teacher = directory
     return finetune.tuned(config) if task else config

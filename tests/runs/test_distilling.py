@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
+from test_finetuning import foreign_files
 from test_run import DECODER_ONLY, TINY, finish, losses, wait_for_step
 
 from experiments import distill as command
@@ -182,9 +183,19 @@ def test_on_a_task(teacher, tmp_path):
         (["--config.distill.baseline=/nowhere"], "distill.baseline=/nowhere: no run"),
         (["--config.data.bos_id=2"], "data.bos_id is 0 there and 2 here"),
         (["--task=nothing"], "task.names=nothing: no such task"),
+        (["--task={tmp}/rows.csv", "--config.task.options=yes,no"], "gives 'maybe'; accepted is one of task.options=yes,no"),
+        (["--task={tmp}/rows.csv", "--config.data.validation_share=1e-6"], "its split validation is empty"),
+        (["--task={tmp}/notes.txt"], "notes.txt: no such task; accepted are"),
+        (["--task={tmp}/picture.jsonl"], "picture.jsonl:1: "),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(teacher, tmp_path, capsys, more, message):
+    foreign_files(tmp_path)
+    rows = "".join(f"{n} things,{('yes', 'no', 'maybe')[n % 3]}\n" for n in range(30))
+    (tmp_path / "rows.csv").write_text(f"a,b\n{rows}")
+    more = [argument.replace("{tmp}", str(tmp_path)) for argument in more]
+    if "--task=" in more[0]:
+        more += ["--config.task.inputs={a}", "--config.task.targets={b}"]
     if "d_model" in more[0]:  # all shapes but those of the position biases differ
         more = [*more, "--config.model.num_heads=1", "--config.model.positions=rotary"]
     assert distil(teacher, tmp_path / "run", *FEW, *more) == EXIT_BAD_INPUT
@@ -244,6 +255,8 @@ def test_killed_it_goes_on_to_the_bit(teacher, tmp_path, environment, mode):
     out, _ = finish(begin(broken))
     assert "resuming from the checkpoint of step" in out
     assert losses(broken) == losses(tmp_path / "whole")
+    here, there = saved(broken, 60), saved(tmp_path / "whole", 60)
+    assert here.keys() == there.keys() and all(np.array_equal(here[name], there[name]) for name in here)
     if mode == "written":
         one, two = (np.load(path / "teacher" / "ids.npy") for path in (broken, tmp_path / "whole"))
         np.testing.assert_array_equal(one, two)
