@@ -35,5 +35,6 @@ def classes(name: str, fields: Sequence[str], labels: Sequence[str]) -> Make:
 def benchmark(
     dataset: str, name: str, fields: Sequence[str], labels: Sequence[str], metrics: Sequence[str] = ("accuracy",), held_out: str = "validation"
 ) -> Benchmark:  # fmt: skip
+    """One of `classes`; of several metrics the score is their mean."""
     make, averaged = classes(name, fields, labels), len(metrics) > 1
     return Benchmark(dataset, make, tuple(metrics), tuple(labels), held_out, averaged=averaged)
