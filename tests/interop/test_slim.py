@@ -21,6 +21,7 @@ from switchmoe.data import vocabulary
 from switchmoe.inference import generation
 from switchmoe.interop import run_files, slim, slim_table
 from switchmoe.runs import integrity, measuring, slimming, trained
+from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import DistillSettings, from_config, to_dict
 from switchmoe.training import places
 
@@ -347,6 +348,9 @@ def killed(*arguments, **named):
 
 setattr(place, function, killed)
 from experiments import slim
+from switchmoe.runs import measuring
+
+measuring.speed = lambda *_: 1.0  # which differs from run to run, and takes a program of its own
 sys.exit(slim.main(["slim", *argv]))
 """
 
@@ -372,27 +376,18 @@ def test_killed_twice_it_goes_on_to_the_same_bytes_and_figures(files, tmp_path, 
     assert carry_out(broken, *never).returncode == 0
     assert [path.name for path in broken.parent.iterdir()] == ["x"]
     rows = [json.loads((path / "table.json").read_text())["rows"] for path in (whole, broken)]
-    for one, other in zip(*rows, strict=True):
-        assert one.pop("tokens_per_second") > 0 and other.pop("tokens_per_second") > 0
-        assert one == other
-    found = [contents(path) for path in (whole, broken)]
-    assert found[0].keys() == found[1].keys()
-    timed = (
-        "table.",
-        "report.html",
-        "run.json",
-        "metrics.jsonl",
-        "plots/",
-    )  # hold seconds, which are compared above
-    for name, raw in found[0].items():
-        assert name.startswith(timed) or found[1][name] == raw, name
-    records = [
-        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+    dated = ("report.html", "run.json", "metrics.jsonl", "tensorboard/")  # say when they were written
+    one, other = (
+        {name: raw for name, raw in contents(path).items() if not name.startswith(dated)}
+        for path in (whole, broken)
+    )
+    assert one == other
+    figures = [
+        [(record["split"], record["cross_entropy"]) for record in read_metrics(path / "metrics.jsonl")]
         for path in (whole, broken)
     ]
-    assert [(one["split"], one["cross_entropy"]) for one in records[0]] == [
-        (one["split"], one["cross_entropy"]) for one in records[1]
-    ]
+    assert figures[0] == figures[1] and len(figures[0]) == 2
 
 
 @pytest.mark.slow
