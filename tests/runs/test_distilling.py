@@ -186,7 +186,7 @@ def test_on_a_task(teacher, tmp_path):
         (["--task={tmp}/rows.csv", "--config.task.options=yes,no"], "gives 'maybe'; accepted is one of task.options=yes,no"),
         (["--task={tmp}/rows.csv", "--config.data.validation_share=1e-6"], "its split validation is empty"),
         (["--task={tmp}/notes.txt"], "notes.txt: no such task; accepted are"),
-        (["--task={tmp}/picture.jsonl"], "picture.jsonl:1: "),
+        (["--task={tmp}/picture.jsonl"], "picture.jsonl, line 1: not UTF-8 text"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(teacher, tmp_path, capsys, more, message):
