@@ -22,10 +22,10 @@ def get_config(argument: str = "") -> ConfigDict:
     directory = argument.removeprefix("task:")
     if not directory:
         raise ValueError("configs/distill.py: accepted is configs/distill.py:DIR, a run's directory")
-    config = from_run.get_config(directory)
-    config.task.update(to_dict(trained.find(directory).settings)["task"])
+    config = from_run.get_config(directory, "distill.teacher")
+    config.task.update(to_dict(trained.find(directory, "distill.teacher").settings)["task"])
     config.init.checkpoint = ""
-    config.moe.update(num_experts=1, route_one=False)
+    config.moe.update(num_experts=1, route_one=False, expert_bits=0, expert_group=0)
     config.train.update(trainable="", patience=0)  # the teacher's own, where it was a fine-tuned run
     config.distill.teacher = directory
     return finetune.tuned(config) if task else config

@@ -12,10 +12,11 @@ from switchmoe.runs import trained
 from switchmoe.settings import Settings, to_dict
 
 
-def get_config(directory: str = "") -> ConfigDict:
+def get_config(directory: str = "", field: str = "init.checkpoint") -> ConfigDict:
+    """``field`` is what a mistake's line calls the directory."""
     if not directory:
         raise ValueError("configs/from_run.py: accepted is configs/from_run.py:DIR, a run's directory")
-    config = ConfigDict(to_dict(trained.find(directory).settings))
+    config = ConfigDict(to_dict(trained.find(directory, field).settings))
     plain = to_dict(Settings())
     config.update({group: plain[group] for group in ("init", "task", "distill")})
     config.init.checkpoint = directory

@@ -103,3 +103,8 @@ def test_no_two_test_files_have_one_name():
     """pytest imports them by their names alone, so two of one name cannot be collected together."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("name", ["run", "finetune", "distill", "slim"])
+def test_what_trains_and_what_slims_are_thin_over_the_library(name):
+    assert len((ROOT / "experiments" / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 150

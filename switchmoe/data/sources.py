@@ -238,7 +238,15 @@ def _load_tfds(settings: DataSettings, split: str, note: Note) -> Documents:
         if name == EMBEDDED:
             data_dir = _local_cache(settings)  # too small to be worth a bucket
             prepare_embedded(data_dir)
-        builder = tfds_builder(name, data_dir)
+        try:
+            builder = tfds_builder(name, data_dir)
+        except (ValueError, AssertionError, RuntimeError, OSError) as error:
+            reason = _first_line(error).split(". Here are")[0]
+            raise DataError(
+                f"data.source={name}: {reason}; accepted is {EMBEDDED}, a tfds name such as c4/en that is "
+                f"known to tfds or prepared in data.data_dir={data_dir}, or a glob ending in "
+                f"{local_files.ACCEPTED}"
+            ) from error
         source, split_name, held_out = _open(builder, settings, split)
     except ImportError as error:
         raise DataError(
@@ -300,32 +308,22 @@ def _by_hash(documents: Documents, settings: DataSettings, note: Note) -> dict[s
 
 
 def tfds_builder(name: str, data_dir: str) -> Any:
+    """Raises what tfds does, ValueError, AssertionError, RuntimeError or OSError, where it knows no such data set."""
     import tensorflow_datasets as tfds
 
-    def build() -> Any:
-        return tfds.builder(name, data_dir=data_dir)
-
     try:
-        try:
-            return build()
-        except tfds.core.DatasetNotFoundError:
-            # Without TensorFlow tfds does not import the modules that register c4, wikipedia, ...
-            module = name.split("/")[0].split(":")[0]
-            root = pathlib.Path(tfds.__file__).parent
-            found = [*root.glob(f"*/{module}.py"), *root.glob(f"*/{module}/__init__.py")]
-            for path in found:
-                parts = path.relative_to(root.parent).with_suffix("").parts
-                importlib.import_module(".".join(part for part in parts if part != "__init__"))
-            if found:
-                return build()
-            raise
-    except (ValueError, AssertionError, RuntimeError, OSError) as error:
-        reason = _first_line(error).split(". Here are")[0]
-        raise DataError(
-            f"data.source={name}: {reason}; accepted is {EMBEDDED}, a tfds name such as c4/en that is "
-            f"known to tfds or prepared in data.data_dir={data_dir}, or a glob ending in "
-            f"{local_files.ACCEPTED}"
-        ) from error
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        # Without TensorFlow tfds does not import the modules that register c4, wikipedia, ...
+        module = name.split("/")[0].split(":")[0]
+        root = pathlib.Path(tfds.__file__).parent
+        found = [*root.glob(f"*/{module}.py"), *root.glob(f"*/{module}/__init__.py")]
+        for path in found:
+            parts = path.relative_to(root.parent).with_suffix("").parts
+            importlib.import_module(".".join(part for part in parts if part != "__init__"))
+        if found:
+            return tfds.builder(name, data_dir=data_dir)
+        raise
 
 
 def _open(builder: Any, settings: DataSettings, split: str) -> tuple[Any, str, bool]:

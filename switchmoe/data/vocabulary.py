@@ -193,6 +193,15 @@ def _joined(pieces: Sequence[str]) -> str:
     return b"".join(parts).decode("utf-8", "replace")
 
 
+def check_end(settings: DataSettings) -> None:
+    """Raises DataError: `data.eos_id` is another's."""
+    if settings.eos_id != Vocabulary.eos_id:
+        raise DataError(
+            f"data.eos_id={settings.eos_id}: accepted is {Vocabulary.eos_id}, which ends a text in every vocabulary that is trained"
+            " with"
+        )
+
+
 def load_vocabulary(
     settings: DataSettings, documents: Sequence[str], note: Note = lambda _: None
 ) -> Vocabulary:
@@ -210,11 +219,7 @@ def load_vocabulary(
       DataError: the model file is missing, foreign, or has not `data.vocab_size` pieces; the corpus
         has too little text for a vocabulary of that size; `data.eos_id` is another's.
     """
-    if settings.eos_id != Vocabulary.eos_id:
-        raise DataError(
-            f"data.eos_id={settings.eos_id}: accepted is {Vocabulary.eos_id}, which ends a text in every vocabulary that is trained"
-            " with"
-        )
+    check_end(settings)
     if settings.vocab:
         return _checked(epath.Path(settings.vocab).expanduser(), settings)
     trainer = TRAINER | (IDENTITY if settings.normalization == "identity" else {})

@@ -108,7 +108,7 @@ class Pairs:
             for name, task in bare.items()
             for split in tasks.SPLITS
         }
-        check_documents(context.workdir, settings.task.names, self._fingerprints)
+        check_documents(context.workdir, f"task.names={settings.task.names}", self._fingerprints)
         self.identity = self._fingerprints | {"vocabulary": self.vocabulary.sha256}
         self.held_out = {task.name: pairs.held_out(task, settings.task) for task in self.measured}
 
@@ -199,8 +199,8 @@ def fitted(settings: Settings, free: Sequence[str]) -> Settings:
         return settings
     chosen = chosen + [task for task in asked if task.bare and task not in chosen]  # with solved examples
     origin = settings.init.checkpoint or settings.distill.teacher
-    file = start.vocabulary_of(start.locate(origin)) or settings.data.vocab
-    found = pairs.fitting(chosen, load_vocabulary(settings, file))
+    file = start.vocabulary_of(start.locate(origin))
+    found = pairs.fitting(chosen, load_vocabulary(settings, start.tuned_vocabulary(settings, file)))
     longest = dict(zip(("input_length", "target_length"), found, strict=True))
     data = dataclasses.replace(settings.data, **{field: max(8, longest[field]) for field in free})
     return dataclasses.replace(settings, data=data)
@@ -254,11 +254,12 @@ def find_tasks(settings: Settings) -> tuple[list[Task], list[Task]]:
 def _vocabulary(context: Context, file: str) -> vocabulary.Vocabulary:
     """The run's own copy, or that of the model it begins with, or `data.vocab`."""
     own = start.own_vocabulary(context)
-    return load_vocabulary(context.settings, str(own or file or context.settings.data.vocab))
+    return load_vocabulary(context.settings, str(own or start.tuned_vocabulary(context.settings, file)))
 
 
 def load_vocabulary(settings: Settings, path: str) -> vocabulary.Vocabulary:
-    """Raises ValueError: no file, or a vocabulary with more ids than the model has rows."""
+    """Raises ValueError: no file, a vocabulary with more ids than the model has rows, or another end than `data.eos_id`."""
+    vocabulary.check_end(settings.data)
     if not path:
         raise ValueError(
             f"init.checkpoint={settings.init.checkpoint or chr(39) * 2}: it has no vocabulary; accepted is a run that has one, or"

@@ -22,7 +22,6 @@ from switchmoe.parallel import sharding
 from switchmoe.runs import finetuning, start, trained
 from switchmoe.runs.judges import HeldOut
 from switchmoe.runs.parts import Context
-from switchmoe.runs.rundir import read_run
 from switchmoe.settings import Settings, from_config, to_dict
 from switchmoe.training import objective
 
@@ -72,11 +71,7 @@ def yardstick(
     asked = {name: value for name, value in overrides.items() if not name.startswith("task.")}
     settings = trained.changed(model.settings, asked | ({"data.source": text} if text else {}))
     vocabulary = model.vocabulary
-    known = read_run(Path(model.step.parent.parent)).get("vocabulary_sha256")
-    others = vocabulary and (
-        vocabulary.size > settings.embedding_rows or known not in (None, vocabulary.sha256)
-    )
-    if vocabulary is None or others:
+    if vocabulary is None or vocabulary.size > settings.embedding_rows:
         has = (
             "no vocabulary"
             if vocabulary is None

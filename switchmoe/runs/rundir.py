@@ -68,8 +68,8 @@ def check(
     return found
 
 
-def check_documents(workdir: Path, source: str, fingerprints: dict[str, str]) -> None:
-    """Refuses to go on with other text than the run began with.
+def check_documents(workdir: Path, asked: str, fingerprints: dict[str, str]) -> None:
+    """Refuses to go on with other text than the run began with; ``asked`` is what names it, FIELD=VALUE.
 
     Raises:
       ValueError: names the splits that differ.
@@ -78,7 +78,7 @@ def check_documents(workdir: Path, source: str, fingerprints: dict[str, str]) ->
     changed = [split for split in fingerprints if known.get(split) != fingerprints[split]]
     if changed:
         raise ValueError(
-            f"data.source={source}: its {' and '.join(changed)} documents are not those that the run in {workdir}"
+            f"{asked}: its {' and '.join(changed)} documents are not those that the run in {workdir}"
             " began with; accepted are the same files (was one removed, added or changed?), or another --workdir"
         )
 
@@ -106,7 +106,7 @@ def claim(workdir: Path, settings: Settings, lock: Lock, **facts: Any) -> None:
     write_json(workdir / "config.json", to_dict(settings))
 
 
-def read_run(workdir: Path) -> dict[str, Any]:
+def read_run(workdir: Path | epath.Path) -> dict[str, Any]:
     """`run.json`, {} if there is none.
 
     Raises:

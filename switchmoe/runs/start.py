@@ -1,5 +1,6 @@
 """Where a run's first parameters come from: random numbers, or another run's checkpoint (`init`)."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from switchmoe.parallel.sharding import path_keys
 from switchmoe.runs import buckets, integrity, upcycling
 from switchmoe.runs.parts import Context, Start
+from switchmoe.runs.rundir import read_run
 from switchmoe.settings import InitSettings, Settings, from_config
 from switchmoe.training import optimizers, train_state
 from switchmoe.training.train_state import TrainState
@@ -37,7 +39,7 @@ def beginning(context: Context) -> Beginning:
     init, teacher = context.settings.init, context.settings.distill.teacher
     if not init.checkpoint or context.begun:
         step = locate(teacher, "distill.teacher") if teacher and not context.begun else None
-        return Beginning(Start(), vocabulary_of(step) if step else "")
+        return Beginning(Start(), vocabulary_of(step, "distill.teacher") if step else "")
     step = locate(init.checkpoint)
     saved = _saved_shapes(init, step)
     vocabulary = vocabulary_of(step)
@@ -61,31 +63,73 @@ def beginning(context: Context) -> Beginning:
     return Beginning(Start(load, record), vocabulary)
 
 
-def vocabulary_of(step: epath.Path) -> str:
-    """The vocabulary's file of the run that a step is of, "" if it has none."""
-    path = step.parent.parent / VOCABULARY_FILE
-    return str(path) if path.exists() else ""
+def vocabulary_of(step: epath.Path, field: str = "init.checkpoint") -> str:
+    """The vocabulary's file of the run that a step is of, "" if it has none.
+
+    Raises:
+      ValueError: it is not the one that the run was trained with, as far as its `run.json` says.
+    """
+    directory = step.parent.parent
+    path = directory / VOCABULARY_FILE
+    if not path.exists():
+        return ""
+    _check_content(path, directory, f"{field}={directory}: its {VOCABULARY_FILE}")
+    return str(path)
 
 
 def own_vocabulary(context: Context) -> Path | None:
     """The run's own copy, None where there is none yet.
 
     Raises:
-      ValueError: `data.vocab` is not what the last start had, and of another content.
+      ValueError: it is not what the run began with, or `data.vocab` is not what the last start had, and of another content.
     """
     own, asked = context.workdir / VOCABULARY_FILE, context.settings.data.vocab
     if not own.exists():
         return None
-    config = context.workdir / "config.json"
-    there = json.loads(config.read_text(encoding="utf-8"))["data"].get("vocab") if config.exists() else ""
-    if asked and asked != there:
-        file = epath.Path(asked).expanduser()
-        if file.exists() and file.read_bytes() != own.read_bytes():
-            raise ValueError(
-                f"data.vocab={asked}: another vocabulary than the run in {context.workdir} began with; accepted is the same, or"
-                " another --workdir"
-            )
+    if _is_another(asked, context.workdir, own):
+        raise ValueError(
+            f"data.vocab={asked}: another vocabulary than the run in {context.workdir} began with; accepted is the same, or"
+            " another --workdir"
+        )
+    _check_content(own, context.workdir, f"{own}: it")
     return own
+
+
+def tuned_vocabulary(settings: Settings, file: str) -> str:
+    """The vocabulary's file that a run on tasks reads with: ``file``, of the run that it begins or is taught with, else `data.vocab`.
+
+    Raises:
+      ValueError: `data.vocab` was said anew, and is another than that run's.
+    """
+    asked = settings.data.vocab
+    if file and _is_another(asked, epath.Path(file).parent, epath.Path(file)):
+        init = settings.init.checkpoint
+        origin = f"init.checkpoint={init}" if init else f"distill.teacher={settings.distill.teacher}"
+        raise ValueError(
+            f"data.vocab={asked}: another vocabulary than {origin} was trained with; accepted is the same, or ''"
+        )
+    return file or asked
+
+
+def _check_content(path: Path | epath.Path, run: Path | epath.Path, what: str) -> None:
+    known = read_run(run).get("vocabulary_sha256")
+    if known and hashlib.sha256(path.read_bytes()).hexdigest() != known:
+        raise ValueError(
+            f"{what} is another vocabulary than the run was trained with; accepted is the one of SHA-256 {known}"
+        )
+
+
+def _is_another(asked: str, run: Path | epath.Path, own: Path | epath.Path) -> bool:
+    """Whether `data.vocab` is not what a run's config has, and of another content than the run's own copy.
+
+    A file that is gone is not looked at: runs keep a copy, as files move.
+    """
+    config = run / "config.json"
+    there = json.loads(config.read_text(encoding="utf-8"))["data"].get("vocab") if config.exists() else ""
+    if not asked or asked == there:
+        return False
+    file = epath.Path(asked).expanduser()
+    return file.exists() and file.read_bytes() != own.read_bytes()
 
 
 def keep_vocabulary(workdir: Path, model_bytes: bytes) -> None:

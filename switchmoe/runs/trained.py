@@ -56,7 +56,7 @@ def find(text: str, field: str = "--source") -> Source:
     """The model of ``--source`` (or another field): a run's directory, DIR|STEP or DIR/checkpoints/STEP.
 
     Raises:
-      ValueError: there is none, or its settings or vocabulary can't be read.
+      ValueError: there is none, its settings or vocabulary can't be read, or the vocabulary is another than it was trained with.
     """
     step = start.locate(text, field)
     directory = step.parent.parent
@@ -67,8 +67,8 @@ def find(text: str, field: str = "--source") -> Source:
         raise ValueError(
             f"{field}={text}: {file} is not a run's ({error}); accepted is {start.ACCEPTED}"
         ) from error
-    path = directory / start.VOCABULARY_FILE
-    found = Vocabulary.from_bytes(path.read_bytes(), str(path)) if path.exists() else None
+    path = start.vocabulary_of(step, field)
+    found = Vocabulary.from_bytes(epath.Path(path).read_bytes(), path) if path else None
     return Source(step, settings, found)
 
 

@@ -1,7 +1,9 @@
 """Tasks: what their examples are, what files become, what is refused, and metrics on hand-made cases."""
 
+import bz2
 import gzip
 import json
+import lzma
 import re
 from pathlib import Path
 
@@ -182,6 +184,39 @@ def test_an_unknown_task_an_empty_split_and_a_missing_file_are_refused(tmp_path)
         find(path, DataSettings(validation_share=1e-6), inputs="{text}", targets="{label}")
     with pytest.raises(DataError, match="task.names=.*none.csv: no file matches"):
         find(str(tmp_path / "none.csv"))
+
+
+def test_held_out_files_are_named_by_their_field(tmp_path):
+    for name, message in ((str(tmp_path / "none.csv"), "no file matches"), (write(tmp_path / "a.csv", "a\n"), "no records")):  # fmt: skip
+        settings = TaskSettings(names="topic", held_out=name, inputs="{a}", targets="{a}")
+        with pytest.raises(DataError, match=f"^task.held_out={re.escape(name)}: {message}"):
+            tasks.find(settings, DataSettings(), "held_out")
+
+
+@pytest.mark.parametrize("split", tasks.SPLITS)
+def test_a_tasks_own_answers_are_among_its_options(monkeypatch, split):
+    rows = [Example(str(n), "no" if n % 7 else "never") for n in range(300)]
+    examples = lambda asked: rows if asked == split else rows[1:2]  # noqa: E731
+    monkeypatch.setitem(tasks.TASKS, "t", Task("t", examples, ("accuracy",), ("yes", "no")))
+    message = f"task.names=t: an example of its split {split} has the answer 'never'; accepted is one of its options yes, no"
+    with pytest.raises(DataError, match=message):
+        find("t")
+
+
+@pytest.mark.parametrize("packing", [".xz", ".bz2", ".zst"])
+def test_a_glob_of_packed_files_is_all_of_them(tmp_path, packing):
+    if packing == ".zst":
+        opener = pytest.importorskip("zstandard").open
+    else:
+        opener = {".xz": lzma.open, ".bz2": bz2.open}[packing]
+    lines = JSONL.splitlines(keepends=True)
+    for name, part in (("a", lines[:25]), ("b", lines[25:])):
+        with opener(tmp_path / f"{name}.jsonl{packing}", "wt", encoding="utf-8") as file:
+            file.write("".join(part))
+    form = dict(inputs="{text}", targets="{label}")
+    (task,) = find(str(tmp_path / f"*.jsonl{packing}"), DataSettings(validation_share=0.3), **form)
+    found = [example.inputs for split in tasks.SPLITS for example in task.examples(split)]
+    assert sorted(found) == sorted(row["text"] for row in ROWS)
 
 
 def test_metrics_by_hand():

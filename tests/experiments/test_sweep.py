@@ -336,7 +336,7 @@ def test_the_live_table_is_rewritten_in_place_and_fits(monkeypatch):
 def test_the_sweeps_that_come_with_the_package_are_valid_and_say_how_to_run_them():
     directory = Path(configs.__file__).parent / "sweeps"
     names = sorted(path.stem for path in directory.glob("[a-z]*.py"))
-    assert names == ["experts_base", "experts_small", "experts_tiny", "paper_search"]
+    assert names == ["experts_base", "experts_small", "experts_tiny", "finetune_rates", "paper_search"]
     for name in names:
         found = read(f"--config=configs/sweeps/{name}.py")
         assert found.workdir == Path(f"runs/{name}")
@@ -349,9 +349,18 @@ def test_the_sweeps_that_come_with_the_package_are_valid_and_say_how_to_run_them
             )
             for run in found.runs
         }
-        assert len(same) == 1 or name == "paper_search", "the same text, batches, groups and steps for all"
+        several = ("finetune_rates", "paper_search")
+        assert len(same) == 1 or name in several, "the same text, batches, groups and steps for all"
         assert f"--config=configs/sweeps/{name}.py" in (directory / f"{name}.py").read_text()
         study.survey(found.runs[-1:], measure=False)
+    rates = read("--config=configs/sweeps/finetune_rates.py")
+    tuned = [run for run in rates.runs if run.settings.task.names]
+    rows = [run.settings.train.num_steps * run.settings.data.batch_size for run in tuned]
+    assert len(tuned) == 18 and len(set(rows)) == 1, "each reads as many examples"
+    for run in tuned:
+        before = f"num_experts={run.settings.moe.num_experts}"
+        assert run.parents == {"init.checkpoint": before}
+        assert run.settings.moe.expert_dropout_rate == (0.4 if run.settings.moe.num_experts > 1 else 0)
 
 
 def start(arguments, environment, directory):

@@ -4,13 +4,16 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from experiments import convert, evaluate, exits, finetune, generate
+from experiments import convert, distill, evaluate, exits, finetune, generate
 from experiments import run as training
 from experiments import slim as command
 from switchmoe.analysis import report, sweeps
@@ -18,6 +21,7 @@ from switchmoe.data import vocabulary
 from switchmoe.inference import generation
 from switchmoe.interop import run_files, slim, slim_table
 from switchmoe.runs import integrity, measuring, slimming, trained
+from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import DistillSettings, from_config, to_dict
 from switchmoe.training import places
 
@@ -222,6 +226,20 @@ def test_one_command_makes_a_run_that_everything_takes(files, tmp_path, capsys):
     ]
     steps += [f"--config.init.checkpoint={target}", "--config.train.eval_batches=1"]
     run(training.main, f"--config=configs/from_run.py:{target}", f"--workdir={tmp_path / 'further'}", *steps)
+    tuned = [f"--init={target}", f"--task={files / 'task.jsonl'}", "--config.data.batch_size=4", *fields]
+    run(finetune.main, *tuned, "--steps=1", f"--workdir={tmp_path / 'tuned'}")
+    assert trained.find(str(tmp_path / "tuned")).settings.moe.num_experts == 2
+
+
+@pytest.mark.slow
+def test_integers_teach(files, tmp_path):
+    """The student has floats, and no experts."""
+    target = made(files, tmp_path / "small", bits=8)
+    steps = ["--config.train.num_steps=1", "--config.train.eval_every=1", "--config.train.eval_batches=1"]
+    run(distill.main, f"--teacher={target}", f"--workdir={tmp_path / 'student'}", *steps)
+    told = json.loads((tmp_path / "student" / "run.json").read_text())["distilled"]
+    assert told["teacher"] == str(target) and np.isfinite(told["of_teacher"])
+    assert trained.find(str(tmp_path / "student")).settings.moe.expert_bits == 0
 
 
 def test_integers_are_measured_by_finetune_and_not_trained(files, tmp_path, capsys):
@@ -312,6 +330,96 @@ def test_stopped_it_goes_on_to_the_same_bytes(files, tmp_path, monkeypatch, mome
     assert [path.name for path in target.parent.iterdir()] == ["x"]
 
 
+# The command, killed as soon as a function was called so often.
+KILLED = """
+import importlib, os, signal, sys
+module, name, call, *argv = sys.argv[1:]
+owner, _, function = name.rpartition(".")
+place = importlib.import_module(module)
+place = getattr(place, owner) if owner else place
+original, calls = getattr(place, function), []
+
+def killed(*arguments, **named):
+    found = original(*arguments, **named)
+    calls.append(1)
+    if len(calls) == int(call):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+
+setattr(place, function, killed)
+from experiments import slim
+from switchmoe.runs import measuring
+
+measuring.speed = lambda *_: 1.0  # which differs from run to run, and takes a program of its own
+sys.exit(slim.main(["slim", *argv]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_twice_it_goes_on_to_the_same_bytes_and_figures(files, tmp_path, environment):
+    """In the middle of the parameters, and when a model was measured and its row not yet written."""
+    argv = [f"--source={files / 'run'}", "--experts=2", "--by=merge", "--bits=8", "--batches=1"]
+
+    def carry_out(target, *place):
+        more = [*place, *argv, f"--target={target}"]
+        return subprocess.run([sys.executable, "-c", KILLED, *more], env=environment, capture_output=True)
+
+    whole, broken = tmp_path / "whole" / "x", tmp_path / "broken" / "x"
+    never = ("switchmoe.interop.run_files", "Writer.write", "1000000")
+    assert carry_out(whole, *never).returncode == 0
+    for place in (
+        ("switchmoe.interop.run_files", "Writer.write", "5"),
+        ("switchmoe.interop.slim", "measured", "2"),
+    ):
+        assert carry_out(broken, *place).returncode == -signal.SIGKILL
+    assert broken.exists() and len(json.loads((broken / "table.json").read_text())["rows"]) == 1
+    assert carry_out(broken, *never).returncode == 0
+    assert [path.name for path in broken.parent.iterdir()] == ["x"]
+    rows = [json.loads((path / "table.json").read_text())["rows"] for path in (whole, broken)]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+    dated = ("report.html", "run.json", "metrics.jsonl", "tensorboard/")  # say when they were written
+    one, other = (
+        {name: raw for name, raw in contents(path).items() if not name.startswith(dated)}
+        for path in (whole, broken)
+    )
+    assert one == other
+    figures = [
+        [(record["split"], record["cross_entropy"]) for record in read_metrics(path / "metrics.jsonl")]
+        for path in (whole, broken)
+    ]
+    assert figures[0] == figures[1] and len(figures[0]) == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_has_them_all_and_does_nothing_twice(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measuring, "speed", lambda *_: 1.0)  # a program of each, which other tests run
+    monkeypatch.setattr(report, "write_report", lambda path: None)
+    fields = [
+        "--config.task.inputs={text}",
+        "--config.task.targets={label}",
+        "--config.data.validation_share=0.2",
+    ]
+    argv = [f"--source={files / 'run'}", f"--target={tmp_path / 'all'}", "--sweep", f"--task={files / 'task.jsonl'}", *fields]  # fmt: skip
+    run(command.main, *argv, "--batches=1")
+    names = {path.name for path in (tmp_path / "all").iterdir() if path.is_dir()}
+    assert names == set(slimming.sweep(2, "hungarian", -1, True)) and len(names) == 11
+    rows = json.loads((tmp_path / "all" / "table.json").read_text())["rows"]
+    assert [row["model"] for row in rows][0] == "source" and {row["model"] for row in rows} == names | {
+        "source"
+    }
+    size = {row["model"]: row["bytes_on_disk"] for row in rows}
+    assert size["pruned_2_int4"] < size["pruned_2_int8"] < size["pruned_2"] < size["source"]
+    for row in rows[1:]:
+        settings = trained.find(str(tmp_path / "all" / row["model"])).settings
+        assert settings.moe.num_experts == row["experts"] == (2 if "_2" in row["model"] else EXPERTS)
+        assert str(settings.moe.expert_bits or "") == row["model"].partition("int")[2]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")}
+    capsys.readouterr()
+    run(command.main, *argv, "--batches=1")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")} == before
+    assert capsys.readouterr().out == (tmp_path / "all" / "table.md").read_text()
+
+
 TEXT = {"text": "a.txt", "files": [["a.txt", 3, 7]]}
 
 
@@ -383,13 +491,19 @@ def test_another_models_vocabulary_and_a_target_that_is_there_are_refused(files,
         [f"{a}{b}{c} " * 2 for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwxyz"], 500
     )
     own = (tmp_path / "run" / "vocabulary.model").read_bytes()
-    for model_bytes, ids, run_of in ((many, 600, many), (own, 400, many)):
+    sha = vocabulary.Vocabulary.from_bytes(many).sha256
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"vocabulary_sha256": sha}))
+    taken_out = [f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'x'}"]
+    for model_bytes, given, message in (
+        (many, (command.main, "--bits=8"), "a vocabulary of 600 ids, another model's; accepted is a run with its own"),
+        (own, (command.main, "--bits=8"), f"is another vocabulary than the run was trained with; accepted is the one of SHA-256 {sha}"),
+        (own, (convert.main,), "its vocabulary.model is another vocabulary than"),
+        (own, (convert.main, "--upcycle.experts=2"), "its vocabulary.model is another vocabulary than"),
+    ):  # fmt: skip
         (tmp_path / "run" / "vocabulary.model").write_bytes(model_bytes)
-        sha = vocabulary.Vocabulary.from_bytes(run_of).sha256
-        (tmp_path / "run" / "run.json").write_text(json.dumps({"vocabulary_sha256": sha}))
-        run(command.main, *bad(tmp_path, tmp_path / "x", "--bits=8"), code=exits.EXIT_BAD_INPUT)
+        run(given[0], *taken_out, *given[1:], code=exits.EXIT_BAD_INPUT)
         error = capsys.readouterr().err
-        assert f"a vocabulary of {ids} ids, another model's; accepted is a run with its own" in error
+        assert message in error and error.count("\n") == 1, error
     (tmp_path / "run" / "run.json").unlink()
     (tmp_path / "run" / "vocabulary.model").unlink()
     run(command.main, *bad(tmp_path, tmp_path / "x", "--bits=8"), code=exits.EXIT_BAD_INPUT)

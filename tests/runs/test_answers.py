@@ -2,14 +2,17 @@
 
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from switchmoe.data import pairs
 from switchmoe.data.tasks import Example, Task
+from switchmoe.inference import generation
 from switchmoe.parallel import sharding
-from switchmoe.runs.finetuning import Answers
+from switchmoe.runs.finetuning import Answers, row_nll
 from switchmoe.settings import default_config, from_config
+from switchmoe.training import train_state
 
 pytestmark = pytest.mark.usefixtures("one_device")
 COSTS = {"a": 0.9, "b": 0.5}  # nats of a token, by letter; its end costs as much
@@ -74,3 +77,23 @@ def test_held_out_tasks_do_not_decide_which_checkpoint_is_best():
     written = {"one": ["a", "a", "a", "b"], "other": ["b"]}
     figures = answers(written, [task("one", *"aaaa")], [task("other", "a")]).figures(None)
     assert (figures["score"], figures["shortfall"]) == (37.5, 25.0)
+
+
+def test_capacity_is_of_likelihoods_and_answers_have_none():
+    """One slot an expert at 0.01 of a fair share: what is dropped moves the loss of a row, and no token that is written."""
+    model = {"d_model": 8, "d_ff": 16, "d_kv": 4, "num_heads": 2, "num_layers": 1, "dtype": "float32"}
+    data = {"input_length": 12, "target_length": 6, "vocab_size": 300}
+    few, many = (
+        from_config({"model": model, "data": data, "moe": {"num_experts": 4, "every": 1, "eval_capacity_factor": factor}})
+        for factor in (0.01, 8.0)
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    shapes = train_state.parameter_shapes(few)
+    params = jax.tree.map(lambda s: np.asarray(rng.normal(0, 0.5, s.shape), np.float32), shapes)
+    rows_BP, count_B = rng.integers(3, 300, (4, 12)).astype(np.int32), np.full(4, 12, np.int32)
+    batch = {"inputs": rows_BP, "targets": rows_BP[:, :6]}
+    greedy, nll = jax.jit(generation.greedy, static_argnums=(3, 4)), jax.jit(row_nll, static_argnums=2)
+    texts = [greedy(params, rows_BP, count_B, 6, settings) for settings in (few, many)]
+    np.testing.assert_array_equal(*texts)
+    low, high = (np.asarray(nll(params, batch, settings)) for settings in (few, many))
+    assert np.abs(low - high).max() > 0.01

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
+from test_finetuning import foreign_files
 from test_run import DECODER_ONLY, TINY, finish, losses, wait_for_step
 
 from experiments import distill as command
@@ -182,9 +183,19 @@ def test_on_a_task(teacher, tmp_path):
         (["--config.distill.baseline=/nowhere"], "distill.baseline=/nowhere: no run"),
         (["--config.data.bos_id=2"], "data.bos_id is 0 there and 2 here"),
         (["--task=nothing"], "task.names=nothing: no such task"),
+        (["--task={tmp}/rows.csv", "--config.task.options=yes,no"], "gives 'maybe'; accepted is one of task.options=yes,no"),
+        (["--task={tmp}/rows.csv", "--config.data.validation_share=1e-6"], "its split validation is empty"),
+        (["--task={tmp}/notes.txt"], "notes.txt: no such task; accepted are"),
+        (["--task={tmp}/picture.jsonl"], "picture.jsonl, line 1: not UTF-8 text"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(teacher, tmp_path, capsys, more, message):
+    foreign_files(tmp_path)
+    rows = "".join(f"{n} things,{('yes', 'no', 'maybe')[n % 3]}\n" for n in range(30))
+    (tmp_path / "rows.csv").write_text(f"a,b\n{rows}")
+    more = [argument.replace("{tmp}", str(tmp_path)) for argument in more]
+    if "--task=" in more[0]:
+        more += ["--config.task.inputs={a}", "--config.task.targets={b}"]
     if "d_model" in more[0]:  # all shapes but those of the position biases differ
         more = [*more, "--config.model.num_heads=1", "--config.model.positions=rotary"]
     assert distil(teacher, tmp_path / "run", *FEW, *more) == EXIT_BAD_INPUT
@@ -200,6 +211,13 @@ def test_another_vocabulary_is_refused(teacher, tmp_path, capsys):
     other = f"--config.data.vocab={tmp_path / 'other' / 'vocabulary.model'}"
     assert distil(teacher, tmp_path / "run", other, "--config.data.vocab_size=601", *FEW) == EXIT_BAD_INPUT
     assert "its vocabulary is another than the run's; accepted is the same" in capsys.readouterr().err
+    assert distil(teacher, tmp_path / "run", other, "--task=topic", *FEW) == EXIT_BAD_INPUT
+    assert f"another vocabulary than distill.teacher={teacher} was trained with" in capsys.readouterr().err
+    shutil.copytree(teacher, tmp_path / "swapped")
+    shutil.copyfile(tmp_path / "other" / "vocabulary.model", tmp_path / "swapped" / "vocabulary.model")
+    for more in ([], ["--task=topic"]):
+        assert distil(tmp_path / "swapped", tmp_path / "run", *more, *FEW) == EXIT_BAD_INPUT
+        assert f"distill.teacher={tmp_path / 'swapped'}: its vocabulary.model is" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -237,6 +255,8 @@ def test_killed_it_goes_on_to_the_bit(teacher, tmp_path, environment, mode):
     out, _ = finish(begin(broken))
     assert "resuming from the checkpoint of step" in out
     assert losses(broken) == losses(tmp_path / "whole")
+    here, there = saved(broken, 60), saved(tmp_path / "whole", 60)
+    assert here.keys() == there.keys() and all(np.array_equal(here[name], there[name]) for name in here)
     if mode == "written":
         one, two = (np.load(path / "teacher" / "ids.npy") for path in (broken, tmp_path / "whole"))
         np.testing.assert_array_equal(one, two)

@@ -1,11 +1,15 @@
 """Fine-tuning: a task is learnt and judged, kills, both kinds of model, what is frozen, zero steps, refusals."""
 
+import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
 from test_run import DECODER_ONLY, TINY, finish, losses, wait_for_step
@@ -13,7 +17,10 @@ from test_run import DECODER_ONLY, TINY, finish, losses, wait_for_step
 from experiments import finetune as command
 from experiments import run as pretraining
 from experiments.exits import EXIT_BAD_INPUT
+from switchmoe.data import vocabulary
+from switchmoe.runs import start
 from switchmoe.runs.reporting import read_metrics
+from switchmoe.settings import from_config
 from switchmoe.training import train_state
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -52,6 +59,13 @@ def arguments(pretrained, colours, workdir, *more):
     ]  # fmt: skip
 
 
+def foreign_files(directory):
+    """Files of other formats than their names say, or than tasks have."""
+    (directory / "notes.txt").write_text("cold\n")
+    for name in ("picture.jsonl", "picture.csv"):
+        (directory / name).write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR")
+
+
 def test_a_task_is_learnt_judged_and_reported(pretrained, colours, tmp_path, capsys):
     steps = ["--steps=120", "--config.train.eval_every=40", "--config.checkpoint.every=40"]
     assert command.main(arguments(pretrained, colours, tmp_path / "run", *steps)) == 0
@@ -65,10 +79,21 @@ def test_a_task_is_learnt_judged_and_reported(pretrained, colours, tmp_path, cap
     assert 100 * right == pytest.approx(found[-1][f"{colours}/accuracy"])
     assert {answer["ranked"] for answer in answers} == {"cold", "warm"}
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["scores"]["score"] == found[-1]["score"] and run["tasks"][str(colours)]["share"] == 1
+    assert run["scores"]["score"] == found[-1]["score"]
+    examples = 300 - len(answers)
+    assert run["tasks"] == {
+        str(colours): {
+            "examples": examples, "share": 1, "epochs": pytest.approx(120 * 16 / examples), "inputs_cut": 0, "targets_cut": 0,
+        }
+    }  # fmt: skip
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["model"]["dropout_rate"], config["moe"]["expert_dropout_rate"]) == (0.1, 0.4)
     for picture in ("scores", "confusion_colours"):
         assert (tmp_path / "run" / "plots" / f"{picture}.png").exists()
-    assert "<h2>Tasks</h2>" in (tmp_path / "run" / "report.html").read_text()
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "<h2>Tasks</h2>" in report
+    shown = report.partition(f"{answers[0]['inputs']}</blockquote>")[2].partition("</table>")[0]
+    assert f"<td>model</td><td>{answers[0]['prediction']}</td>" in shown
     assert "in 120 steps; too long and cut: 0.0% of the inputs" in capsys.readouterr().out
 
 
@@ -87,14 +112,13 @@ def test_without_steps_the_model_is_measured_as_it_is(pretrained, colours, tmp_p
 
 
 @pytest.mark.parametrize("subset", ["non_moe", pytest.param("router", marks=pytest.mark.slow)])
-def test_what_is_frozen_has_no_state_and_stays(pretrained, colours, tmp_path, subset):
-    import orbax.checkpoint as ocp
-
+def test_what_is_frozen_has_no_state_and_stays(pretrained, colours, tmp_path, capsys, subset):
     more = [
         "--steps=3",
         "--config.train.eval_every=3",
         f"--config.train.trainable={subset}",
         "--config.task.eval_examples=16",
+        "--config.data.input_length=8",
     ]
     assert command.main(arguments(pretrained, colours, tmp_path / "run", *more)) == 0
     before, after = (
@@ -104,6 +128,9 @@ def test_what_is_frozen_has_no_state_and_stays(pretrained, colours, tmp_path, su
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     assert moved and moved <= {name for name in before if ("/moe/" in name) == (subset == "router")}
     assert all("router" in name for name in moved) == (subset == "router")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["tasks"][str(colours)]["inputs_cut"] > 0.05
+    assert f"warning: {colours}: many are cut; data.input_length and" in capsys.readouterr().out
 
 
 def test_subsets_are_those_of_st_moe():
@@ -132,6 +159,11 @@ def test_subsets_are_those_of_st_moe():
             "task.names=sentiments: no such task; accepted are topic, description, title",
         ),
         (["--config.task.options=cold,hot"], "gives 'warm'; accepted is one of task.options=cold,hot"),
+        (["--config.data.validation_share=1e-6"], "its split validation is empty; accepted is a task with"),
+        (["--task={tmp}/notes.txt"], "notes.txt: no such task; accepted are"),
+        (["--task={tmp}/*.jsonl"], "picture.jsonl, line 1: not UTF-8 text"),
+        (["--task={tmp}/picture.csv"], "picture.csv, line 1: not UTF-8 text"),
+        (["--config.task.held_out={tmp}/none.csv"], "task.held_out={tmp}/none.csv: no file matches"),
         (["--config.task.inputs={body}"], "has no field 'body'"),
         (["--steps=many"], "--steps=many: accepted is an integer >= 0"),
         (["--init=/nowhere"], "no checkpoint is there"),
@@ -141,19 +173,59 @@ def test_subsets_are_those_of_st_moe():
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(pretrained, colours, tmp_path, capsys, more, message):
+    foreign_files(tmp_path)
+    more, message = (
+        [argument.replace("{tmp}", str(tmp_path)) for argument in more],
+        message.replace("{tmp}", str(tmp_path)),
+    )
     assert command.main(arguments(pretrained, colours, tmp_path / "run", *more)) == EXIT_BAD_INPUT
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_a_model_without_a_vocabulary_is_refused(pretrained, colours, tmp_path, capsys):
-    import shutil
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Vocabularies that no model here has, of fewer ids than it has rows, and of more."""
+    words = [f"{a}{b}{c} " * 2 for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwxyz"]
+    directory = tmp_path_factory.mktemp("others")
+    for name, size in (("few", 400), ("many", 900)):
+        (directory / name).write_bytes(vocabulary.train(words, size))
+    return directory
 
+
+def test_another_vocabulary_than_the_models_own_is_refused(pretrained, colours, others, tmp_path, capsys):
+    own = pretrained / "vocabulary.model"
+    shutil.copytree(pretrained, tmp_path / "swapped")
+    shutil.copyfile(others / "few", tmp_path / "swapped" / "vocabulary.model")
     shutil.copytree(pretrained, tmp_path / "bare")
     (tmp_path / "bare" / "vocabulary.model").unlink()
-    assert command.main(arguments(tmp_path / "bare", colours, tmp_path / "run")) == EXIT_BAD_INPUT
-    assert "it has no vocabulary; accepted is a run that has one" in capsys.readouterr().err
+    shutil.copyfile(own, tmp_path / "same.model")
+    given = "--config.data.vocab="
+    refused = {
+        "its vocabulary.model is another vocabulary than the run was trained with": (tmp_path / "swapped",),
+        "few: another vocabulary than init.checkpoint=": (pretrained, f"{given}{others / 'few'}"),
+        "it has no vocabulary; accepted is a run that has one": (tmp_path / "bare",),
+        "ids; accepted is the vocabulary of a model of 768 rows": (tmp_path / "bare", f"{given}{others / 'many'}"),
+        "data.eos_id=3: accepted is 1": (pretrained, "--config.data.eos_id=3"),
+    }  # fmt: skip
+    for message, (init, *more) in refused.items():
+        code = command.main(arguments(init, colours, tmp_path / "run", *more, "--steps=1"))
+        error = capsys.readouterr().err
+        assert code == EXIT_BAD_INPUT and message in error and error.count("\n") == 1, error
+        assert not (tmp_path / "run" / "config.json").exists()
+    # The same is taken under another name, and what the source itself was trained with is not looked at.
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    config["data"]["vocab"] = str(others / "few")
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(own, tmp_path / "bare" / "vocabulary.model")
+    for init, vocab in ((pretrained, tmp_path / "same.model"), (tmp_path / "bare", others / "few")):
+        settings = from_config(
+            {**json.loads((init / "config.json").read_text()), "init": {"checkpoint": str(init)}}
+        )
+        settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, vocab=str(vocab)))
+        file = str(init / "vocabulary.model")
+        assert start.tuned_vocabulary(settings, file) == file
 
 
 @pytest.mark.slow
@@ -185,4 +257,9 @@ def test_killed_it_goes_on_to_the_bit(pretrained, colours, tmp_path, environment
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     files = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("broken", "whole")]
     assert files[0] == files[1]
+    last = [
+        ocp.PyTreeCheckpointer().restore(tmp_path / name / "checkpoints" / "24" / "state")["params"]
+        for name in ("broken", "whole")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *last)
     assert pretraining.main(["run", f"--workdir={tmp_path / 'whole'}", *TINY]) == EXIT_BAD_INPUT

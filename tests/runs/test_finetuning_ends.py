@@ -2,17 +2,24 @@
 """How fine-tuning ends: early, again, after a kill; the experts' load before and after; solved examples when it is measured."""
 
 import json
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from test_finetuning import arguments, colours
 from test_run import TINY, losses
 
+from experiments import distill
 from experiments import finetune as command
 from experiments.exits import EXIT_BAD_INPUT
+from switchmoe.data import tasks
 from switchmoe.runs.stopping import Patience, ended_early
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -190,3 +197,40 @@ def test_solved_examples_when_a_model_is_measured(pretrained, colours, tmp_path,
     assert "--workdir=gs://bucket/run: accepted is a directory" in capsys.readouterr().err
     assert command.main(arguments(pretrained, colours, pretrained, *more)) == EXIT_BAD_INPUT
     assert "a run's directory, whose predictions.jsonl would be lost" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_file_of_the_docs_with_a_task_of_its_own(pretrained, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "fine_tuning.md").read_text()
+    (tmp_path / "even.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    given = [f"--init={pretrained}", f"--workdir={tmp_path / 'even'}", "--steps=0"]
+    monkeypatch.setattr(sys, "argv", ["even.py", *given, "--config.task.eval_examples=8"])
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(tmp_path / "even.py"), run_name="__main__")
+    assert ended.value.code == 0 and "even/ranked " in capsys.readouterr().out
+    assert len((tmp_path / "even" / "predictions.jsonl").read_text().splitlines()) == 8
+
+
+@pytest.mark.slow
+def test_a_tuned_model_is_tuned_on_another_task_with_its_optimizer_and_teaches_its_own(still, tmp_path):
+    more = ["--config.task.eval_examples=8", "--config.data.batch_size=4", "--config.train.eval_every=1"]
+    begun = [f"--init={still}", "--task=topic", "--steps=1", "--config.init.optimizer=True", "--config.data.input_length=32"]  # fmt: skip
+    assert command.main(["finetune", *begun, *more, f"--workdir={tmp_path / 'topic'}"]) == 0
+    assert set(run_json(tmp_path / "topic")["tasks"]) == {"topic"}
+    updates = [
+        counts(ocp.PyTreeCheckpointer().restore(path / "state")["opt_state"])
+        for path in (still / "checkpoints" / "6", tmp_path / "topic" / "checkpoints" / "1")
+    ]
+    assert updates == [{6}, {7}]
+    taught = [f"--teacher={still}", f"--workdir={tmp_path / 'taught'}", "--config.train.num_steps=1", *more]
+    assert distill.main(["distill", *taught]) == 0
+    found = run_json(tmp_path / "taught")
+    assert list(found["tasks"]) == list(run_json(still)["tasks"]), "its own tasks, as nothing else was said"
+    assert found["distilled"]["figure"] == "tasks/shortfall"
+
+
+def counts(opt_state):
+    """How many updates an optimizer's state says that it has made, wherever it says so."""
+    flat = jax.tree_util.tree_leaves_with_path(opt_state)
+    return {int(leaf.max()) for path, leaf in flat if "count" in str(path[-1])}

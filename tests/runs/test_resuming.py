@@ -285,6 +285,18 @@ def test_another_vocabulary_at_a_resume_is_refused_and_the_same_elsewhere_is_not
     assert start.own_vocabulary(context(other)) == own, "as the last start had it, which kept its own copy"
 
 
+def test_a_copy_of_the_vocabulary_that_is_not_what_the_run_began_with_is_refused(old_run):
+    workdir, config, _ = old_run
+    context = Context(from_config(config), workdir, None, True, print)
+    rundir.update_run(workdir, vocabulary_sha256="0" * 64)
+    for kind in (
+        lambda: text._vocabulary(context, [], ""),
+        lambda: finetuning._vocabulary(context, ""),
+    ):
+        with pytest.raises(ValueError, match="is another vocabulary than the run .*of SHA-256 0000"):
+            kind()
+
+
 def test_a_sweep_of_an_earlier_version_goes_on(tmp_path):
     file = tmp_path / "study.py"
     file.write_text(

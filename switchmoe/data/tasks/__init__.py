@@ -3,8 +3,10 @@
 from switchmoe.data.errors import DataError
 from switchmoe.data.tasks import benchmarks, embedded, few_shot, files, instructions, metrics
 from switchmoe.data.tasks.benchmarks import BENCHMARKS
-from switchmoe.data.tasks.task import SPLITS, Example, Task
+from switchmoe.data.tasks.task import SPLITS, Example, Task, spread
 from switchmoe.settings import DataSettings, TaskSettings
+
+CHECKED = 100  # examples of each split of a task with options
 
 TASKS: dict[str, Task] = {task.name: task for task in (*embedded.tasks(), *instructions.tasks())}
 MIXTURES: dict[str, tuple[str, ...]] = {"instruct": tuple(task.name for task in instructions.tasks())}
@@ -50,9 +52,9 @@ def find(settings: TaskSettings, data: DataSettings, field: str = "names") -> li
         if name in TASKS:
             task = TASKS[name]
         elif name in BENCHMARKS:
-            task = benchmarks.task(name, data)
+            task = benchmarks.task(name, data, field)
         elif files.is_files(name):
-            task = files.task(name, settings, data)
+            task = files.task(name, settings, data, field)
         else:
             accepted = ", ".join((*(one for one in TASKS if one not in MIXTURES["instruct"]), *MIXTURES))
             raise DataError(
@@ -77,6 +79,14 @@ def _check(task: Task, field: str) -> None:
             raise DataError(
                 f"task.{field}={task.name}: its split {split} is empty; accepted is a task with examples in both"
             )
+        if not task.options:
+            continue
+        for example in spread(task.examples(split), CHECKED):
+            if example.targets not in task.options:
+                raise DataError(
+                    f"task.{field}={task.name}: an example of its split {split} has the answer {example.targets!r}; accepted is one"
+                    f" of its options {', '.join(task.options)}"
+                )
 
 
 __all__ = ["MIXTURES", "SPLITS", "TASKS", "Example", "Task", "expanded", "few_shot", "find"]

@@ -28,12 +28,12 @@ def is_files(name: str) -> bool:
     return name.endswith(SUFFIXES)
 
 
-def paths(name: str) -> list[str]:
-    """The files of a glob. Raises DataError: there is none, or one that can't be read."""
-    return local_files.paths(name, SUFFIXES, ACCEPTED, "task.names")
+def paths(name: str, field: str = "names") -> list[str]:
+    """The files of a glob. Raises DataError: there is none, or one that can't be read; ``field`` of `task` is where it was named."""
+    return local_files.paths(name, SUFFIXES, ACCEPTED, f"task.{field}")
 
 
-def task(name: str, settings: TaskSettings, data: DataSettings) -> Task:
+def task(name: str, settings: TaskSettings, data: DataSettings, field: str = "names") -> Task:
     """Of a glob of files. A record is held out by the hash of `data.split_field`, or of what is read.
 
     Raises:
@@ -45,12 +45,14 @@ def task(name: str, settings: TaskSettings, data: DataSettings) -> Task:
     def examples(split: str) -> tuple[Example, ...]:
         held_out = split == "validation"
         return tuple(
-            one for one, place in _all(name, settings, data) if (place < data.validation_share) == held_out
+            one
+            for one, place in _all(name, settings, data, field)
+            if (place < data.validation_share) == held_out
         )
 
     default = ("accuracy",) if options else ("exact_match", "f1")
     names = tuple(settings.metrics.split(",")) if settings.metrics else default
-    _check_metrics(names, options, [one.right for one, _ in _all(name, settings, data)], settings)
+    _check_metrics(names, options, [one.right for one, _ in _all(name, settings, data, field)], settings)
     return Task(name, examples, names, options)
 
 
@@ -76,12 +78,14 @@ def _check_metrics(
 
 
 @functools.cache
-def _all(name: str, settings: TaskSettings, data: DataSettings) -> tuple[tuple[Example, float], ...]:
+def _all(
+    name: str, settings: TaskSettings, data: DataSettings, field: str
+) -> tuple[tuple[Example, float], ...]:
     found, options = (
         [],
         {option.strip() for option in settings.options.split(",")} if settings.options else None,
     )
-    for where, record in _records(name):
+    for where, record in _records(name, field):
         answers = record.get("answers") if isinstance(record.get("answers"), tuple) else ()
         squad = bool(answers) and settings.inputs == TaskSettings().inputs
         inputs = _filled("inputs", SQUAD if squad else settings.inputs, record, where)
@@ -97,7 +101,7 @@ def _all(name: str, settings: TaskSettings, data: DataSettings) -> tuple[tuple[E
         )
         found.append((Example(inputs, targets, answers if squad else ()), local_files.fraction(key)))
     if not found:
-        raise DataError(f"task.names={name}: no records; accepted are files with one or more")
+        raise DataError(f"task.{field}={name}: no records; accepted are files with one or more")
     return tuple(found)
 
 
@@ -122,13 +126,13 @@ def _filled(field: str, template: str, record: dict[str, Any], where: str) -> st
         raise DataError(f"{group}.{field}={template}: {where}: {error}") from error
 
 
-def _records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(name: str, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it is, a record) of all files; of SQuAD's format a question with its context and ``answers``, a tuple."""
-    for path in paths(name):
+    for path in paths(name, field):
         try:
-            yield from _of_file(path, f"task.names={name}")
+            yield from _of_file(path, f"task.{field}={name}")
         except _Foreign as error:
-            raise DataError(f"task.names={name}: {error}") from error
+            raise DataError(f"task.{field}={name}: {error}") from error
 
 
 class _Foreign(ValueError):
