@@ -85,7 +85,7 @@ def test_what_is_refused_gets_one_line(run, resident, tmp_path, capsys):
             "--predictor=gone.npz: accepted is none, router, or a file",
         ),
         (
-            ["--expert_memory=20KiB"],
+            ["--expert_memory=60KiB"],
             "decoder/0 may need 20 experts at once; accepted is 491520 bytes or more",
         ),
     ):

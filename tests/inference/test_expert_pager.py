@@ -91,19 +91,19 @@ def test_what_a_layer_asks_for_does_not_wait_for_what_was_foreseen(files):
     assert (pager.counts.guessed, pager.counts.right) == (2, 0)
 
 
-def test_what_is_read_ahead_leaves_the_room_that_a_layer_may_need(files):
+@pytest.mark.parametrize("room, ahead", [(2, False), (3, True)])
+def test_what_is_read_ahead_leaves_the_room_that_a_layer_may_need(files, room, ahead):
     """A budget of one layer's need: an expert that comes slowly and was only foreseen would have the place of one that is asked for."""
     store = Slow(files[0], (1, 5))
-    for room, ahead in ((2, False), (3, True)):
-        pager = made(files, room, store, patience=5.0)
-        pager.holds(2)
-        pager(0, asks(1), None, np.eye(20)[5])
-        until(lambda: not pager._ahead)
-        began = time.monotonic()
-        pager(1, asks(8, 9))
-        pager.check()
-        assert time.monotonic() - began < 4 and ((1, 5) in pager._reading) == ahead
-        assert (pager.counts.guessed, pager.counts.right) == (1, 0)
+    pager = made(files, room, store, patience=5.0)
+    pager.holds(2)
+    pager(0, asks(1), None, np.eye(20)[5])
+    until(lambda: not pager._ahead)
+    began = time.monotonic()
+    pager(1, asks(8, 9))
+    pager.check()
+    assert time.monotonic() - began < 4 and ((1, 5) in pager._reading) == ahead
+    assert (pager.counts.guessed, pager.counts.right) == (1, 0)
     store.on.set()
 
 
