@@ -62,6 +62,40 @@ def test_the_library_does_not_know_its_commands():
             assert not [other for other in imports(path, known) if not other.startswith("switchmoe")], name
 
 
+def test_what_answers_others_unpickles_nothing():
+    """Neither a request's bytes nor a file that it reads can be a program."""
+
+    def unpickles(tree):
+        for node in ast.walk(tree):
+            named = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            )
+            named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if {name.split(".")[0] for name in named} & {
+                "pickle",
+                "marshal",
+                "shelve",
+                "dill",
+                "cloudpickle",
+            }:
+                return True
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+                    return True
+        return False
+
+    known = modules("switchmoe", "experiments")
+    own = [
+        path for name, path in known.items() if name.startswith(("experiments.serve", "switchmoe.inference"))
+    ]
+    assert len(own) > 20 and not [
+        path for path in own if unpickles(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    for text in ("import pickle", "from marshal import loads", "np.load(f, allow_pickle=True)"):
+        assert unpickles(ast.parse(text))
+    assert not unpickles(ast.parse("np.load(f, allow_pickle=False)"))
+
+
 def test_no_circles():
     known = modules("switchmoe", "experiments")
     graph = {name: imports(path, known) - {name} for name, path in known.items()}

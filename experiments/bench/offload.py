@@ -10,12 +10,12 @@ The synthetic router's columns have lengths of a log-normal distribution, so tha
 
   --out=DIR            offload.json, and the model and its files, which a second run finds there
   --source=RUN         a run instead
-  --stacks=...         encoder_decoder (the default) | decoder_only
+  --stacks=...         encoder_decoder (the default) | decoder_only (a Qwen3-MoE of two choices, all of whose layers are sparse)
   --d_model, --d_ff, --layers (per stack), --experts, --skew    of the synthetic model (512, 2048, 6, 128, 0.5)
   --limit=SIZE         (a quarter of the experts in float32)
   --expert_memory=SIZE of which is for experts (the limit without code and other weights, CODE)
   --tokens, --answers, --rounds    new tokens of an answer, answers measured of each case and round, rounds (64, 4, 3)
-  --cases="A;B"        those alone
+  --cases="A;B"        those alone; of ours FORM, PREDICTOR, WAY, POLICY
   --tiny               small, without a limit: to see that it runs
 
 Exit codes: 0 done; 2 bad input; 4 a file that can't be written or read.
@@ -40,18 +40,25 @@ FIELDS = "form", "predictor", "way", "policy"
 CASES = {  # name: of these fields
     "resident float32": ("float32", "", "", ""),
     "resident int4": ("int4", "", "", ""),
-    "float32, none, direct": ("float32", "none", "direct", "lru"),
+    "float32, none, direct, lru": ("float32", "none", "direct", "lru"),
     "float32, none, direct, lfu": ("float32", "none", "direct", "lfu"),
     "float32, none, direct, lfru": ("float32", "none", "direct", "lfru"),
     "float32, router, direct, lfu": ("float32", "router", "direct", "lfu"),
+    "float32, router, direct, lfru": ("float32", "router", "direct", "lfru"),
     "float32, table, direct, lfu": ("float32", "table", "direct", "lfu"),
-    "float32, none, pread": ("float32", "none", "pread", "lru"),
-    "float32, none, mmap": ("float32", "none", "mmap", "lru"),
-    "int4, none, direct": ("int4", "none", "direct", "lru"),
-    "mixed, none, direct": ("mixed", "none", "direct", "lru"),
+    "float32, table, direct, lfru": ("float32", "table", "direct", "lfru"),
+    "float32, none, pread, lru": ("float32", "none", "pread", "lru"),
+    "float32, none, mmap, lru": ("float32", "none", "mmap", "lru"),
+    "int4, none, direct, lru": ("int4", "none", "direct", "lru"),
+    "int4, none, direct, lfru": ("int4", "none", "direct", "lfru"),
+    "int4, router, direct, lfru": ("int4", "router", "direct", "lfru"),
+    "mixed, none, direct, lru": ("mixed", "none", "direct", "lru"),
     "plain mmap": ("float32", "mapped", "", ""),
     "accelerate": ("float32", "accelerate", "", ""),
 }
+KEYS = (  # of what became of experts, medians of which are told
+    "hits", "megabytes_per_token", "waited", "right", "ahead_megabytes_per_token", "useful_megabytes_per_token", "useful", "peak",
+)  # fmt: skip
 CHILD = "--child="
 
 
@@ -68,7 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--skew", type=float, default=0.5)
     parser.add_argument("--limit", default="")
     parser.add_argument("--expert_memory", default="")
-    parser.add_argument("--cases", type=lambda text: text.split(";"), default=list(CASES))
+    parser.add_argument("--cases", type=_cases, default=list(CASES))
     found = parser.parse_args(argv)
     for name in found.cases:
         if name not in CASES:
@@ -79,6 +86,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
             if getattr(found, name) == parser.get_default(name):
                 setattr(found, name, value)
     return found
+
+
+def _cases(text: str) -> list[str]:
+    """Those of ours were named without a policy where that was lru."""
+    return [f"{name}, lru" if f"{name}, lru" in CASES else name for name in text.split(";")]
 
 
 def main(argv: list[str]) -> int:
@@ -226,7 +238,7 @@ def _row(name: str, found: list[dict[str, Any]], rows: dict[str, list[dict[str, 
     row["same_answers"] = all(
         one["answers"] == other.get("answers") for one, other in zip(good, resident, strict=False)
     ) if resident else None  # fmt: skip
-    for key in ("hits", "megabytes_per_token", "waited", "useful", "peak"):
+    for key in KEYS:
         values = [one[key] for one in good if one.get(key) is not None]
         if values:
             row[key] = statistics.median(values)
@@ -245,6 +257,11 @@ def _told(row: dict[str, Any]) -> str:
     if "hits" in row:
         parts.append(
             f"{row['hits']:.1%} at hand, {row['megabytes_per_token']:.2f} MB read a token, {row['waited']:.0%} waiting"
+        )
+    if "right" in row:
+        parts.append(
+            f"{row['right']:.1%} of what was foreseen asked for,"
+            f" {row['useful_megabytes_per_token']:.2f} of {row['ahead_megabytes_per_token']:.2f} MB read ahead a token used"
         )
     if row["same_answers"] is not None:
         parts.append("answers the same" if row["same_answers"] else "answers NOT the same")

@@ -52,7 +52,7 @@ def made(options: argparse.Namespace) -> Path:
     else:
         settings = synthetic(options)
         names = [
-            options.stacks,
+            "qwen3_moe" if options.stacks == "decoder_only" else options.stacks,
             options.d_model,
             options.d_ff,
             options.layers,
@@ -76,13 +76,18 @@ def made(options: argparse.Namespace) -> Path:
 
 
 def synthetic(options: argparse.Namespace) -> Settings:
+    """A Switch Transformer, or a decoder alone that transformers has too: a Qwen3-MoE."""
     groups = to_dict(model_settings(options.experts, options.tiny))
     groups["model"] |= {
         "d_model": options.d_model, "d_ff": options.d_ff, "num_layers": options.layers, "d_kv": 64 if options.d_model >= 512 else 16,
         "num_heads": max(1, options.d_model // 64),
     }  # fmt: skip
     if options.stacks == "decoder_only":
-        groups["model"] |= {"stacks": options.stacks, "positions": "rotary"}
+        groups["model"] |= {
+            "stacks": options.stacks, "positions": "rotary", "activation": "swiglu", "qk_norm": "head", "tie_embeddings": False,
+            "scale_logits": False, "attention_scale": 0.0,
+        }  # fmt: skip
+        groups["moe"] |= {"router": "top_k", "choices": 2, "dropless": True, "every": 1}
         groups["data"] |= {"objective": "causal_lm"}
     groups["train"]["num_steps"] = 1
     return from_config(groups)
@@ -107,7 +112,7 @@ def _write(run: Path, settings: Settings, skew: float) -> None:
 
 
 def _drawn(rng: np.random.Generator, name: str, shape: tuple[int, ...], skew: float) -> np.ndarray:
-    if name.endswith("scale"):
+    if name.endswith(("scale", "_norm")):
         return np.ones(shape, np.float32)
     part = rng.standard_normal(shape, np.float32)
     if name.endswith("router"):  # the longer an expert's column, the more tokens choose it
@@ -230,10 +235,12 @@ def measured(asked: dict[str, Any]) -> dict[str, Any]:
 def _counted(pager: Pager, before: Any, tokens: int, seconds: float) -> dict[str, Any]:
     after = pager.counts
     hits, misses = after.hits - before.hits, after.misses - before.misses
-    ahead = after.ahead - before.ahead
+    ahead, guessed = after.ahead - before.ahead, after.guessed - before.guessed
     return {
         "hits": hits / max(1, hits + misses), "megabytes_per_token": (after.read - before.read) / tokens / 1e6,
         "waited": (after.waited - before.waited) / seconds, "useful": (after.useful - before.useful) / ahead if ahead else None,
+        "right": (after.right - before.right) / guessed if guessed else None, "ahead_megabytes_per_token": ahead / tokens / 1e6,
+        "useful_megabytes_per_token": (after.useful - before.useful) / tokens / 1e6,
     }  # fmt: skip
 
 

@@ -3,12 +3,12 @@
 Over loopback, with so many clients at once: `experiments.serve` with as many slots as clients, with one slot, and (with transformers and
 torch installed, extra `hf`) a plain loop that answers one request after the other with transformers' `generate`, with the same weights
 (`experiments.convert`). Rounds are interleaved; ratios are medians within rounds. Prompts are random ids, all answers have
---max_tokens tokens. Writes serving.json into --out and prints a table: tokens a second, and percentiles of the time to the first token and
+--max_tokens tokens. After --seconds no round is begun, which is said. Writes serving.json into --out and prints a table: tokens a second, and percentiles of the time to the first token and
 of a request.
 
 --soak=SECONDS instead asks one server for so long: good requests, whose answers are compared with the first ones, bad ones, and clients
 that break (leave a stream, send half a body, read nothing, speak no HTTP). Tells what was answered and the server's memory; exit code 1 where
-an answer was not as due, or memory grew by more than 5 MiB a minute in the second half.
+an answer was not as due, or memory grew by more than 5 MiB a minute in the second half (said of a minute or more).
 
 Exit codes: 0 done; 1 not as due; 2 bad input; 4 a file that can't be written or read.
 """
@@ -46,6 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clients", type=positive, default=16)
     parser.add_argument("--requests", type=positive, default=2, help="of each client in a round (2)")
     parser.add_argument("--repeats", type=positive, default=3, help="rounds (3)")
+    parser.add_argument("--seconds", type=positive, default=1800, help="after which no round is begun (1800)")
     parser.add_argument("--prompt", type=tools.at_least(2), default=64, help="tokens of a prompt (64)")
     parser.add_argument("--max_tokens", type=positive, default=64, help="of an answer (64)")
     parser.add_argument("--hf", choices=("auto", "no"), default="auto")
@@ -217,11 +218,18 @@ def _rounds(
 ) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {name: [] for name in cases}
     times: dict[str, list[tuple[float, float, int]]] = {name: [] for name in cases}
-    names = list(cases)
+    names, end = list(cases), time.monotonic() + options.seconds
     with concurrent.futures.ThreadPoolExecutor(options.clients) as pool:
         for name in names:  # a round that is not counted
             cases[name].timed(prompts[0], options.max_tokens)
         for n in range(options.repeats):
+            if n and time.monotonic() > end:
+                print(
+                    f"--seconds={options.seconds:g}: over after {n} of {options.repeats} rounds; the table is of these",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                break
             for name in names[n % len(names) :] + names[: n % len(names)]:
                 began = time.perf_counter()
                 done = list(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 GROWTH = 5.0  # MiB a minute, beyond which memory is not flat
+SEEN = 60.0  # seconds, at least, of which that is said
 HEAD = (
     "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
 )
@@ -96,6 +97,14 @@ class Soak:
         self.note(f"broken: {kind}", True)
 
 
+def growth(memory: list[tuple[float, float]]) -> float | None:
+    """MiB a minute in the second half of (seconds, MiB); None: it lasted too short for that to be known."""
+    if memory[-1][0] - memory[0][0] < SEEN - 2:
+        return None
+    second = np.array(memory[len(memory) // 2 :])
+    return float(np.polyfit(second[:, 0], second[:, 1], 1)[0] * 60)
+
+
 def main(server: Any, prompts: list[list[int]], options: argparse.Namespace, made_by: dict[str, str]) -> int:
     """Asks a server that is ready, and ends it; ``made_by`` is said in its file; see `experiments.bench.serving`."""
     memory: list[tuple[float, float]] = []
@@ -144,13 +153,12 @@ def main(server: Any, prompts: list[list[int]], options: argparse.Namespace, mad
         )
         time.sleep(0.2)
     code = server.close() if alive else server.process.returncode
-    second = np.array(memory[len(memory) // 2 :])
-    slope = float(np.polyfit(second[:, 0], second[:, 1], 1)[0] * 60) if len(second) > 2 else 0.0
+    slope = growth(memory)
     found = made_by | {
         "seconds": options.soak, "counts": dict(sorted(test.counts.items())), "wrong": len(test.wrong), "examples": test.wrong[:10],
-        "memory_mib": [round(memory[0][1]), round(memory[-1][1])], "mib_per_minute": round(slope, 3), "slots_free_at_the_end": idle,
+        "memory_mib": [round(memory[0][1]), round(memory[-1][1])], "mib_per_minute": None if slope is None else round(slope, 3), "slots_free_at_the_end": idle,
         "exit_code": code,
     }  # fmt: skip
     (options.out / "soak.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
-    return 0 if alive and idle and code == 0 and not test.wrong and slope < GROWTH else 1
+    return 0 if alive and idle and code == 0 and not test.wrong and (slope or 0) < GROWTH else 1

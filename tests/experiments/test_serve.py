@@ -71,6 +71,13 @@ def answers_are_generates(either, of, params):
     assert texts(either.post(prompt=ids, max_tokens=12, temperature=0)) == texts(found)
     assert texts(either.post(prompt=ids[0], max_tokens=12, temperature=0)) == texts(found)[:1]
     assert found.json()["usage"]["prompt_tokens"] == sum(map(len, ids))
+    drawn = dict(temperature=1.5, top_k=9, top_p=0.8)
+    how = Choosing(**drawn, stop_ids=(vocabulary().eos_id,))
+    generator = Generator(of, params, 12, how, seed=3)
+    wanted = [answer.ids for answer in generator([ids[0], ids[0], ids[1], ids[1]])]
+    asked = dict(prompt=prompts[:2], n=2, seed=3, max_tokens=12, return_token_ids=True, **drawn)
+    assert [choice["token_ids"] for choice in either.post(**asked).json()["choices"]] == wanted
+    assert len(set(map(tuple, wanted))) == 4
 
 
 def test_what_is_streamed_is_together_what_is_not(either):

@@ -54,6 +54,19 @@ def test_files_and_addresses_that_are_not_there(tmp_path, capsys, monkeypatch):
     assert f"--port={port}: " in last and "accepted is an address that is free" in last
 
 
+def test_it_listens_on_this_machine_alone_unless_told(monkeypatch):
+    asked = []
+
+    def create_server(address, **_):
+        asked.append(address)
+        raise OSError("taken")
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    for given in ([], ["--host=::"]):
+        assert serve.main(["serve", "--source=a", "--port=7", *given]) == exits.EXIT_IO
+    assert asked == [("127.0.0.1", 7), ("::", 7)]
+
+
 @pytest.mark.parametrize(
     "text",
     ["{", "[]", "{}", '{"user": "a"}', '{"user": "{content}{content}"}', '{"user": "{content}", "stop": "a"}', '{"user": "{content}", "x": 1}',

@@ -1,5 +1,6 @@
 """`experiments.serve`'s connections: what nobody reads, and who leaves."""
 
+import json
 import socket
 import threading
 import time
@@ -38,6 +39,38 @@ def test_who_sends_many_requests_and_reads_nothing_is_let_go(hurried):
         connections = hurried.server.server_state.connections
         assert until(lambda: connections), "it is there"
         assert until(lambda: not connections)
+
+
+def test_a_stream_that_nobody_reads_frees_its_slots_while_its_connection_is_open(hurried):
+    """What is not read is more than sockets and server keep, so that what sends it stands still; what computes does not."""
+    asked = dict(
+        prompt="old",
+        n=16,
+        max_tokens=24,
+        ignore_eos=True,
+        stream=True,
+        logprobs=5,
+        temperature=1.0,
+        routed_experts=True,
+    )
+    body = json.dumps(asked).encode()
+    connections, programs = hurried.server.server_state.connections, hurried.engine.programs
+    assert until(lambda: not connections)
+    hurried._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of what it accepts, too
+    programs.pause = 0.005
+    try:
+        with socket.socket() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.connect(("127.0.0.1", hurried.port))
+            head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n"
+            raw.sendall(head.format(len(body)).encode() + body)
+            assert until(lambda: hurried.engine.running)
+            assert until(lambda: not hurried.engine.running and not hurried.engine.waiting, 2)
+            assert connections, "it is still open"
+            assert hurried.post(prompt="old", max_tokens=3).status_code == 200
+            assert until(lambda: not connections), "ended after the timeout"
+    finally:
+        programs.pause = 0.0
 
 
 def test_who_reads_slowly_is_answered_whole(hurried):

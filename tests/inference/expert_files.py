@@ -1,5 +1,7 @@
 """Stores of experts for tests, written of parameters in memory."""
 
+import time
+
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -45,3 +47,18 @@ def as_integers(of, params):
         found[name] = codes.reshape(*lead, *codes.shape[1:])
         found[(*name[:-1], name[-1] + SCALE)] = scale.reshape(*lead, *scale.shape[1:])
     return unflatten_dict(found)
+
+
+def asks(*experts):
+    """Rows of these, of 20."""
+    rows_E = np.zeros(20, np.int32)
+    rows_E[list(experts)] = 1
+    return rows_E
+
+
+def until(done):
+    for _ in range(500):
+        if done():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to be")

@@ -3,14 +3,13 @@
 import ctypes
 import dataclasses
 import importlib.util
-import threading
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_files import as_integers, without_experts, write
+from expert_files import as_integers, asks, until, without_experts, write
+from flax.traverse_util import flatten_dict, unflatten_dict
 from test_decoding import init, settings
 
 from switchmoe.inference import decoding
@@ -19,8 +18,7 @@ from switchmoe.inference.generation import Generator
 from switchmoe.inference.offload import memory
 from switchmoe.inference.offload import model as offloaded
 from switchmoe.inference.offload.model import Paging, paged
-from switchmoe.inference.offload.predict import Table
-from switchmoe.inference.offload.runtime import Pager, in_memory
+from switchmoe.inference.offload.runtime import in_memory
 from switchmoe.inference.offload.shelf import Lying
 from switchmoe.inference.offload.store import Store, StoreError
 from switchmoe.inference.serving.programs import Controls, Programs
@@ -55,7 +53,7 @@ def share(layers, part):
     return max(int(part * sum(whole)), max(whole))
 
 
-def on_disk(of, params, directory, part=0.5, predictor="none", form="float32", **how):
+def on_disk(of, params, directory, part=0.7, predictor="none", form="float32", **how):
     layers = write(of, params, directory, form)
     memory = in_memory(layers, decoding.as_computed(of).model.dtype, False)
     return paged(
@@ -81,6 +79,48 @@ def test_answers_are_those_of_all_experts_in_memory(name, tmp_path):
     assert counts.misses > 0 and counts.read > 0 and counts.hits > 0, str(counts)
 
 
+def test_only_a_program_with_a_budget_calls_the_host(tmp_path):
+    """So without one nothing is slower."""
+    of = model("top 1, many")
+    params = init(of)
+    own, held, pager = on_disk(of, params, tmp_path / "experts", predictor="router")
+
+    def calls(generator):
+        ids_BP, count_B = np.zeros((1, 16), np.int32), np.ones(1, np.int32)
+        lowered = generator._program.lower(generator._params, ids_BP, count_B, count_B)
+        return lowered.as_text().count("callback")
+
+    assert calls(Generator(own, held, 4, check=pager.check)) and not calls(Generator(of, params, 4))
+
+
+def test_the_routers_prediction_is_right_where_a_layer_reads_what_the_one_before_did(tmp_path, monkeypatch):
+    """Blocks that add nothing and norms that are alike: then the next layer's router says what it will choose."""
+    of = settings("decoder_only", "top_k", dict(num_layers=4), num_experts=20)
+    params = unflatten_dict(
+        {
+            name: value * 0 if name[-1] in ("out", "wo") else value * 0 + 1 if name[-1] == "scale" else value
+            for name, value in flatten_dict(init(of)).items()
+        }
+    )
+    own, held, pager = on_disk(of, params, tmp_path / "experts", predictor="router")
+    foresee = pager._foresee
+
+    def read_ahead(*given):
+        foresee(*given)
+        until(lambda: not pager._ahead and not pager._reading)
+
+    monkeypatch.setattr(pager, "_foresee", read_ahead)
+    programs, controls = Programs(own, held, 2, 8, 6, pager.check), Controls.empty(2)
+    programs.insert(prefilled := programs.prefill(PROMPTS[0]), 0)
+    before = dataclasses.replace(pager.counts)
+    controls.position_B[0] = programs.first_position(prefilled)
+    programs.step(controls)
+    after = pager.counts
+    assert after.right - before.right == after.guessed - before.guessed > 0
+    assert after.ahead >= after.useful > 0
+    assert f"{after.right} of {after.guessed} foreseen asked for" in str(after)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers_are_those_of_a_model_of_integers(bits, tmp_path):
     of = model("top 1, many")
@@ -94,6 +134,21 @@ def test_integers_are_those_of_a_model_of_integers(bits, tmp_path):
     for layer in pager._layers:  # they stay integers in memory, of so many bits
         part, weights = layer.record(0).part("wi"), np.prod(dict(layer.kernels)["wi"])
         assert part.dtype == "int8" and 8 * part.size == bits * weights
+
+
+def test_bfloat16_on_disk_is_the_model_of_rounded_experts(tmp_path):
+    of = model("top 1, many")
+    params = init(of)
+    own, held, pager = on_disk(of, params, tmp_path / "experts", form="bfloat16")
+    rounded = unflatten_dict(
+        {
+            name: value.astype(jnp.bfloat16).astype(jnp.float32) if "experts" in name else value
+            for name, value in flatten_dict(params).items()
+        }
+    )
+    wanted = Generator(of, rounded, 6, **HOW["greedy"])(PROMPTS)
+    assert Generator(own, held, 6, check=pager.check, **HOW["greedy"])(PROMPTS) == wanted
+    assert pager._store.layers[0].record(0).size < pager._layers[0].record(0).size  # read as half the bytes
 
 
 def test_each_expert_of_its_own_width_is_its_own_kernel(tmp_path):
@@ -174,145 +229,6 @@ def test_another_system_than_linux_is_refused_in_a_line(monkeypatch):
     monkeypatch.setattr(offloaded, "available", elsewhere.available)
     with pytest.raises(ValueError, match="--expert_memory=9: accepted on Linux; here is linux"):
         Paging(9)
-
-
-class Slow(Store):
-    """A disk that stands still until it is let go on."""
-
-    def __init__(self, directory):
-        super().__init__(directory, "pread")
-        self.on, self.asked = threading.Event(), []
-
-    def read(self, layer, expert, buffer):
-        self.asked.append((layer, expert))
-        self.on.wait(10)
-        super().read(layer, expert, buffer)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("files") / "experts"
-    of = model("top 1, many")
-    return directory, write(of, init(of), directory)
-
-
-def asks(*experts):
-    rows_E = np.zeros(20, np.int32)
-    rows_E[list(experts)] = 1
-    return rows_E
-
-
-def bytes_of(pager, layer, expert):
-    return bytes(pager.memory.place(layer, expert))
-
-
-def made(files, experts, store=None, **how):
-    directory, layers = files
-    return Pager(store or Store(directory), layers, "float32", experts * layers[0].record(0).size, **how)
-
-
-def test_an_expert_that_leaves_gives_its_bytes_to_the_one_that_comes(files):
-    pager, right = made(files, 2), made(files, 40)
-    for layer, expert in ((0, 3), (0, 4), (1, 5), (0, 3), (1, 4), (1, 5)):
-        pager(layer, asks(expert))
-        right(layer, asks(expert))
-        assert bytes_of(pager, layer, expert) == bytes_of(right, layer, expert)
-    pager.check()
-    assert (pager.counts.hits, pager.counts.misses) == (0, 6) and (
-        right.counts.hits,
-        right.counts.misses,
-    ) == (2, 4)
-    held = [bytes_of(pager, layer, e) for layer in (0, 1) for e in range(20)]
-    assert sum(any(record) for record in held) <= 2  # behind the others' addresses there is nothing
-
-
-def test_what_is_foreseen_is_read_ahead_and_forgotten_when_something_else_is_asked(files):
-    pager = made(files, 4)
-    pager(0, asks(1), None, np.eye(20)[7])
-    for _ in range(200):
-        if (1, 7) in pager._ready:
-            break
-        time.sleep(0.01)
-    before = pager.counts.misses
-    pager(1, asks(7))
-    assert pager.counts.misses == before and pager.counts.useful == pager.counts.ahead > 0
-    store = Slow(files[0])
-    pager = made(files, 4, store)
-    store.on.set()
-    pager(0, asks(1, 2))
-    store.on.clear()
-    pager._foresee(0, [1, 2], np.eye(20)[5] * 2 + np.eye(20)[6])  # two; one is begun
-    for _ in range(200):
-        if store.asked[-1] == (1, 5):
-            break
-        time.sleep(0.01)
-    threading.Timer(0.05, store.on.set).start()
-    pager(1, asks(9))  # asked for at once, though the other is still being read
-    pager.check()
-    assert (1, 6) not in store.asked and store.asked[-1] == (1, 9)
-
-
-def test_a_table_foresees(files):
-    chosen = np.array([[[e], [(e + 1) % 20]] for e in range(20)] * 5)
-    pager = made(files, 40, table=Table.learn(chosen, 20))
-    pager(0, asks(3))
-    for _ in range(200):
-        if (1, 4) in pager._ready:
-            break
-        time.sleep(0.01)
-    pager(1, asks(4))
-    assert pager.counts.hits == 1 and pager.counts.useful > 0
-
-
-def test_a_disk_that_is_slow_is_one_line_and_nothing_is_used(files):
-    store = Slow(files[0])
-    pager = made(files, 4, store, patience=0.1)
-    began = time.monotonic()
-    pager(0, asks(1))
-    pager(0, asks(2))  # the program goes on to its end at once
-    assert time.monotonic() - began < 5
-    with pytest.raises(
-        StoreError, match=r"expert 1 of encoder/1 in .* was not read within 0.1 s: the disk is slow, or gone"
-    ):
-        pager.check()
-    store.on.set()
-    pager(0, asks(2))
-    pager.check()  # what is whole again works
-
-
-class Broken(Slow):
-    """A disk of which one expert is damaged, and others are when it is let go on."""
-
-    def read(self, layer, expert, buffer):
-        while expert == 1 and len(self.asked) < 2:
-            time.sleep(0.001)
-        if expert > 1:
-            super().read(layer, expert, buffer)
-        if expert < 5:
-            raise StoreError(f"expert {expert} is damaged")
-
-
-def test_what_a_failed_program_waited_for_is_nothing_to_the_next_one(files):
-    store = Broken(files[0])
-    pager = made(files, 8, store)
-    pager(0, asks(1, 2, 3, 4, 5, 6))  # three readers: 5 and 6 are not begun
-    with pytest.raises(StoreError, match="expert 1 is damaged"):
-        pager.check()
-    store.on.set()
-    for _ in range(200):
-        if not pager._reading:
-            break
-        time.sleep(0.01)
-    pager.check()  # 2 and 3 turned out to be damaged too
-    assert {(0, 2), (0, 3)} <= set(store.asked) <= {(0, 2), (0, 3), (0, 4)}
-    pager(0, asks(5, 7))
-    pager.check()
-    right = made(files, 40)
-    right(0, asks(5))
-    assert bytes_of(pager, 0, 5) == bytes_of(right, 0, 5) and len(pager._cache) == 2
-    with pytest.raises(StoreError, match="expert 2 is damaged"):  # asked for again, it is told again
-        pager(0, asks(2))
-        pager.check()
 
 
 def test_a_damaged_expert_ends_the_answer_with_its_name(tmp_path):

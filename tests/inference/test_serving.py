@@ -1,5 +1,6 @@
 """The engine of a server: answers are `Generator`'s, whoever is beside; slots are freed; a queue has an end. No HTTP."""
 
+import dataclasses
 import functools
 import gc
 import random
@@ -29,6 +30,7 @@ from switchmoe.inference.serving.engine import (
     Token,
 )
 from switchmoe.inference.serving.programs import Programs
+from switchmoe.model.transformer import Transformer, without_limits
 
 SLOTS, MAX_PROMPT, MAX_TOKENS = 4, 24, 12
 KINDS = {
@@ -149,17 +151,60 @@ def test_tokens_are_those_of_the_generator(engine, kind, how):
     assert [[event.token for event in one.listener.of(n)] for n in range(3)] == wanted
 
 
-def test_nothing_is_compiled_once_it_is_ready(engine):
-    running = engine("decoder")
+@pytest.mark.parametrize("kind", ["decoder", "switch"])
+def test_nothing_is_compiled_once_it_is_ready(engine, kind):
+    running = engine(kind)
     made = running.programs
     programs = made._prefill, made._insert, made._step, made._score, made._key
     before = [program._cache_size() for program in programs]
-    jobs = [job(**request, scores=True, experts=True) for request in asked("decoder", 6)]
+    jobs = [job(**request, scores=not made.encodes, experts=True) for request in asked(kind, 6)]
     running.submit(*jobs)
     for one in jobs:
         one.listener.of()
     assert [program._cache_size() for program in programs] == before
-    assert before[0] == before[3] == len(made.lengths)
+    assert before[0] == len(made.lengths) and before[3] == (0 if made.encodes else before[0])
+
+
+@pytest.mark.parametrize("kind", ["two_of_four", "switch"])
+def test_experts_are_those_that_the_whole_model_chooses(engine, kind):
+    """`routed_experts` of the prompt and of each new token, against teacher forcing."""
+    of, running = KINDS[kind], engine(kind)
+    ids = [0 if of.stacks == ("decoder",) else 5, 9, 41, 7, 250, 3]
+    one = job(ids, 11, experts=True, temperature=3.0, seed=3)
+    running.submit(one)
+    found = one.listener.of()
+    tokens = [event.token for event in found]
+    model = Transformer(dataclasses.replace(of, moe=without_limits(of.moe)), trace=True)
+    encodes = running.programs.encodes
+    read = (
+        (jnp.array([ids]), jnp.array([[*tokens, 0]]))
+        if encodes
+        else (None, jnp.array([[*ids[1:], *tokens, 0]]))
+    )
+    aux = jax.jit(model.apply)({"params": init(of)}, *read)[1]
+    chosen = {stack: np.asarray(aux[stack]["trace"]["expert"])[:, 0] for stack in of.stacks}
+    own_LNK = np.stack([event.expert_LK for event in found], axis=1)
+    of_prompt_LPK = np.asarray(one.listener.events[0].expert_LPK)[:, : len(ids)]
+    np.testing.assert_array_equal(own_LNK, chosen["decoder"][:, 1 if encodes else len(ids) :])
+    np.testing.assert_array_equal(of_prompt_LPK, chosen[of.stacks[0]][:, : len(ids)])
+    assert len(set(tokens)) > 3 and len(np.unique(own_LNK)) > 1
+
+
+def test_a_slots_encoder_keys_and_values_are_the_prefilled_ones_after_a_step():
+    made = warmed("switch")
+    made.reset()
+    controls = serving.Controls.empty(SLOTS)
+    prefilled = made.prefill([9, 7, 8, 1])
+    controls.position_B[2] = made.first_position(prefilled)
+    made.insert(prefilled, 2)
+    made.step(controls)
+    blocks = zip(made._state.memory.blocks, prefilled.state.memory.blocks, strict=True)
+    pairs = [pair for mine, theirs in blocks for pair in zip(mine["cross"], theirs["cross"], strict=True)]
+    assert len(pairs) == 2 * KINDS["switch"].layers("decoder")
+    for mine, theirs in pairs:
+        np.testing.assert_array_equal(mine[2], theirs[0])
+        assert np.any(np.asarray(theirs)) and not np.any(np.asarray(mine[0]))
+    made.reset()
 
 
 def test_scores_of_a_prompt_are_teacher_forcings(engine):

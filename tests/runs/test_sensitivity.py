@@ -8,6 +8,7 @@ import pytest
 from test_slim import CONFIG, WORDS, write_run
 
 from experiments import exits
+from experiments.offload import widths
 from experiments.offload.__main__ import main
 from switchmoe.data import vocabulary
 from switchmoe.interop import slim
@@ -104,11 +105,20 @@ def test_the_command_chooses_within_the_loss_and_goes_on(source, tmp_path, capsy
         return measure(self, batches, bits)
 
     monkeypatch.setattr(sensitivity.Rounded, "loss", loss)
+    speed, speeds = widths._speed, []
+
+    def timed(model, where, forms):
+        """Of two bits alone, as each form compiles a program."""
+        speeds.append(forms)
+        two = forms != "float32" and {form for of in forms.values() for form in of} == {"int2"}
+        return speed(model, where, forms) if two else 1.0
+
+    monkeypatch.setattr(widths, "_speed", timed)
     arguments = f"--source={source}", f"--target={target}", "--batches=4", "--loss=0.01"
     assert run(capsys, *arguments)[0] == exits.EXIT_INTERRUPTED
     code, captured = run(capsys, *arguments)
     assert code == 0, captured.err
-    assert len((target / "losses.jsonl").read_text().splitlines()) == len(
+    assert len((target / "losses.jsonl").read_text().splitlines()) - len(speeds) == len(
         calls
     )  # the first line is no loss, one call was none
     bits = json.loads((target / "widths.json").read_text())["bits"]
@@ -116,18 +126,26 @@ def test_the_command_chooses_within_the_loss_and_goes_on(source, tmp_path, capsy
     table = {row["experts"]: row for row in json.loads((target / "table.json").read_text())["rows"]}
     assert (
         table["int2"]["bytes"]
-        <= table["mixed"]["bytes"]
+        <= table["chosen"]["bytes"]
         <= table["int8"]["bytes"]
         < table["float32"]["bytes"]
     )
+    assert (
+        len(speeds) >= 4
+        and table["int2"]["tokens_per_second"] not in (0, 1)
+        and not (target / "measured").exists()
+    )
+    assert captured.out.splitlines()[0] == "| experts | bytes | held-out loss | rise | tokens/s |"
     kept = sensitivity.Kept(
         target / "losses.jsonl", json.loads((target / "losses.jsonl").read_text().splitlines()[0])
     )
     chosen = "chosen_on " + " ".join("".join(map(str, of)) for of in bits.values())
     assert kept[chosen] <= kept["chosen_on float"] * 1.01
-    count = len(calls)
+    count = len(calls), len(speeds)
     code, again = run(capsys, *arguments)
-    assert code == 0 and again.out == captured.out and len(calls) == count  # nothing is measured twice
+    assert (
+        code == 0 and again.out == captured.out and (len(calls), len(speeds)) == count
+    )  # nothing is measured twice
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 `Pager` is what a program's layers call (`shelf`): it waits until a layer's experts are at hand, then has threads read what
 the next layer is likely to need. What the layer at work reads can't leave. What was foreseen and is not begun when the
-next layer asks is forgotten; what is asked for is read first.
+next layer asks is forgotten; what is asked for is read first. What is read ahead has only the room that no layer may need, so
+a layer never waits for an expert that it did not ask for.
 
 Letters: E experts, L sparse layers.
 """
@@ -39,15 +40,19 @@ class Counts:
     read: int = 0  # bytes
     ahead: int = 0  # of these read ahead
     useful: int = 0  # of these used before they left
+    guessed: int = 0  # experts that were foreseen, at hand or not
+    right: int = 0  # of these that the next layer asked for
     waited: float = 0.0  # seconds
 
     def __str__(self) -> str:
         uses = self.hits + self.misses
-        foreseen = (
-            f", {self.useful / self.ahead:.0%} of {self.ahead / 1e6:,.1f} MB read ahead used"
-            if self.ahead
-            else ""
-        )
+        foreseen = ""
+        if self.guessed:
+            foreseen = (
+                f", {self.right:,} of {self.guessed:,} foreseen asked for ({self.right / self.guessed:.1%})"
+            )
+        if self.ahead:
+            foreseen += f", {self.useful / 1e6:,.1f} of {self.ahead / 1e6:,.1f} MB read ahead used"
         return (
             f"experts: {self.hits:,} of {uses:,} at hand ({self.hits / max(uses, 1):.1%}), {self.misses:,} waited for"
             f" ({self.waited:.1f} s), {self.read / 1e6:,.1f} MB read{foreseen}"
@@ -102,6 +107,11 @@ class Pager:
             tuple[int, Collection[int]]
         ] = []  # layers and what they chose, of this way through them
         self._follows: dict[int, int] = {}  # which layer came after one, last time
+        self._guess: tuple[int, frozenset[Key]] = (
+            -1,
+            frozenset(),
+        )  # a layer and what it was foreseen to ask for
+        self._reserved = 0  # bytes, the most that a layer of some program may need
         self._threads = [
             threading.Thread(target=self._work, name="experts", daemon=True) for _ in range(READERS)
         ]
@@ -122,11 +132,13 @@ class Pager:
     def fits(self, layer: int, experts: int) -> None:
         """Raises ValueError, one line: so many experts of a layer, or all if it has fewer, don't fit at once."""
         experts = min(experts, len(self._layers[layer].forms))
-        if self._need(layer, experts) > self.budget:
+        need = self._need(layer, experts)
+        if need > self.budget:
             raise ValueError(
                 f"--expert_memory={self.budget}: {self._layers[layer].name} may need {experts} experts at once; accepted is"
                 f" {self.least(experts)} bytes or more"
             )
+        self._reserved = max(self._reserved, need)
 
     def holds(self, experts: int) -> None:
         """Raises ValueError, one line: so many experts of some layer don't fit at once."""
@@ -173,6 +185,10 @@ class Pager:
                 return
             self._pinned = frozenset(wanted)
             self._ahead.clear()
+            foreseen, self._guess = self._guess, (-1, frozenset())
+            if foreseen[0] == layer:
+                self.counts.guessed += len(foreseen[1])
+                self.counts.right += len(foreseen[1] & self._pinned)
             lacking, missed = [], 0
             for key in wanted:
                 there = self._cache.used(key)
@@ -245,9 +261,10 @@ class Pager:
             likely_E = self._table.scores(following, earlier if few else [])
         if likely_E is None:
             return
-        best = np.argsort(-likely_E, kind="stable")[: len(chosen)]
+        best = [(following, e) for e in np.argsort(-likely_E, kind="stable")[: len(chosen)].tolist()]
         with self._changed:
-            self._ahead.extend(key for e in best.tolist() if (key := (following, e)) not in self._cache)
+            self._guess = following, frozenset(best)
+            self._ahead.extend(key for key in best if key not in self._cache)
             if self._ahead:
                 self._changed.notify_all()
 
@@ -289,7 +306,8 @@ class Pager:
             return key
         while self._ahead and sum(self._reading.values()) < AHEAD and not self._closed:
             key = self._ahead.popleft()
-            if key not in self._cache and self._take_in(key):
+            room = self._reserved + self._size(key) <= self.budget
+            if room and key not in self._cache and self._take_in(key):
                 self._reading[key] = True
                 self._fresh.add(key)
                 return key
