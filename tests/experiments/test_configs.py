@@ -149,7 +149,7 @@ def test_the_plans_that_configs_name_divide(arguments):
 def test_what_a_run_froze_and_waited_for_is_not_passed_on(name, argument, monkeypatch):
     """A run of the router alone that stops early is fine-tuned, or teaches a student, of which all is trained to the last step."""
     before = from_config({"train": {"trainable": "router", "patience": 5, "seed": 7}})
-    monkeypatch.setattr(trained, "find", lambda text: trained.Source(text, before, None))
+    monkeypatch.setattr(trained, "find", lambda text, field: trained.Source(text, before, None))
     train = importlib.import_module(f"configs.{name}").get_config(argument).train
     assert (train.trainable, train.patience, train.seed) == ("", 0, 7)
 

@@ -189,7 +189,10 @@ def test_another_vocabulary_is_refused(tmp_path, capsys):
     found = vocabulary.load_vocabulary(data, sources.load(data, "train"))
     (workdir / "vocabulary.model").write_bytes(found.model_bytes)
     code, captured = run_here(tmp_path, capsys)
-    assert code == command.EXIT_BAD_INPUT and "vocabulary.model: accepted is the vocabulary" in captured.err
+    assert (
+        code == command.EXIT_BAD_INPUT
+        and "vocabulary.model: it is another vocabulary than the run was trained with" in captured.err
+    )
 
 
 @pytest.mark.parametrize(
