@@ -52,7 +52,7 @@ class Documents:
             record = self.records[index]
         except (OSError, RuntimeError) as error:
             raise DataError(
-                f"the corpus in {self.directory} cannot be read at record {index} ({_first_line(error)}); accepted is a "
+                f"the corpus in {self.directory} cannot be read at record {index} ({first_line(error)}); accepted is a "
                 "complete one: delete it and prepare it again"
             ) from error
         text = record[self.text_field] if self.text_field else record
@@ -205,7 +205,7 @@ def prepare_embedded(data_dir: str) -> None:
                 raise
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"data.data_dir={data_dir}: {EMBEDDED} cannot be prepared there ({_first_line(error)}); "
+            f"data.data_dir={data_dir}: {EMBEDDED} cannot be prepared there ({first_line(error)}); "
             "accepted is a directory that can be written, with 20 MB free"
         ) from error
     finally:
@@ -241,21 +241,20 @@ def _load_tfds(settings: DataSettings, split: str, note: Note) -> Documents:
         try:
             builder = tfds_builder(name, data_dir)
         except (ValueError, AssertionError, RuntimeError, OSError) as error:
-            reason = _first_line(error).split(". Here are")[0]
             raise DataError(
-                f"data.source={name}: {reason}; accepted is {EMBEDDED}, a tfds name such as c4/en that is "
+                f"data.source={name}: {first_line(error)}; accepted is {EMBEDDED}, a tfds name such as c4/en that is "
                 f"known to tfds or prepared in data.data_dir={data_dir}, or a glob ending in "
                 f"{local_files.ACCEPTED}"
             ) from error
         source, split_name, held_out = _open(builder, settings, split)
     except ImportError as error:
         raise DataError(
-            f"data.source={name}: a package is missing ({_first_line(error)}); accepted is an "
+            f"data.source={name}: a package is missing ({first_line(error)}); accepted is an "
             "environment with tensorflow-datasets and array-record, and gcsfs for gs:// directories"
         ) from error
     except json_format.ParseError as error:
         raise DataError(
-            f"data.source={name}: the description of the dataset in {data_dir} is damaged ({_first_line(error)}); accepted "
+            f"data.source={name}: the description of the dataset in {data_dir} is damaged ({first_line(error)}); accepted "
             "is a complete dataset: delete it and prepare it again"
         ) from error
     if not len(source):
@@ -354,7 +353,7 @@ def _open(builder: Any, settings: DataSettings, split: str) -> tuple[Any, str, b
             )
         else:
             problem = (
-                f"{builder.data_path} is incomplete or damaged ({_first_line(error)}); accepted is a complete "
+                f"{builder.data_path} is incomplete or damaged ({first_line(error)}); accepted is a complete "
                 "dataset: delete it and prepare it again"
             )
         raise DataError(f"data.source={settings.source}: {problem}") from error
@@ -372,7 +371,7 @@ def _check_apart(builder: Any, settings: DataSettings, train: str, held_out: str
             found = tfds.core.ReadInstruction.from_spec(name).to_absolute(builder.info.splits)
         except (ValueError, AssertionError, KeyError) as error:
             raise DataError(
-                f"data.{field}={name}: {_first_line(error)}; accepted is one of {', '.join(builder.info.splits)}, or a part"
+                f"data.{field}={name}: {first_line(error)}; accepted is one of {', '.join(builder.info.splits)}, or a part"
                 " as train[:90%]"
             ) from error
         sizes = {one.splitname: builder.info.splits[one.splitname].num_examples for one in found}
@@ -389,5 +388,6 @@ def _check_apart(builder: Any, settings: DataSettings, train: str, held_out: str
                 )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: Exception) -> str:
+    """What an error says, without tfds's list of all data sets."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". Here are")[0]

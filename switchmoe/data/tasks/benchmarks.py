@@ -63,9 +63,8 @@ def task(name: str, data: DataSettings, field: str = "names") -> Task:
             keep = (found.learnt if split == "train" else None) or found.kept
             return Records(source, _checked(found, asked), keep)
         except (ImportError, KeyError, ValueError, AssertionError, OSError, RuntimeError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).split(". Here are")[0]
             raise DataError(
-                f"{asked}: split {wanted} of {found.dataset} can't be read ({reason}); accepted is one"
+                f"{asked}: split {wanted} of {found.dataset} can't be read ({sources.first_line(error)}); accepted is one"
                 f" that is prepared: tfds build {found.dataset} --file_format=array_record, and data.data_dir"
             ) from error
 

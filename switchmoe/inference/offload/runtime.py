@@ -107,10 +107,8 @@ class Pager:
             tuple[int, Collection[int]]
         ] = []  # layers and what they chose, of this way through them
         self._follows: dict[int, int] = {}  # which layer came after one, last time
-        self._guess: tuple[int, frozenset[Key]] = (
-            -1,
-            frozenset(),
-        )  # a layer and what it was foreseen to ask for
+        # A layer, and what it was foreseen to ask for.
+        self._guess: tuple[int, frozenset[Key]] = (-1, frozenset())
         self._reserved = 0  # bytes, the most that a layer of some program may need
         self._threads = [
             threading.Thread(target=self._work, name="experts", daemon=True) for _ in range(READERS)
@@ -130,7 +128,7 @@ class Pager:
         return sum(sorted((found.record(e).size for e in range(len(found.forms))), reverse=True)[:experts])
 
     def fits(self, layer: int, experts: int) -> None:
-        """Raises ValueError, one line: so many experts of a layer, or all if it has fewer, don't fit at once."""
+        """Keeps room for so many experts of a layer, or all if it has fewer; raises ValueError, one line: they don't fit at once."""
         experts = min(experts, len(self._layers[layer].forms))
         need = self._need(layer, experts)
         if need > self.budget:
