@@ -110,10 +110,15 @@ class Encoder(NamedTuple):
                         used[name] += len(values)
         return found
 
-    def sizes(self, pair: Pair) -> tuple[int, ...]:
-        """Tokens in each stack, in the order of `lengths`."""
+    def sizes(self, pair: Pair) -> tuple[int, int]:
+        """Tokens of each stack, or of a decoder alone all and those of the targets, which are predicted."""
         inputs, targets = map(len, pair)
-        return (inputs + 1, targets + 1) if "encoder" in self.stacks else (inputs + targets + 1,)
+        return (inputs + 1 if "encoder" in self.stacks else inputs + targets + 1, targets + 1)
+
+    def room(self, packed: int) -> tuple[int, int]:
+        """For `sizes` in a row."""
+        first, *rest = lengths(self.data, self.stacks, packed).values()
+        return first, *(rest or [self.data.most_predicted(first)])
 
     def _arrays(self, pair: Pair, number: int) -> dict[str, Any]:
         """Of the pair of this number in its row."""
@@ -178,9 +183,8 @@ class _MixtureIterator(grain.DatasetIterator):
 
     def _full(self) -> list[list[Pair]]:
         """Pairs in the mixture's order, each in the first row that has room for it, up to the first that finds none."""
-        room = tuple(lengths(self._encoder.data, self._encoder.stacks, self._packed).values())
         rows: list[list[Pair]] = [[] for _ in range(self._rows.size)]
-        left_RS = np.tile(room, (len(rows), 1))
+        left_RS = np.tile(self._encoder.room(self._packed), (len(rows), 1))
         while True:
             task = self._next()
             pair = self._encoder.tokens(self._example(task, self._taken_T[task]))

@@ -46,6 +46,27 @@ def output_cross_entropy(
     return _output_forward(x_BLD, table_VD, targets_BL, label_smoothing)[0]
 
 
+def some_cross_entropy(
+    x_BLD: jax.Array,
+    table_VD: jax.Array,
+    targets_BL: jax.Array,
+    predicted_BL: jax.Array,
+    most: int,
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`output_cross_entropy` at the places where ``predicted`` is not 0, ``most`` of a row or fewer; elsewhere it means nothing.
+
+    Logits are computed of ``most`` places a row.
+    """
+    place_BS = jnp.argsort(predicted_BL == 0, axis=1, stable=True)[:, :most]
+    x_BSD = jnp.take_along_axis(x_BLD, place_BS[..., None], axis=1)
+    target_BS = jnp.take_along_axis(targets_BL, place_BS, axis=1)
+    found = output_cross_entropy(x_BSD, table_VD, target_BS, label_smoothing)
+    rows = jnp.zeros_like(targets_BL)
+    put = jax.vmap(lambda row_L, place_S, value_S: row_L.astype(value_S.dtype).at[place_S].set(value_S))
+    return tuple(put(rows, place_BS, value_BS) for value_BS in found)
+
+
 def logits(x_BLD: jax.Array, table_VD: jax.Array) -> jax.Array:
     """Float32 ``x @ table.T`` [..., V]."""
     if x_BLD.ndim == 2 and jax.default_backend() == "cpu":  # of a step of decoding

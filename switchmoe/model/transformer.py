@@ -312,10 +312,16 @@ class Transformer(nn.Module):
     def token_losses(
         self, batch: dict[str, jax.Array], label_smoothing: float = 0.0
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], dict]:
-        """`output_loss.output_cross_entropy` of a batch's teacher-forced targets, and ``aux`` as of a call."""
+        """`output_loss.output_cross_entropy` of a batch's teacher-forced targets, with ``loss`` of those that are to be
+        predicted, and ``aux`` as of a call.
+        """
         x_BLD, aux = self._read_batch(batch)
-        table_VD = self._output_table().astype(x_BLD.dtype)
-        return output_loss.output_cross_entropy(x_BLD, table_VD, batch["targets"], label_smoothing), aux
+        table_VD, targets_BL = self._output_table().astype(x_BLD.dtype), batch["targets"]
+        if "loss" not in batch:
+            return output_loss.output_cross_entropy(x_BLD, table_VD, targets_BL, label_smoothing), aux
+        most = self.settings.data.most_predicted(targets_BL.shape[1])
+        given = x_BLD, table_VD, targets_BL, batch["loss"], most, label_smoothing
+        return output_loss.some_cross_entropy(*given), aux
 
     def batch_logits(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
         """(logits_BLV, aux) of a batch's teacher-forced targets, as of a call."""

@@ -26,7 +26,7 @@ def forward_flops(settings: Settings, lengths: dict[str, int]) -> dict[str, floa
       ``router``, ``output`` (vocabulary logits).
 
     Args:
-      lengths: tokens of a sequence in each stack. Packed documents count as one: of attention all pairs of a row.
+      lengths: tokens of a sequence in each stack; ``predicted``, where logits are computed of some of the decoder's. Packed documents count as one: of attention all pairs of a row.
     """
     model, targets = settings.model, lengths["decoder"]
     queries = 2 * model.d_model * model.num_heads * model.d_kv  # and the output
@@ -46,7 +46,7 @@ def forward_flops(settings: Settings, lengths: dict[str, int]) -> dict[str, floa
         "more_experts": 0.0,
         "mixing": 0.0,
         "router": 0.0,
-        "output": targets * model.d_model * settings.embedding_rows,
+        "output": lengths.get("predicted", targets) * model.d_model * settings.embedding_rows,
     }
     for stack in settings.sparse_stacks:
         for part, count in _sparse_layer(settings, stack == "decoder", lengths[stack]).items():

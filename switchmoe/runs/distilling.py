@@ -143,13 +143,14 @@ def taught(parts: Parts, context: Context, lengths: dict[str, int], vocabulary_s
         start = teacher.begins(settings, context.note) if distill.init else parts.start
         record = (start.record or {}) | {"teacher": distill.teacher, "teacher_step": teacher.step}
         parts = parts._replace(start=Start(start.load, record))
+    work = flops.train_flops(settings, lengths)  # with the logits of all tokens
     if distill.weight and distill.top_k:
         data = teacher_store.Kept(parts.data, context, teacher.name, teacher.settings, teacher.parameters)
-        parts = parts._replace(data=data, objective=distillation.kept())
+        parts = parts._replace(data=data, objective=distillation.kept(), flops=work)
     elif distill.weight:
         forward = settings.data.batch_size * sum(flops.forward_flops(teacher.settings, lengths).values())
         parts = parts._replace(
-            objective=distillation.beside(teacher.settings, teacher.parameters), flops=parts.flops + forward
+            objective=distillation.beside(teacher.settings, teacher.parameters), flops=work + forward
         )
 
     def finish(params: Any) -> dict[str, Any]:

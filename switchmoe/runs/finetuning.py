@@ -39,6 +39,14 @@ def lengths(settings: Settings) -> dict[str, int]:
     return pairs.lengths(settings.data, settings.stacks, settings.task.packed)
 
 
+def computed(settings: Settings) -> dict[str, int]:
+    """`lengths`, and the places of a row of which logits are computed, where these are not all of the decoder's."""
+    found = lengths(settings)
+    if "encoder" in found:
+        return found
+    return found | {"predicted": settings.data.most_predicted(found["decoder"])}
+
+
 def finetuning(context: Context) -> Parts:
     """The cross-entropy of the targets of `task.names`; judged by the tasks' metrics.
 
@@ -57,7 +65,7 @@ def finetuning(context: Context) -> Parts:
         judges=(held_out, answers),
         best=(answers.name, "shortfall"),
         start=beginning.start,
-        flops=flops.train_flops(settings, lengths(settings)),
+        flops=flops.train_flops(settings, computed(settings)),
         finish=functools.partial(finish, answers, held_out, context.workdir),
     )
     parts = distilling.taught(parts, context, lengths(settings), data.vocabulary.sha256)

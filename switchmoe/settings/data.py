@@ -79,6 +79,11 @@ class DataSettings:
         if self.mean_span_length < 1:
             raise bad("data.mean_span_length", self.mean_span_length, "a number >= 1")
 
+    def most_predicted(self, length: int) -> int:
+        """How many tokens of a row of pairs, of this length in a decoder alone, may be targets."""
+        pairs = -(-length // (self.input_length + self.target_length))
+        return min(length, pairs * (self.target_length or length))
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskSettings:

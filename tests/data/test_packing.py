@@ -85,6 +85,19 @@ def test_each_epoch_has_every_example_once_and_there_is_less_padding():
     assert set(batch) == {"inputs", "targets"} and 0 < padding_alone < 1
 
 
+def test_a_row_of_a_decoder_alone_has_no_more_targets_than_logits_are_computed_of():
+    """Three times `data.target_length`, though more would fit; in a row of one example always."""
+    long = tuple(Example("a", "bcd") for _ in range(30))
+    made = encoder(ALONE)
+    batch = next(pairs.train_batches([Task("a", lambda split: long, ("accuracy",))], PACKED, made, 0))
+    assert batch["targets"].shape[1] == 30 and made.room(3) == (30, made.data.most_predicted(30)) == (30, 12)
+    assert batch["segments"].max(axis=1).tolist() == [3] * 4 and set(batch["loss"].sum(axis=1)) == {12}
+    short = tuple(Example("abcde", "b") for _ in range(30))
+    batch = next(pairs.train_batches([Task("a", lambda split: short, ("accuracy",))], PACKED, made, 0))
+    assert batch["segments"].max(axis=1).tolist() == [4] * 4 and set(batch["loss"].sum(axis=1)) == {8}
+    assert made.data.most_predicted(10) == 4 and made.data.most_predicted(3) == 3
+
+
 def test_it_goes_on_where_it_was_and_processes_share_the_rows():
     chosen = [task("a"), task("b", 9)]
     whole = pairs.train_batches(chosen, PACKED, encoder(), 5)
@@ -113,14 +126,17 @@ def test_a_model_reads_each_pair_as_if_it_were_alone(stacks, positions):
     params = jax.jit(Transformer(settings).init)(jax.random.key(0), *example_tokens(settings))
     losses = jax.jit(functools.partial(Transformer(settings).apply, method="token_losses"))
 
-    def nll(batch):
-        (nll_BL, *_), _ = losses(params, {name: np.asarray(rows) for name, rows in batch.items()})
+    def nll(batch, everywhere=False):
+        read = {name: np.asarray(rows) for name, rows in batch.items() if name != "loss" or not everywhere}
+        (nll_BL, *_), _ = losses(params, read)
         counted = batch.get("loss", batch["targets"]) != 0
         return np.asarray(nll_BL)[counted]
 
     made = encoder(stacks)
     texts = [("abc", "de"), ("fg", "h"), ("bcde", "bcd"), ("g", "f")]
-    together = nll(rows_of(made, [texts[:3], texts[3:]], packed=3))
+    rows = rows_of(made, [texts[:3], texts[3:]], packed=3)
+    together = nll(rows)
+    np.testing.assert_allclose(together, nll(rows, everywhere=True), rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(
         together, nll(made.batch([Example(*text) for text in texts])), rtol=2e-5, atol=2e-5
     )

@@ -49,6 +49,30 @@ def test_output_cross_entropy_has_the_gradient_of_its_formula(smoothing):
         assert (correct_BL == (output_loss.logits(*inputs).argmax(-1) == targets_BL)).all()
 
 
+def test_of_some_places_alone_it_is_what_it_is_of_all():
+    """Values and gradients; a row may have fewer than the most, or none."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x_BLD, table_VD = jax.random.normal(keys[0], (3, 6, 7)), jax.random.normal(keys[1], (11, 7))
+    targets_BL = jax.random.randint(keys[2], (3, 6), 0, 11)
+    predicted_BL = jnp.array([[0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1], [0] * 6])
+
+    def total(x_BLD, table_VD, most):
+        given = (predicted_BL, most) if most else ()
+        loss = output_loss.some_cross_entropy if most else output_loss.output_cross_entropy
+        found = loss(x_BLD, table_VD, targets_BL, *given, label_smoothing=0.1)
+        found = [jnp.where(predicted_BL, value_BL, 0) for value_BL in found]
+        weight_BL = jnp.arange(18.0).reshape(3, 6)
+        return (weight_BL * found[0] + 0.1 * found[1]).sum(), found
+
+    (all_of, found) = (
+        jax.value_and_grad(total, (0, 1), has_aux=True)(x_BLD, table_VD, most) for most in (0, 3)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(all_of), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert not found[1][0][2].any()
+
+
 def test_the_loss_of_bf16_logits_is_float32():
     logits = jnp.ones((2, 3, 4), jnp.bfloat16)
     nll_BL, z_BL = output_loss.cross_entropy(logits, jnp.zeros((2, 3), jnp.int32))
