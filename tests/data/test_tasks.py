@@ -109,6 +109,13 @@ def test_numbers_are_rounded_by_the_template(tmp_path):
     path = write(tmp_path / "a.jsonl", JSONL)
     (task,) = find(path, DataSettings(validation_share=0.3), inputs="{text}", targets="{score:.0f}")
     assert {example.targets for example in task.examples("train")} == {"0", "1", "2", "3", "4"}
+    path = write(tmp_path / "b.jsonl", JSONL + json.dumps({"text": "just below", "score": -0.3}) + "\n")
+    assert "-0" in _all_targets(path, "{score:.0f}") and "-0" not in _all_targets(path, "{score:z.0f}")
+
+
+def _all_targets(path, template):
+    (task,) = find(path, DataSettings(validation_share=0.3), inputs="{text}", targets=template)
+    return {example.targets for split in tasks.SPLITS for example in task.examples(split)}
 
 
 def test_squads_format_has_questions_with_all_their_answers(tmp_path):
