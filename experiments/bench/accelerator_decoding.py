@@ -16,7 +16,7 @@ from experiments.bench import generate as bench_generate
 from experiments.bench.accelerator_parts import TINY, Row, Sizes, measured
 from switchmoe.analysis import timing
 from switchmoe.model import attend
-from switchmoe.model.attend import MASKED, Seen
+from switchmoe.model.seen import MASKED, Seen
 from switchmoe.settings import Settings
 
 FORMS = {

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from experiments.bench import tools
 from switchmoe.analysis import timing
 from switchmoe.model import output_loss
-from switchmoe.model.attend import Seen
 from switchmoe.model.attention import Attention
 from switchmoe.model.layers import FeedForward
 from switchmoe.model.moe import MoELayer
 from switchmoe.model.moe_rules import group_shape
+from switchmoe.model.seen import Seen
 from switchmoe.planning import flops
 from switchmoe.settings import Settings, from_config
 from switchmoe.training import objective, optimizers, train_state, train_step

@@ -12,22 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from switchmoe.model.seen import Seen
 from switchmoe.products import add_to_all, product, sum_of_all
-
-MASKED = -1e9  # added to a float32 logit: its weight is exactly 0
-
-
-@struct.dataclass
-class Seen:
-    """Which keys a query sees, said twice: as what is added to the logits, and for cuDNN in its own terms."""
-
-    added_B1QM: jax.Array  # float32, 0 or MASKED; broadcast over B and Q
-    bias: jax.Array | None = None  # a learned one, float32, [H, Q, M], or [B, H, Q, M]
-    keys_B: jax.Array | None = None  # int32: the first so many keys are real; None: all are, or see `by_mask`
-    causal: bool = struct.field(pytree_node=False, default=False)  # a query sees no later key
-    by_mask: bool = struct.field(pytree_node=False, default=False)  # only `added` says all (packed documents)
 
 
 def attend(

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from switchmoe.model.attend import Seen, attend
+from switchmoe.model.attend import attend
 from switchmoe.model.layers import Initializer, kernel_init, param
+from switchmoe.model.seen import Seen
 from switchmoe.products import matmul, rms_norm
 from switchmoe.settings import ModelSettings
 

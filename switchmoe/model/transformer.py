@@ -14,8 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from switchmoe.model import output_loss
-from switchmoe.model.attend import MASKED, Seen
+from switchmoe.model import output_loss, seen
 from switchmoe.model.attention import Attention, KeysValues, Memory, RelativeBias, filled
 from switchmoe.model.layers import FeedForward, RMSNorm, param
 from switchmoe.model.moe import AttentionExperts, Experts, MoELayer
@@ -167,25 +166,25 @@ class Stack(nn.Module):
         model = self.settings.model
         context = {"mask": mask_BL, "ids": ids_BL}
         if memory is None:
-            seen, distance = self._seen(mask_BL, segment_BL)
+            own, distance = self._seen(mask_BL, segment_BL)
             place_BL = jnp.arange(x_BLD.shape[1])[None] if position_BL is None else position_BL
         else:
             slots_BM = filled(memory.position_BM, position_BL, memory.used, axis=1)
             memory = memory.replace(position_BM=slots_BM)
-            seen, distance = _remembered(slots_BM, position_BL)
+            own, distance = seen.remembered(slots_BM, position_BL)
             place_BL, context["used"] = position_BL, memory.used
         if model.positions == "rotary":
             context["rotary"] = place_BL
         else:
             bias = RelativeBias(model, bidirectional=self.stack == "encoder", name="relative_bias")(distance)
-            seen = seen.replace(bias=bias)
-        context["self"] = seen
+            own = own.replace(bias=bias)
+        context["self"] = own
         real_BM = None if encoded is None else encoded[1]
         if memory is not None and real_BM is None:
             real_BM = memory.encoded_BM
         if real_BM is not None:
             context["encoded"] = None if encoded is None else encoded[0]
-            context["cross"] = _real(real_BM, segment_BL, encoded_segment_BM)
+            context["cross"] = seen.real(real_BM, segment_BL, encoded_segment_BM)
         dropout = nn.Dropout(model.dropout_rate, deterministic=not self.train)
         x_BLD, found = self._blocks(dropout(x_BLD), context, memory)
         x_BLD = dropout(RMSNorm(model.norm_eps, name="norm")(x_BLD))
@@ -194,18 +193,13 @@ class Stack(nn.Module):
         used, (blocks, told) = memory.used + position_BL.shape[1], found
         return x_BLD, memory.replace(blocks=blocks, used=used, encoded_BM=real_BM, told=told)
 
-    def _seen(self, mask_BL: jax.Array, segment_BL: jax.Array | None) -> tuple[Seen, jax.Array]:
+    def _seen(self, mask_BL: jax.Array, segment_BL: jax.Array | None) -> tuple[seen.Seen, jax.Array]:
         """(which keys each query sees, key minus query)."""
         place_L = jnp.arange(mask_BL.shape[1])
         distance_LL = place_L[None, :] - place_L[:, None]
         if self.stack == "encoder":
-            return _real(mask_BL, segment_BL, segment_BL), distance_LL
-        # Real tokens come first, so the causal mask alone keeps padding from them.
-        visible = (distance_LL <= 0)[None, None]
-        if segment_BL is not None:
-            visible &= (segment_BL[:, None, :] == segment_BL[:, :, None])[:, None]
-        by_mask = segment_BL is not None
-        return Seen(jnp.where(visible, 0.0, MASKED), causal=True, by_mask=by_mask), distance_LL
+            return seen.real(mask_BL, segment_BL, segment_BL), distance_LL
+        return seen.not_later(distance_LL, segment_BL), distance_LL
 
     def _blocks(self, x_BLD: jax.Array, context: dict, memory: Memory | None) -> tuple[jax.Array, Any]:
         """(x_BLD, aux along an axis of super-blocks), or (x_BLD, (what each block attended to, the trace if there is one))."""
@@ -249,22 +243,6 @@ class Stack(nn.Module):
             told = jax.tree.map(lambda *values: jnp.concatenate(values), *traces) if traces else None
             return x_BLD, ((*firsts, *(kept for _, part in found for kept in part)), told)
         return x_BLD, jax.tree.map(lambda *values: jnp.stack(values), *found)
-
-
-def _real(real_BM: jax.Array, query_BQ: jax.Array | None, key_BM: jax.Array | None) -> Seen:
-    """The keys that are real; where rows hold several documents, those of the query's own."""
-    if key_BM is None:
-        added_B11M = jnp.where(real_BM[:, None, None, :], 0.0, MASKED)
-        return Seen(added_B11M, keys_B=real_BM.sum(axis=1, dtype=jnp.int32))
-    own_BQM = (query_BQ[:, :, None] == key_BM[:, None, :]) & real_BM[:, None, :]
-    return Seen(jnp.where(own_BQM[:, None], 0.0, MASKED), by_mask=True)
-
-
-def _remembered(slots_BM: jax.Array, position_BL: jax.Array) -> tuple[Seen, jax.Array]:
-    """As `Stack._seen`, of what a memory's slots hold, for tokens at these places."""
-    distance_BLM = slots_BM[:, None, :] - position_BL[:, :, None]
-    visible_BLM = (slots_BM[:, None, :] >= 0) & (distance_BLM <= 0)
-    return Seen(jnp.where(visible_BLM, 0.0, MASKED)[:, None], by_mask=True), distance_BLM
 
 
 class Transformer(nn.Module):

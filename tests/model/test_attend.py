@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from switchmoe.model import attend
-from switchmoe.model.attend import MASKED, Seen
 from switchmoe.model.attention import rotate
+from switchmoe.model.seen import MASKED, Seen
 from switchmoe.model.transformer import Transformer
 from switchmoe.settings import from_config
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchmoe.model.attend import Seen
 from switchmoe.model.attention import Attention, relative_bucket
 from switchmoe.model.layers import FeedForward, RMSNorm, activate
+from switchmoe.model.seen import Seen
 from switchmoe.settings import ModelSettings
 
 MODEL = ModelSettings(d_model=16, d_ff=32, d_kv=8, num_heads=2, num_layers=2, dtype="float32", init_scale=1.0)
