@@ -1,5 +1,6 @@
 """Model FLOPs, counted from the settings, and the machine's measured matrix-product peak."""
 
+import functools
 import time
 
 import jax
@@ -109,8 +110,9 @@ def train_flops(settings: Settings, lengths: dict[str, int]) -> float:
     return 3.0 * settings.data.batch_size * sum(forward_flops(settings, lengths).values())
 
 
+@functools.cache
 def matmul_peak(dtype: str, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of ``repeats`` square matrix products on the first device."""
+    """FLOP/s of the fastest of ``repeats`` square matrix products on the first device; a process measures it once."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.float32).astype(dtype)
     product = jax.jit(lambda a, b: a @ b)
