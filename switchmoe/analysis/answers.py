@@ -4,7 +4,7 @@ Letters: C classes, E experts.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +62,11 @@ def scores(records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(8, 4.2 + (0.18 * rows if many else 0)), layout="constrained")
     axes = figure.subplots()
     for name in names:
-        style = dict(color="black", linewidth=2) if name == "score" else dict(linewidth=1.2)
+        # Of one task the score is its first metric: its line is wide, and below that one.
+        style = dict(color="black", linewidth=3, zorder=1) if name == "score" else dict(linewidth=1.2)
+        label = "/".join(name.split("/")[-2:])  # of a file's path its name
         axes.plot(
-            [r["step"] for r in found], [r[name] for r in found], "o-", markersize=3, label=name, **style
+            [r["step"] for r in found], [r[name] for r in found], "o-", markersize=3, label=label, **style
         )
     plots.finish(axes, "metric (0 to 100)")
     axes.set_xlabel("step")
@@ -121,11 +123,19 @@ def confusions(path: Path) -> dict[str, Figure]:
     figures = {}
     for task in dict.fromkeys(answer["task"] for answer in classed):
         pairs = [(a["targets"], a["ranked"]) for a in classed if a["task"] == task]
-        classes = sorted({label for pair in pairs for label in pair})
+        classes = in_order({label for pair in pairs for label in pair})
         if len(classes) <= MOST_CLASSES:
             name = "".join(letter if letter.isalnum() else "_" for letter in Path(task).stem)
             figures[f"confusion_{name}"] = _confusion(pairs, classes)
     return figures
+
+
+def in_order(classes: Collection[str]) -> list[str]:
+    """By their values where all are numbers, else by their letters."""
+    try:
+        return sorted(classes, key=float)
+    except ValueError:
+        return sorted(classes)
 
 
 def _confusion(pairs: Sequence[tuple[str, str]], classes: Sequence[str]) -> Figure:
