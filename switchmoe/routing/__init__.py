@@ -6,8 +6,8 @@ and the gate, and for the group the loads, the drops and the unweighted losses. 
 every router is deterministic.
 
 A router knows neither how logits were made nor how tokens are moved. To add one: a function here, its entry in
-`ROUTERS`, and a test with a table worked out by hand (tests/routing/test_routers.py runs all of them through the
-contract).
+`ROUTERS`, and a test with a table worked out by hand (tests/routing/test_routers.py; test_router_properties.py beside
+it runs all of them through the contract).
 """
 
 from switchmoe.routing.contract import GROUPS, RouterSettings, Routing, expert_capacity
