@@ -1,12 +1,7 @@
-"""`experiments.slim`: what it writes is a run, of the bytes it claims; it goes on after a stop, and refuses what is wrong."""
+"""`experiments.slim`: what it writes is a run, of the bytes it claims, that every command takes; what chooses its experts."""
 
 import dataclasses
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,12 +11,11 @@ from flax.traverse_util import flatten_dict
 from experiments import convert, distill, evaluate, exits, finetune, generate
 from experiments import run as training
 from experiments import slim as command
-from switchmoe.analysis import report, sweeps
+from switchmoe.analysis import sweeps
 from switchmoe.data import vocabulary
 from switchmoe.inference import generation
-from switchmoe.interop import run_files, slim, slim_table
+from switchmoe.interop import run_files, slim
 from switchmoe.runs import integrity, measuring, slimming, trained
-from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import DistillSettings, from_config, to_dict
 from switchmoe.training import places
 
@@ -76,14 +70,6 @@ def made(files, target, use=None, **how):
     count = lambda: {layer: np.array(use or [1.0, 3.0, 0.0, 2.0]) for layer in layers}  # noqa: E731
     slim.make(model, target, how, slim.asked(model, how, {}), count)
     return target
-
-
-def contents(directory):
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
 
 
 def run(main, *arguments, code=0):
@@ -158,39 +144,6 @@ def test_a_quantised_model_is_held_and_generates_as_it_is_evaluated(files, tmp_p
     forward = jax.jit(Transformer(model.settings).apply)
     logits_BLV, _ = forward({"params": params}, np.array([prompt], np.int32), targets)
     assert np.argmax(logits_BLV[0], axis=-1).tolist() == answer.ids
-
-
-def test_the_same_command_again_measures_what_is_missing_alone(files, tmp_path, capsys, monkeypatch):
-    target, measured = tmp_path / "small", []
-
-    def measure(name, model, ruler, is_slim):
-        measured.append(name)
-        if len(measured) == 2:
-            raise KeyboardInterrupt
-        return slim.Row(name, model.settings.moe.num_experts, 1, 2, 3, 4.5, None, 6.0)
-
-    monkeypatch.setattr(slim, "measured", measure)
-    monkeypatch.setattr(report, "write_report", lambda path: None)
-    argv = [f"--source={files / 'run'}", f"--target={target}", "--experts=2", "--by=merge", "--batches=2"]
-    run(command.main, *argv, code=exits.EXIT_INTERRUPTED)
-    before = {name: raw for name, raw in contents(target).items() if "table" not in name}
-    for _ in range(2):
-        capsys.readouterr()
-        run(command.main, *argv)
-    assert measured == ["source", "small", "small"]
-    assert {name: raw for name, raw in contents(target).items() if "table" not in name} == before
-    assert capsys.readouterr().out == (target / "table.md").read_text()
-    assert (target / "table.csv").read_text().splitlines()[2].startswith("small,2,1,2,3,4.5,,6.0")
-    run(command.main, *argv, "--align=none", code=exits.EXIT_BAD_INPUT)
-    error = capsys.readouterr().err
-    assert "another slim model is there (align differ)" in error and error.count("\n") == 1
-    written = (files / "text.txt").stat()
-    os.utime(files / "text.txt", ns=(written.st_atime_ns, written.st_mtime_ns + 1))
-    run(command.main, *argv, code=exits.EXIT_BAD_INPUT)
-    assert "another slim model is there (counted differ)" in capsys.readouterr().err
-    os.utime(files / "text.txt", ns=(written.st_atime_ns, written.st_mtime_ns))
-    run(convert.main, f"--source={target}", f"--target={tmp_path / 'theirs'}", "--check=False")
-    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["num_experts"] == 2
 
 
 @pytest.mark.slow
@@ -300,213 +253,3 @@ def test_sentences_choose_as_wholes(files):
         votes = wholes[layer] - tokens[layer] / 16
         np.testing.assert_allclose(votes * 8, np.round(votes * 8), atol=1e-5)
         assert votes.sum() == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.parametrize("moment", ["count", "layer", "end"])
-def test_stopped_it_goes_on_to_the_same_bytes(files, tmp_path, monkeypatch, moment):
-    whole = made(files, tmp_path / "whole" / "x", experts=2, by="merge", bits=4)
-    *place, call = {
-        "count": (slim, "_used", 1),
-        "layer": (slimming, "integers", 2),
-        "end": (slim, "write_json", 3),
-    }[moment]
-    original, calls = getattr(*place), []
-
-    def stopped(*arguments):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    monkeypatch.setattr(*place, stopped)
-    target = tmp_path / "broken" / "x"
-    with pytest.raises(KeyboardInterrupt):
-        made(files, target, experts=2, by="merge", bits=4)
-    assert not target.exists()
-    monkeypatch.setattr(*place, original)
-    other = [0.0, 0.0, 5.0, 6.0] if moment != "count" else None  # what was counted is not counted again
-    made(files, target, use=other, experts=2, by="merge", bits=4)
-    assert contents(target) == contents(whole)
-    assert [path.name for path in target.parent.iterdir()] == ["x"]
-
-
-# The command, killed as soon as a function was called so often.
-KILLED = """
-import importlib, os, signal, sys
-module, name, call, *argv = sys.argv[1:]
-owner, _, function = name.rpartition(".")
-place = importlib.import_module(module)
-place = getattr(place, owner) if owner else place
-original, calls = getattr(place, function), []
-
-def killed(*arguments, **named):
-    found = original(*arguments, **named)
-    calls.append(1)
-    if len(calls) == int(call):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return found
-
-setattr(place, function, killed)
-from experiments import slim
-from switchmoe.runs import measuring
-
-measuring.speed = lambda *_: 1.0  # which differs from run to run, and takes a program of its own
-sys.exit(slim.main(["slim", *argv]))
-"""
-
-
-@pytest.mark.slow
-def test_killed_twice_it_goes_on_to_the_same_bytes_and_figures(files, tmp_path, environment):
-    """In the middle of the parameters, and when a model was measured and its row not yet written."""
-    argv = [f"--source={files / 'run'}", "--experts=2", "--by=merge", "--bits=8", "--batches=1"]
-
-    def carry_out(target, *place):
-        more = [*place, *argv, f"--target={target}"]
-        return subprocess.run([sys.executable, "-c", KILLED, *more], env=environment, capture_output=True)
-
-    whole, broken = tmp_path / "whole" / "x", tmp_path / "broken" / "x"
-    never = ("switchmoe.interop.run_files", "Writer.write", "1000000")
-    assert carry_out(whole, *never).returncode == 0
-    for place in (
-        ("switchmoe.interop.run_files", "Writer.write", "5"),
-        ("switchmoe.interop.slim", "measured", "2"),
-    ):
-        assert carry_out(broken, *place).returncode == -signal.SIGKILL
-    assert broken.exists() and len(json.loads((broken / "table.json").read_text())["rows"]) == 1
-    assert carry_out(broken, *never).returncode == 0
-    assert [path.name for path in broken.parent.iterdir()] == ["x"]
-    rows = [json.loads((path / "table.json").read_text())["rows"] for path in (whole, broken)]
-    assert rows[0] == rows[1] and len(rows[0]) == 2
-    dated = ("report.html", "run.json", "metrics.jsonl", "tensorboard/")  # say when they were written
-    one, other = (
-        {name: raw for name, raw in contents(path).items() if not name.startswith(dated)}
-        for path in (whole, broken)
-    )
-    assert one == other
-    figures = [
-        [(record["split"], record["cross_entropy"]) for record in read_metrics(path / "metrics.jsonl")]
-        for path in (whole, broken)
-    ]
-    assert figures[0] == figures[1] and len(figures[0]) == 2
-
-
-@pytest.mark.slow
-def test_a_sweep_has_them_all_and_does_nothing_twice(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(measuring, "speed", lambda *_: 1.0)  # a program of each, which other tests run
-    monkeypatch.setattr(report, "write_report", lambda path: None)
-    fields = [
-        "--config.task.inputs={text}",
-        "--config.task.targets={label}",
-        "--config.data.validation_share=0.2",
-    ]
-    argv = [f"--source={files / 'run'}", f"--target={tmp_path / 'all'}", "--sweep", f"--task={files / 'task.jsonl'}", *fields]  # fmt: skip
-    run(command.main, *argv, "--batches=1")
-    names = {path.name for path in (tmp_path / "all").iterdir() if path.is_dir()}
-    assert names == set(slimming.sweep(2, "hungarian", -1, True)) and len(names) == 11
-    rows = json.loads((tmp_path / "all" / "table.json").read_text())["rows"]
-    assert [row["model"] for row in rows][0] == "source" and {row["model"] for row in rows} == names | {
-        "source"
-    }
-    size = {row["model"]: row["bytes_on_disk"] for row in rows}
-    assert size["pruned_2_int4"] < size["pruned_2_int8"] < size["pruned_2"] < size["source"]
-    for row in rows[1:]:
-        settings = trained.find(str(tmp_path / "all" / row["model"])).settings
-        assert settings.moe.num_experts == row["experts"] == (2 if "_2" in row["model"] else EXPERTS)
-        assert str(settings.moe.expert_bits or "") == row["model"].partition("int")[2]
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")}
-    capsys.readouterr()
-    run(command.main, *argv, "--batches=1")
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "all").rglob("*")} == before
-    assert capsys.readouterr().out == (tmp_path / "all" / "table.md").read_text()
-
-
-TEXT = {"text": "a.txt", "files": [["a.txt", 3, 7]]}
-
-
-def test_a_table_goes_on_and_is_of_one_model_and_text(tmp_path):
-    row = slim.Row("int8", 4, 1000, 500, 480, 3.25, None, 12345.6)
-    table = slim_table.Table(tmp_path / "table.json", {"source": 1, "counted": TEXT}, True)
-    table.add(row)
-    again = slim_table.Table(tmp_path / "table.json", {"source": 1, "counted": TEXT}, True)
-    assert again.missing(["int8", "int4"]) == ["int4"]
-    assert "| int8 | 4 | 1,000 | 500 | 480 | 3.2500 |  | 12,346 |" in again.markdown()
-    with pytest.raises(ValueError, match="the table there is of another model or another text"):
-        slim_table.Table(tmp_path / "table.json", {"source": 2, "counted": TEXT}, True)
-    with pytest.raises(ValueError, match="the table there is of another model or another text"):
-        slim_table.Table(
-            tmp_path / "table.json", {"source": 1, "counted": TEXT | {"files": [["a.txt", 4, 8]]}}, True
-        )
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="a run's directory; accepted with --sweep is a name that is free"):
-        slim_table.Table(tmp_path / "table.json", {"source": 1, "counted": TEXT}, True)
-    names = slimming.sweep(2, "hungarian", -1, True)
-    assert {"pruned_2", "merged_2", "task_2", "int8", "int4", "merged_2_int4"} < names.keys() and len(
-        names
-    ) == 11
-
-
-def bad(text, target, *more):
-    return [f"--source={text}/run", f"--target={target}", *more]
-
-
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        ([], "nothing to do; accepted is --experts=K, --bits=8, --bits=4 or --sweep"),
-        (["--experts=9"], "--experts=9: accepted is an integer from 1 to the model's 4"),
-        (["--experts=x"], "--experts=x: accepted is an integer >= 0"),
-        (["--experts=2", "--by=best"], "--by=best: accepted is one of use, merge, task"),
-        (["--experts=2", "--by=task"], "--by=task: accepted with --task=NAME"),
-        (["--bits=2"], "--bits=2: accepted is 8 or 4"),
-        (["--bits=8", "--sweep"], "--bits=8: accepted without --sweep"),
-        (["--experts=2", "--group=4"], "--group=4: accepted with --bits=8, --bits=4 or --sweep"),
-        (["--bits=8", "--task=nothing"], "task.names=nothing: no such task"),
-        (["--bits=8", "--text={}/none*.txt"], "data.source="),
-        (["--bits=8", "--text={}/run/config.json"], "config.json"),
-        (["--bits=8", "--task={}/text.txt"], "text.txt: no such task; accepted are"),
-        (["--bits=8", "--task={}/task.jsonl", "--config.task.inputs={{text}}", "--config.task.targets={{label}}", "--config.task.options=cold,hot"], "gives 'warm'; accepted is one of task.options=cold,hot"),
-        (["--bits=8", "--task={}/task.jsonl", "--config.task.inputs={{text}}", "--config.task.targets={{label}}", "--config.data.validation_share=0.000001"], "its split validation is empty"),
-        (["--bits=8", "--config.task.inputs=x"], "--config.task.inputs=x: accepted are task's other fields, with --task="),
-        (["--bits=8", "--config.moe.num_experts=3"], "--config.moe.num_experts=3: it is of the model or its training"),
-        (["--weights=8"], "argument --weights=8 (did you mean --config.distill.weight=?): accepted are --source="),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, capsys, more, message):
-    run(
-        command.main, *bad(files, tmp_path / "x", *(m.format(files) for m in more)), code=exits.EXIT_BAD_INPUT
-    )
-    captured = capsys.readouterr()
-    assert message in captured.err and captured.err.count("\n") == 1 and not captured.out, captured.err
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_target_in_the_source_is_refused(files, capsys):
-    run(command.main, *bad(files, files / "run" / "checkpoints" / "9", "--bits=8"), code=exits.EXIT_BAD_INPUT)
-    assert "it lies in --source; accepted is a name outside" in capsys.readouterr().err
-
-
-def test_another_models_vocabulary_and_a_target_that_is_there_are_refused(files, tmp_path, capsys):
-    shutil.copytree(files / "run", tmp_path / "run")
-    many = vocabulary.train(
-        [f"{a}{b}{c} " * 2 for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwxyz"], 500
-    )
-    own = (tmp_path / "run" / "vocabulary.model").read_bytes()
-    sha = vocabulary.Vocabulary.from_bytes(many).sha256
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"vocabulary_sha256": sha}))
-    taken_out = [f"--source={tmp_path / 'run'}", f"--target={tmp_path / 'x'}"]
-    for model_bytes, given, message in (
-        (many, (command.main, "--bits=8"), "a vocabulary of 600 ids, another model's; accepted is a run with its own"),
-        (own, (command.main, "--bits=8"), f"is another vocabulary than the run was trained with; accepted is the one of SHA-256 {sha}"),
-        (own, (convert.main,), "its vocabulary.model is another vocabulary than"),
-        (own, (convert.main, "--upcycle.experts=2"), "its vocabulary.model is another vocabulary than"),
-    ):  # fmt: skip
-        (tmp_path / "run" / "vocabulary.model").write_bytes(model_bytes)
-        run(given[0], *taken_out, *given[1:], code=exits.EXIT_BAD_INPUT)
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1, error
-    (tmp_path / "run" / "run.json").unlink()
-    (tmp_path / "run" / "vocabulary.model").unlink()
-    run(command.main, *bad(tmp_path, tmp_path / "x", "--bits=8"), code=exits.EXIT_BAD_INPUT)
-    assert "it has no vocabulary" in capsys.readouterr().err
-    run(command.main, *bad(files, tmp_path / "run", "--bits=8"), code=exits.EXIT_BAD_INPUT)
-    assert "it is there and no slim model" in capsys.readouterr().err
