@@ -11,6 +11,7 @@ import httpx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from test_transformer import tiny
 
 from experiments.serve import application, exchange, server
@@ -183,3 +184,18 @@ class Running:
         self.server.handle_exit(15, None)
         self._thread.join(40)
         self.engine.stop(5)
+
+
+@pytest.fixture(scope="module")
+def running():
+    with Running() as found:
+        yield found.ready()
+
+
+def chunks(response):
+    """The objects of a stream, which ends as it should."""
+    *data, last = [
+        line.removeprefix("data: ") for line in response.text.split("\n") if line.startswith("data: ")
+    ]
+    assert last == "[DONE]"
+    return [json.loads(one) for one in data]
