@@ -1,7 +1,7 @@
 """schemathesis over the server's own description: nothing that it makes is answered otherwise than described, or by a failure."""
 
 import pytest
-from serving import Running
+import serving
 
 schemathesis = pytest.importorskip("schemathesis")
 import httpx  # noqa: E402
@@ -11,12 +11,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: 
 CALM = dict(
     deadline=None, suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate]
 )
-
-
-@pytest.fixture(scope="module")
-def running():
-    with Running() as found:
-        yield found.ready()
+running = serving.running  # a fixture
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,12 @@ import re
 import time
 
 import httpx
-import pytest
-from serving import Running
+import serving
 
 from experiments.serve import page
 
+running = serving.running  # a fixture
 EVIL = '<img src=x onerror="window.evil=1"><script>window.evil=1</script>'
-
-
-@pytest.fixture(scope="module")
-def running():
-    with Running() as found:
-        yield found.ready()
 
 
 def wait(chromium, script, seconds=60):
@@ -116,7 +110,7 @@ def test_it_stops_says_what_is_wrong_and_shows_text_as_text(chromium, running):
 
 def test_it_asks_for_a_token_where_one_is_needed(chromium, running):
     assert running.idle()
-    with Running(token="s3cret") as strict:
+    with serving.Running(token="s3cret") as strict:
         strict.ready()
         chromium.open(strict.url)
         wait(chromium, "!document.getElementById('token_label').hidden")
