@@ -1,5 +1,7 @@
 """Runs in buckets, against servers on this machine that speak Google's and Amazon's protocols."""
 
+import atexit
+import functools
 import json
 import re
 import shutil
@@ -88,16 +90,24 @@ class Servers:
             process.wait()
 
 
+@functools.cache
+def started():
+    """One pair for a process: libraries keep the addresses that they found first."""
+    running = Servers()
+    atexit.register(running.close)
+    return running
+
+
 @pytest.fixture(scope="module")
 def servers():
     with pytest.MonkeyPatch.context() as patch:
-        running = Servers()
+        running = started()
         for name, value in running.variables.items():
             patch.setenv(name, value)
-        fsspec.filesystem("gs").mkdir("bucket")
-        fsspec.filesystem("s3").mkdir("bucket")
+        for store in map(fsspec.filesystem, ("gs", "s3")):
+            if not store.exists("bucket"):
+                store.mkdir("bucket")
         yield running
-        running.close()
 
 
 @pytest.fixture(params=["gs", "s3"])
