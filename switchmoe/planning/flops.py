@@ -27,7 +27,8 @@ def forward_flops(settings: Settings, lengths: dict[str, int]) -> dict[str, floa
       ``router``, ``output`` (vocabulary logits).
 
     Args:
-      lengths: tokens of a sequence in each stack; ``predicted``, where logits are computed of some of the decoder's. Packed documents count as one: of attention all pairs of a row.
+      lengths: tokens of a sequence in each stack; ``predicted``, where logits are computed of some of the decoder's. Packed
+        documents count as one: of attention all pairs of a row.
     """
     model, targets = settings.model, lengths["decoder"]
     queries = 2 * model.d_model * model.num_heads * model.d_kv  # and the output
