@@ -293,7 +293,7 @@ def _line(axes: Axes, found: dict[int, Spread], colour: str, style: str = "o-") 
 
 
 def _values(axes: Axes, told: dict[int, tuple[float, str]]) -> None:
-    """Texts beside the points of a line, on the side of it that is free."""
+    """Texts beside the points of a line, on the side of it that is free, and of the bars of its ranges."""
     if not told or len(told) > MAX_VALUES:
         return
     heights = [y for y, _ in told.values()]
@@ -301,7 +301,7 @@ def _values(axes: Axes, told: dict[int, tuple[float, str]]) -> None:
         rises = y >= heights[n - 1] if n else heights[min(1, len(heights) - 1)] > y
         offset, side = ((-3, 5), "right") if rises else ((3, 5), "left")
         if y < min(heights[max(n - 1, 0) : n] + heights[n + 1 : n + 2], default=y):  # a valley
-            offset, side = (0, -12), "center"
+            offset, side = ((5, -11), "left") if n + 1 < len(heights) else ((-5, -11), "right")
         axes.annotate(text, (experts, y), offset, textcoords="offset points", ha=side, fontsize=8)
 
 
