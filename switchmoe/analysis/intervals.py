@@ -81,13 +81,16 @@ def f_interval(larger: Sequence[float], smaller: Sequence[float]) -> Interval:
 
 
 def written(found: Interval, unit: str) -> str:
-    """``+0.0060 nats (-0.0010 to +0.0130)``; logarithms of ratios as ratios, of which 0 is a loss never reached."""
+    """``+0.0060 nats (-0.0010 to +0.0130)``; logarithms of ratios as ratios, of which 0 is a loss never reached. One seed has no interval."""
     form = {"nats": "{:+.4f}", "ratio": "{:.2f}", "share": "{:.2%}", "points": "{:+.2f}"}[unit]
     if unit == "ratio" and not math.isfinite(found.mean):
         return _without_number(found)
+    if math.isnan(found.mean):
+        return "not known: a seed's run diverged"
     values = [float(np.exp(x)) if unit == "ratio" else x for x in found[:3]]
     mean, low, high = (form.format(value) for value in values)
-    return f"{mean}{f' {unit}' if unit in ('nats', 'points') else ''} ({low} to {high})"
+    between = "one seed" if found.seeds == 1 else f"{low} to {high}"
+    return f"{mean}{f' {unit}' if unit in ('nats', 'points') else ''} ({between})"
 
 
 def _without_number(found: Interval) -> str:

@@ -270,6 +270,14 @@ def test_only_seeds_that_all_arms_have_are_compared():
     assert intervals.written(finding.interval, "nats") == "+1.0000 nats (+1.0000 to +1.0000)"
 
 
+def test_what_has_no_interval_is_written_without_one():
+    one = intervals.t_interval([0.25])
+    assert intervals.written(one, "nats") == "+0.2500 nats (one seed)"
+    assert intervals.written(one, "ratio") == "1.28 (one seed)"
+    assert "not known" in intervals.written(intervals.t_interval([1.0, math.nan]), "nats")
+    assert intervals.written(intervals.t_interval([1.0, 1.0, math.inf]), "nats") == "+inf nats (+1.0000 to +inf)"
+
+
 @pytest.mark.parametrize("seconds", [0.0, math.nan, math.inf])
 def test_a_speed_that_is_no_number_decides_nothing(seconds):
     """Of steps whose time was not measured on either side, or without end."""
