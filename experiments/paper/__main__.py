@@ -15,13 +15,14 @@
 base (the papers' own). A claim's runs, criterion and the papers' figures are in `experiments/claims`; the rule is `verdicts.RULE`. All claims of a
 scale are one sweep in one directory (default: runs/paper_SCALE) and share runs; what `experiments.sweep` takes is taken here:
 ``--dry_run`` lists the runs with their time, overrides change the base of all runs, and the same command continues.
-``--kept=FILE`` is a small file with a line a finished run, which outlives DIR: runs in it count as done, and those that are done
-in DIR are added to it.
+``--kept=FILE`` is a small file with a line a finished run, which outlives DIR: runs in it count as done, and each that is done
+in DIR is added to it, at once.
 
 Exit codes: those of `experiments.sweep` (a verdict is none of them); of report 0 done; 2 bad input; 4 a file that can't be
 written or read.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -162,9 +163,17 @@ def _make(arguments: Arguments, wanted: list[dict]) -> tuple[int, bool]:
     if len(missing) < len(wanted):
         print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are in {arguments.kept}")
     dry_run = "--dry_run" in arguments.rest
-    code = command.command(argv, __doc__, missing) if missing else 0
-    if arguments.kept and not dry_run:
-        finished.update(arguments.kept, arguments.workdir, arguments.scale)
+
+    def keep() -> None:
+        if arguments.kept and not dry_run:
+            finished.update(arguments.kept, arguments.workdir, arguments.scale)
+
+    def keep_if_possible() -> None:  # while others run; what hinders it now is told in the end
+        with contextlib.suppress(OSError, ValueError):
+            keep()
+
+    code = command.command(argv, __doc__, missing, keep_if_possible) if missing else 0
+    keep()
     return code, not dry_run and code in (0, exits.EXIT_FAILED)
 
 

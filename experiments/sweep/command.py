@@ -25,8 +25,16 @@ LOCK_FILE, CACHE_DIR = "sweep.lock", "compiled"
 POLL = 1.0  # seconds between looks at the runs under way
 
 
-def command(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None = None) -> int:
+def command(
+    argv: Sequence[str],
+    doc: str,
+    only: Sequence[dict[str, Any]] | None = None,
+    each: Callable[[], None] = lambda: None,
+) -> int:
     """Runs the sweep of a command line, or of its runs those with the overrides ``only``; returns an exit code.
+
+    Args:
+      each: called whenever a run is done.
 
     Raises:
       ValueError: a mistake, before the first run; one line.
@@ -41,10 +49,10 @@ def command(argv: Sequence[str], doc: str, only: Sequence[dict[str, Any]] | None
         print(study.table(sweep, costs, peak, _results(sweep, costs)))
         return 0
     with contextlib.closing(choice.create(options, sweep.workdir)) as launcher:
-        return run(sweep, launcher)
+        return run(sweep, launcher, each)
 
 
-def run(sweep: Sweep, launcher: Any) -> int:
+def run(sweep: Sweep, launcher: Any, each: Callable[[], None] = lambda: None) -> int:
     """Starts what is not done of a sweep by a launcher of `experiments.launchers`; returns the exit code.
 
     Raises:
@@ -56,7 +64,7 @@ def run(sweep: Sweep, launcher: Any) -> int:
     with _lock(sweep.workdir):
         study.check_directory(sweep)
         write_json(sweep.workdir / study.DEFINITION_FILE, study.definition(sweep))
-        return _Loop(sweep, costs, launcher).run_all()
+        return _Loop(sweep, costs, launcher, each).run_all()
 
 
 def _apart(function: Callable, *arguments: Any) -> Any:
@@ -89,8 +97,8 @@ def _lock(workdir: Path) -> Iterator[None]:
 class _Loop:
     """Starts what is not done, as many runs at a time as the launcher takes, and shows how they get on."""
 
-    def __init__(self, sweep: Sweep, costs: Sequence[study.Cost], launcher: Any):
-        self.sweep, self.launcher = sweep, launcher
+    def __init__(self, sweep: Sweep, costs: Sequence[study.Cost], launcher: Any, each: Callable[[], None]):
+        self.sweep, self.launcher, self.each = sweep, launcher, each
         self.costs = dict(zip((run.name for run in sweep.runs), costs, strict=True))
         self.runs = {run.name: run for run in sweep.runs}
         self.table = outcomes.Table([run.name for run in sweep.runs])
@@ -174,6 +182,7 @@ class _Loop:
         del self.jobs[run.name]
         if self._done(run):
             self._show(run, self._status(run, "done"))
+            self.each()
         elif self.signals:
             self._show(run, self._status(run, "stopped"))
         elif (code < 0 or code in LOST) and self.tries[run.name] < self.launcher.retries:

@@ -275,7 +275,9 @@ def test_what_has_no_interval_is_written_without_one():
     assert intervals.written(one, "nats") == "+0.2500 nats (one seed)"
     assert intervals.written(one, "ratio") == "1.28 (one seed)"
     assert "not known" in intervals.written(intervals.t_interval([1.0, math.nan]), "nats")
-    assert intervals.written(intervals.t_interval([1.0, 1.0, math.inf]), "nats") == "+inf nats (+1.0000 to +inf)"
+    assert (
+        intervals.written(intervals.t_interval([1.0, 1.0, math.inf]), "nats") == "+inf nats (+1.0000 to +inf)"
+    )
 
 
 @pytest.mark.parametrize("seconds", [0.0, math.nan, math.inf])

@@ -7,6 +7,7 @@ from scipy import stats
 from experiments import claims, exits
 from experiments.claims import CLAIMS, SCALES
 from experiments.paper import __main__ as paper
+from experiments.paper import finished
 from experiments.sweep import command, study
 from switchmoe.data import pairs, tasks, vocabulary
 from switchmoe.parallel import sharding
@@ -141,6 +142,34 @@ def test_a_dense_run_does_not_depend_on_what_routers_do():
         "moe.num_experts": 1,
         "train.seed": 2,
     }
+
+
+def test_a_run_that_is_done_is_kept_while_others_are_made(tmp_path, monkeypatch):
+    """What hinders it then is no end of the sweep; in the end it is told."""
+    wrong, kept = [OSError("full"), None, None], []
+
+    def update(*arguments):
+        if error := wrong.pop(0):
+            raise error
+        kept.append(arguments)
+
+    def sweep(argv, doc, only, each):
+        each()
+        each()
+        return 0
+
+    monkeypatch.setattr(finished, "update", update)
+    monkeypatch.setattr(command, "command", sweep)
+    asked = paper.parse(["z_loss", f"--workdir={tmp_path / 'out'}", f"--kept={tmp_path / 'kept.jsonl'}"])
+    assert paper._make(asked, [{}]) == (0, True)
+    assert kept == [(tmp_path / "kept.jsonl", tmp_path / "out", "tiny")] * 2, (
+        "at the second run, and in the end"
+    )
+    wrong[:] = [None, None, OSError("full")]
+    with pytest.raises(OSError, match="full"):
+        paper._make(asked, [{}])
+    kept.clear()
+    assert paper._make(asked._replace(rest=["--dry_run"]), [{}]) == (0, False) and not kept
 
 
 @pytest.mark.parametrize(

@@ -133,10 +133,15 @@ class ScriptedJob:
 def test_lost_runs_are_started_again_so_often_and_failed_ones_are_not(config, capsys):
     found = read(*config("[{'train.seed': [0, 1, 2, 3]}]"))
     codes = {"seed=0": [2], "seed=1": [EXIT_LOST, 0], "seed=2": [-9, EXIT_STOPPED], "seed=3": [0]}
-    launcher = Script(found, codes)
-    assert command.run(found, launcher) == EXIT_FAILED
+    launcher, done = Script(found, codes), []
+
+    def each():
+        done.append([run.name for run in found.runs if (found.workdir / run.name / "metrics.jsonl").exists()])
+
+    assert command.run(found, launcher, each) == EXIT_FAILED
     out, err = capsys.readouterr()
     assert launcher.most == 2 and not any(codes.values())
+    assert done == [["seed=1"], ["seed=1", "seed=3"]], "told as each is done"
     assert "seed=1  started again (1 of 1) after exit 5: what it said last" in out
     assert "2 of 4 runs done" in out and "seed=0 failed (exit 2): what it said last" in err
     assert "seed=2 failed (exit 75)" in err and err.count("\n") == 2
