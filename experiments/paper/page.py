@@ -44,6 +44,7 @@ def write(results: Path) -> Path:
     lines = ["# The papers' claims", ""]
     notes = results / NOTES
     lines += [notes.read_text(encoding="utf-8").strip(), ""] if notes.exists() else []
+    lines += ["## The rule", "", verdicts.RULE, ""]
     decided: set[str] = set()
     for scale in found:
         directory = results / f"paper_{scale}"
@@ -86,7 +87,7 @@ def _scale(directory: Path, results: scorecard.Results, judged: dict[str, Verdic
     )
     lines += [
         "",
-        f"Every part and arm: [paper_{scale}/scorecard.md](paper_{scale}/scorecard.md). {verdicts.RULE}",
+        f"Every part and arm: [paper_{scale}/scorecard.md](paper_{scale}/scorecard.md).",
         "",
     ]
     lines += _pictures(directory, results)

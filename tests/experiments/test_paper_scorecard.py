@@ -15,6 +15,7 @@ from experiments.claims import CLAIMS
 from experiments.paper import __main__ as paper
 from experiments.paper import finished, scorecard, times
 from experiments.sweep import study
+from switchmoe.analysis import verdicts
 from switchmoe.analysis.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
 from switchmoe.runs import rundir
 from switchmoe.settings import to_dict
@@ -192,6 +193,7 @@ def test_runs_that_are_kept_in_a_file_outlive_their_directories(tmp_path, capsys
     page = (tmp_path / "results" / "scorecard.md").read_text()
     assert (
         "How the scale was chosen." in page
+        and page.count(verdicts.RULE) == 1
         and "| z_loss | ST-MoE, Table 4 | held | 1 held | loss of z-loss" in page
     )
     assert "+0.1000 nats (+0.1000 to +0.1000) | 3 x 0.0 |" in page and "| table4 | Switch, Table 4 |" in page
