@@ -150,9 +150,11 @@ def prompt_ids(text: str, settings: Settings, vocabulary: Any) -> list[int]:
 def continues(prompt: str, settings: Settings) -> bool:
     """Whether an answer's text goes on with the prompt's, so that a blank which it begins with is part of it.
 
-    An encoder's prompt is another text. After a blank that a vocabulary took off the prompt's end comes no second one.
+    An encoder's prompt is another text, but for a model that was trained to go on with it. After a blank that a vocabulary
+    took off the prompt's end comes no second one.
     """
-    return "encoder" not in settings.stacks and bool(prompt) and not prompt[-1].isspace()
+    goes_on = settings.data.objective == "prefix_lm" and not settings.task.names
+    return ("encoder" not in settings.stacks or goes_on) and bool(prompt) and not prompt[-1].isspace()
 
 
 def greedy(

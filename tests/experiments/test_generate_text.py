@@ -1,5 +1,6 @@
 """`experiments.generate`: a prompt and its answer's text are one text where the answer goes on with the prompt."""
 
+import dataclasses
 import types
 
 import pytest
@@ -10,9 +11,11 @@ from switchmoe.runs import trained
 
 
 @pytest.mark.parametrize("given", ["text", "ids"])
-@pytest.mark.parametrize("kind", ["decoder", "switch"])
-def test_an_answer_has_the_blank_between_it_and_its_prompt(kind, given, monkeypatch):
+@pytest.mark.parametrize("kind, objective", [("decoder", ""), ("switch", ""), ("switch", "prefix_lm")])
+def test_an_answer_has_the_blank_between_it_and_its_prompt(kind, objective, given, monkeypatch):
     normalised, of = vocabulary(normalised=True), settings(kind)
+    if objective:
+        of = dataclasses.replace(of, data=dataclasses.replace(of.data, objective=objective))
     model = types.SimpleNamespace(settings=of, vocabulary=normalised, step="a step")
     monkeypatch.setattr(trained, "find", lambda source: model)
     monkeypatch.setattr(trained, "on_one_device", lambda model, settings: parameters(kind))
@@ -23,7 +26,7 @@ def test_an_answer_has_the_blank_between_it_and_its_prompt(kind, given, monkeypa
     assert normalised.decode(first) == before
     prompt = prompt_of(before if given == "text" else [0, *map(int, first)])
     found = text_of(prompt, [*map(int, answer), normalised.eos_id])
-    if kind == "decoder":
+    if kind == "decoder" or objective == "prefix_lm":
         assert before + found == normalised.decode(normalised.encode(whole))
     else:
         assert found == normalised.decode(answer), "a text of its own"
