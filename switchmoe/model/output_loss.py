@@ -4,6 +4,7 @@ Letters: B batch, L length, D model, V vocabulary, N chunks of it of C. All resu
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from switchmoe.products import few_rows
 
 CHUNK = 64
+FEWEST_ROWS = 512
 
 
 def cross_entropy(
@@ -71,7 +73,11 @@ def logits(x_BLD: jax.Array, table_VD: jax.Array) -> jax.Array:
     """Float32 ``x @ table.T`` [..., V]."""
     if x_BLD.ndim == 2 and jax.default_backend() == "cpu":  # of a step of decoding
         return few_rows(x_BLD, table_VD, jnp.float32)
-    return jnp.einsum("...D,VD->...V", x_BLD, table_VD, preferred_element_type=jnp.float32)
+    return _whole_logits(x_BLD, table_VD)
+
+
+def _whole_logits(x: jax.Array, table_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("...D,VD->...V", x, table_VD, preferred_element_type=jnp.float32)
 
 
 def likeliest(logits_BLV: jax.Array) -> jax.Array:
@@ -99,31 +105,84 @@ def hits(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
     return target_BL1[..., 0] > others_BLV.max(axis=-1)
 
 
+def _rows_at_once(x_BLD: jax.Array) -> int:
+    """Of how many places the logits are there at once; 0: of all.
+
+    On one CPU they stay in its cache, and are no large array that the system has zeroed at each step. More rows where the model is
+    wide, as the table's gradient is added to for each chunk. On several devices each sum would be over all of them.
+    """
+    rows = max(FEWEST_ROWS, 2 * x_BLD.shape[-1])
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
+    return rows if jax.default_backend() == "cpu" and devices == 1 and x_BLD[..., 0].size > rows else 0
+
+
+def _in_chunks(rows: int, *values: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, L, ...] as [N, rows, ...], with zeros at the end."""
+    flat = (value.reshape(-1, *value.shape[2:]) for value in values)
+    ended = (jnp.pad(value, ((0, -len(value) % rows), *((0, 0),) * (value.ndim - 1))) for value in flat)
+    return tuple(value.reshape(-1, rows, *value.shape[1:]) for value in ended)
+
+
+def _out_of_chunks(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    flat = value.reshape(-1, *value.shape[2:])[: math.prod(shape)]
+    return flat.reshape(*shape, *flat.shape[1:])
+
+
 def _output_forward(x_BLD: jax.Array, table_VD: jax.Array, targets_BL: jax.Array, label_smoothing: float):
-    logits_BLV = logits(x_BLD, table_VD)
-    loss_BL, z_BL = cross_entropy(logits_BLV, targets_BL, label_smoothing)
-    nll_BL = cross_entropy(logits_BLV, targets_BL)[0] if label_smoothing else loss_BL
-    outputs = loss_BL, z_BL, hits(logits_BLV, targets_BL), nll_BL
-    return outputs, (x_BLD, table_VD, targets_BL, jax.nn.logsumexp(logits_BLV, axis=-1))
+    rows = _rows_at_once(x_BLD)
+    if not rows:
+        *outputs, log_z_BL = _losses(x_BLD, table_VD, targets_BL, label_smoothing)
+    else:
+        chunks = _in_chunks(rows, x_BLD, targets_BL)
+        found = jax.lax.map(lambda chunk: _losses(chunk[0], table_VD, chunk[1], label_smoothing), chunks)
+        *outputs, log_z_BL = (_out_of_chunks(value, targets_BL.shape) for value in found)
+    return tuple(outputs), (x_BLD, table_VD, targets_BL, log_z_BL)
+
+
+def _losses(x: jax.Array, table_VD: jax.Array, targets: jax.Array, label_smoothing: float) -> tuple:
+    """The outputs of `output_cross_entropy`, and the log-partition, of any leading axes."""
+    of_V = _whole_logits(x, table_VD)
+    loss, z = cross_entropy(of_V, targets, label_smoothing)
+    nll = cross_entropy(of_V, targets)[0] if label_smoothing else loss
+    return loss, z, hits(of_V, targets), nll, jax.nn.logsumexp(of_V, axis=-1)
 
 
 def _output_backward(label_smoothing: float, saved: tuple, gradients: tuple):
     x_BLD, table_VD, targets_BL, log_z_BL = saved
-    loss_BL, z_BL, *_ = gradients
-    vocabulary = len(table_VD)
-    target_BLV = jax.nn.one_hot(targets_BL, vocabulary, dtype=bool)
-    prob_BLV = jnp.exp(logits(x_BLD, table_VD) - log_z_BL[..., None])
-    wanted_BLV = jnp.where(target_BLV, 1 - label_smoothing, 0.0) + label_smoothing / vocabulary
-    grad_BLV = prob_BLV * (loss_BL + 2 * log_z_BL * z_BL)[..., None] - wanted_BLV * loss_BL[..., None]
-    grad_BLV = grad_BLV.astype(x_BLD.dtype)
-    x_grad_BLD = jnp.einsum("BLV,VD->BLD", grad_BLV, table_VD)
-    if x_BLD.dtype == jnp.float32:
-        # Transposed is then the narrow factor. XLA's CPU back end would compute all of grad_BLV once
-        # more, in the other order; its products of bfloat16 are slow in this one.
-        table_grad_VD = jnp.einsum("BLD,BLV->DV", x_BLD, grad_BLV).T
+    given = x_BLD, targets_BL, log_z_BL, *gradients[:2]
+    rows, of = _rows_at_once(x_BLD), functools.partial(_gradients, table_VD, label_smoothing)
+    if not rows:
+        x_grad_BLD, table_grad = of(x_BLD.dtype, *given)
     else:
-        table_grad_VD = jnp.einsum("BLV,BLD->VD", grad_BLV, x_BLD)
+        shape = table_VD.T.shape if x_BLD.dtype == jnp.float32 else table_VD.shape
+
+        def added(sum_so_far: jax.Array, chunk: tuple) -> tuple[jax.Array, jax.Array]:
+            x_grad, table_grad = of(jnp.float32, *chunk)
+            return sum_so_far + table_grad, x_grad
+
+        table_grad, x_grad = jax.lax.scan(added, jnp.zeros(shape), _in_chunks(rows, *given))
+        x_grad_BLD = _out_of_chunks(x_grad, targets_BL.shape)
+    table_grad_VD = table_grad.T if x_BLD.dtype == jnp.float32 else table_grad
     return x_grad_BLD, table_grad_VD.astype(table_VD.dtype), None
+
+
+def _gradients(
+    table_VD: jax.Array, label_smoothing: float, dtype: jnp.dtype, x: jax.Array, targets: jax.Array,
+    log_z: jax.Array, loss: jax.Array, z: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """x's gradient, and in ``dtype`` the table's, [D, V] where x is float32; of any leading axes."""
+    vocabulary = len(table_VD)
+    prob_V = jnp.exp(_whole_logits(x, table_VD) - log_z[..., None])
+    target_V = jax.nn.one_hot(targets, vocabulary, dtype=bool)
+    wanted_V = jnp.where(target_V, 1 - label_smoothing, 0.0) + label_smoothing / vocabulary
+    grad_V = prob_V * (loss + 2 * log_z * z)[..., None] - wanted_V * loss[..., None]
+    grad_V = grad_V.astype(x.dtype)
+    x_grad = jnp.einsum("...V,VD->...D", grad_V, table_VD)
+    # Transposed is then the narrow factor. XLA's CPU back end would compute all of grad_V once more, in the
+    # other order; its products of bfloat16 are slow in this one.
+    factors = (x, grad_V) if x.dtype == jnp.float32 else (grad_V, x)
+    leading = tuple(range(targets.ndim))
+    return x_grad, jnp.tensordot(*factors, (leading, leading), preferred_element_type=dtype)
 
 
 output_cross_entropy.defvjp(_output_forward, _output_backward)

@@ -1,7 +1,8 @@
 """The training step compiled ahead of time for devices that are not there: virtual CPUs, shapes only.
 
 XLA partitions the step as it would for that many accelerators, so its collectives are those of a real run;
-its memory analysis is that of its CPU back end.
+its memory analysis is that of its CPU back end. Of one device alone that is without whole logits, which an accelerator has
+(`model.output_loss`).
 """
 
 import collections

@@ -19,9 +19,11 @@ def test_cross_entropy_by_hand_and_with_smoothing():
     assert smooth_BL[0, 0] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("rows", [4, 512], ids=["in_chunks", "at_once"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_output_cross_entropy_has_the_gradient_of_its_formula(smoothing):
+def test_output_cross_entropy_has_the_gradient_of_its_formula(smoothing, rows, monkeypatch):
     """Its own gradient against autodiff through `cross_entropy`; bf16 to its rounding."""
+    monkeypatch.setattr(output_loss, "_rows_at_once", lambda x_BLD: rows if rows < 15 else 0)
     keys = jax.random.split(jax.random.key(0), 3)
     targets_BL = jax.random.randint(keys[2], (3, 5), 0, 11)
 
@@ -47,6 +49,23 @@ def test_output_cross_entropy_has_the_gradient_of_its_formula(smoothing):
         _, _, correct_BL, nll_BL = output_loss.output_cross_entropy(*inputs, targets_BL, smoothing)
         np.testing.assert_allclose(nll_BL, plain(*inputs, 0.0)[0], rtol=1e-5)
         assert (correct_BL == (output_loss.logits(*inputs).argmax(-1) == targets_BL)).all()
+
+
+def test_logits_are_never_all_there_at_once():
+    """But on several devices, and where they are few."""
+    x_BLD, table_VD = jnp.ones((8, 200, 16)), jnp.ones((1000, 16))
+    targets_BL = jnp.ones((8, 200), int)
+
+    def temporary(x_BLD):
+        loss = lambda x, w: output_loss.output_cross_entropy(x, w, targets_BL[: len(x)])[0].sum()  # noqa: E731
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x_BLD, table_VD).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 1000 * targets_BL.size
+    assert temporary(x_BLD) < 0.8 * logits
+    with jax.set_mesh(jax.make_mesh((2,), ("data",))):
+        assert temporary(x_BLD) >= logits
+    assert temporary(x_BLD[:2]) >= logits / 4
 
 
 def test_of_some_places_alone_it_is_what_it_is_of_all():
