@@ -138,3 +138,12 @@ def test_onednn_adds_nothing_to_a_kernels_gradient(no_cache):
     x_SD, kernel_DF = (np.asarray(value, np.float64) for value in (x, kernel))
     expected = 2 * x_SD.T @ (x_SD @ kernel_DF) + np.asarray(column)
     np.testing.assert_allclose(ours(kernel), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 64), (2, 3, 100), (7, 512)])
+def test_argmax_is_numpys(shape):
+    """With ties, and values that are not finite."""
+    x = np.array(random(0, *shape)).round(1)
+    x[0, ..., 1], x[1, ..., 2], x[1, ..., 0] = np.nan, np.inf, np.inf
+    x[2:] = -np.inf
+    np.testing.assert_array_equal(products.argmax(jnp.asarray(x)), x.argmax(axis=-1))

@@ -1,6 +1,6 @@
 """The vocabulary's loss: cross-entropy of the logits, with label smoothing and what the output z-loss needs.
 
-Letters: B batch, L length, D model, V vocabulary, N chunks of it of C. All results are float32.
+Letters: B batch, L length, D model, V vocabulary. All results are float32.
 """
 
 import functools
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from switchmoe.products import few_rows
 
-CHUNK = 64
 FEWEST_ROWS = 512
 
 
@@ -78,19 +77,6 @@ def logits(x_BLD: jax.Array, table_VD: jax.Array) -> jax.Array:
 
 def _whole_logits(x: jax.Array, table_VD: jax.Array) -> jax.Array:
     return jnp.einsum("...D,VD->...V", x, table_VD, preferred_element_type=jnp.float32)
-
-
-def likeliest(logits_BLV: jax.Array) -> jax.Array:
-    """Their argmax, int32: of the largest of each `CHUNK`, then in that chunk.
-
-    On a CPU, XLA takes a maximum ten times as fast as the place of one.
-    """
-    more = -logits_BLV.shape[-1] % CHUNK
-    padded_BLV = jnp.pad(logits_BLV, ((0, 0), (0, 0), (0, more)), constant_values=-jnp.inf)
-    chunks_BLNC = padded_BLV.reshape(*logits_BLV.shape[:2], -1, CHUNK)
-    place_BL = chunks_BLNC.max(axis=-1).argmax(axis=-1)
-    best_BLC = jnp.take_along_axis(chunks_BLNC, place_BL[..., None, None], axis=2)[:, :, 0]
-    return (place_BL * CHUNK + best_BLC.argmax(axis=-1)).astype(jnp.int32)
 
 
 def hits(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from switchmoe.model.attention import Attention, KeysValues, Memory, RelativeBia
 from switchmoe.model.layers import FeedForward, RMSNorm, param
 from switchmoe.model.moe import AttentionExperts, Experts, MoELayer
 from switchmoe.model.moe_rules import group_shape
+from switchmoe.products import argmax
 from switchmoe.settings import MoESettings, Settings
 
 PAD_ID = 0
@@ -309,7 +310,7 @@ class Transformer(nn.Module):
     def predictions(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
         """(the likeliest token at each of a batch's teacher-forced targets, int32 [B, L]; ``aux`` as of a call)."""
         logits_BLV, aux = self.batch_logits(batch)
-        return output_loss.likeliest(logits_BLV), aux
+        return argmax(logits_BLV), aux
 
     def _read_batch(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
         packed = batch.get("segments"), batch.get("positions"), batch.get("input_segments")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from switchmoe.routing import RouterSettings, expert_capacity, switch
+from switchmoe.routing import RouterSettings, contract, expert_capacity, switch
 
 
 def route(logits_SE, mask_S=None, capacity=100):
@@ -97,6 +97,25 @@ def test_invariants(data):
     dropped = (mask_S & ~kept_S).sum() / max(mask_S.sum(), 1)
     assert routing.fraction_dropped == pytest.approx(dropped, abs=1e-6)
     assert 0 <= routing.entropy <= np.log(experts) + 1e-5
+
+
+@pytest.mark.parametrize("choices, experts", [(1, 1), (63, 5), (64, 5), (65, 5), (1000, 200)])
+def test_places_are_those_of_counting_one_after_the_other(choices, experts):
+    rng = np.random.default_rng(0)
+    wish_Q, filled_E = rng.integers(-1, experts, choices), rng.integers(0, 4, experts)
+    place_Q, next_E = np.zeros(choices, int), filled_E.copy()
+    for q, wish in enumerate(wish_Q):
+        if wish >= 0:
+            place_Q[q], next_E[wish] = next_E[wish], next_E[wish] + 1
+    found_Q, found_E = contract._places(jnp.asarray(wish_Q), jnp.asarray(filled_E))
+    np.testing.assert_array_equal(found_Q, place_Q)
+    np.testing.assert_array_equal(found_E, next_E - filled_E)
+
+
+def test_one_experts_block_is_counted_in_8_bits():
+    assert contract._places(jnp.zeros(300, jnp.int32), jnp.zeros(2, jnp.int32))[0].tolist() == list(
+        range(300)
+    )
 
 
 def test_slots_do_not_collide_beyond_bf16():
