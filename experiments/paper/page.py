@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments import claims
 from experiments.claims import SCALES, Claim
-from experiments.paper import ahead, power, scorecard
+from experiments.paper import ahead, power, scorecard, times
 from switchmoe.analysis import plots, report, scaling, sweep_plots, sweep_report, sweeps, verdicts
 from switchmoe.analysis.verdicts import Finding, Verdict
 
@@ -118,14 +118,7 @@ def _deciding(findings: Sequence[Finding]) -> Finding | None:
 @plots.own_style
 def _pictures(directory: Path, results: scorecard.Results) -> list[str]:
     """Lines with the pictures of the sweep over experts: loss, speed-up, and its law beside the published one."""
-    by_name = {
-        run.name: run
-        for claim in SWEPT
-        for arm in results.tables.get(claim, {}).values()
-        for run in arm.values()
-        if run
-    }
-    found = sweeps.group([*by_name.values()]) if by_name else []
+    found = sweeps.group(runs) if (runs := _swept(results)) else []
     groups = [one for one in found if one.dense and len(one.cells) >= 3]
     if not groups:
         return []
@@ -148,6 +141,19 @@ def _pictures(directory: Path, results: scorecard.Results) -> list[str]:
     for one in groups:
         lines += [_sentences(one, fits.get(one.family)), ""]
     return lines
+
+
+def _swept(results: scorecard.Results) -> list[sweeps.Run]:
+    """Each run once, as it was timed in turn; where any was, the others have no times."""
+    by_name: dict[str, sweeps.Run] = {}
+    for claim in SWEPT:
+        for arm in results.tables.get(claim, {}).values():
+            for run in filter(None, arm.values()):
+                if run.name not in by_name or times.in_turn(run):
+                    by_name[run.name] = run
+    if any(map(times.in_turn, by_name.values())):
+        return [run if times.in_turn(run) else times.without(run) for run in by_name.values()]
+    return [*by_name.values()]
 
 
 def _sentences(one: sweeps.Group, fit: scaling.Fit | None) -> str:

@@ -112,12 +112,21 @@ def timed(run: sweeps.Run | None, arm: Overrides, seed: int, measured: dict[str,
     if run is None or measured is None:
         return run
     if seed >= len(seconds):  # beside times that were measured a run's own record says nothing
-        none = {"step_T": np.array([]), "seconds_T": np.array([])} if seconds else {}
-        return dataclasses.replace(run, step_seconds=math.nan, **none)
+        return without(run) if seconds else dataclasses.replace(run, step_seconds=math.nan)
     second, steps = float(np.median(seconds[seed])), run.settings.train.num_steps
     return dataclasses.replace(
         run, step_seconds=second, step_T=np.array([steps]), seconds_T=np.array([steps * second])
     )
+
+
+def in_turn(run: sweeps.Run) -> bool:
+    """Whether its time is one that `measure` took: of all its steps together."""
+    return run.step_T.size == 1
+
+
+def without(run: sweeps.Run) -> sweeps.Run:
+    """The run without times."""
+    return dataclasses.replace(run, step_seconds=math.nan, step_T=np.array([]), seconds_T=np.array([]))
 
 
 def _key(arm: Overrides) -> str:
