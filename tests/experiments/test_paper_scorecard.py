@@ -1,9 +1,11 @@
 """What the papers' claims come to: the scorecard says what runs say, kept in a file or not; their times; what pilots ask for."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,9 +15,9 @@ from test_paper import whole
 from experiments import claims, exits
 from experiments.claims import CLAIMS
 from experiments.paper import __main__ as paper
-from experiments.paper import finished, scorecard, times
+from experiments.paper import finished, page, scorecard, times
 from experiments.sweep import study
-from switchmoe.analysis import verdicts
+from switchmoe.analysis import sweeps, verdicts
 from switchmoe.analysis.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
 from switchmoe.runs import rundir
 from switchmoe.settings import to_dict
@@ -30,6 +32,24 @@ MICRO = [
     "--config.train.eval_every=3",
     "--config.train.eval_batches=1",
 ]
+
+
+def test_where_runs_were_timed_in_turn_the_others_have_no_times():
+    def run(name, *seconds):
+        nothing = dict.fromkeys((field.name for field in dataclasses.fields(sweeps.Run)), None)
+        steps = np.arange(len(seconds)) + 1.0
+        own = dict(name=name, step_T=steps, seconds_T=np.array(seconds), step_seconds=1.0)
+        return sweeps.Run(**nothing | own)
+
+    def seconds(**tables):
+        swept = page._swept(
+            types.SimpleNamespace(tables={claim: {"arm": arm} for claim, arm in tables.items()})
+        )
+        return {run.name: run.seconds_T.tolist() for run in swept}
+
+    timed, own, same = run("E=1", 9.0), run("E=2", 1.0, 2.0), run("E=1", 3.0, 6.0)
+    assert seconds(figure1={0: timed}, dropless={0: own, 1: same, 2: None}) == {"E=1": [9.0], "E=2": []}
+    assert seconds(dropless={0: own, 1: same}) == {"E=1": [3.0, 6.0], "E=2": [1.0, 2.0]}
 
 
 def fabricate(directory, settings, losses, dropped=0.002):
