@@ -6,6 +6,8 @@ are one run: the Switch model with factor 1.25 of Table 1 is that with jitter of
 
 import functools
 import importlib
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 from experiments.claims import (
@@ -40,12 +42,13 @@ CLAIMS = {
 
 
 PILOT_SEEDS = (100, 101, 102, 103)
+RATES_SEED = 200  # of pilots too
 
 
 def products(scale: str) -> list[dict[str, list]]:
     """What a sweep's ``get_sweep()`` returns: every run of every claim, once, with the claims' first arms first; then the pilots."""
     found = [run for claim in tried(scale) for run in runs(claim, scale)]
-    found += pilots(scale).values()
+    found += [*pilots(scale).values(), *rate_runs(scale)]
     return [{field: [value] for field, value in run.items()} for run in unique(found)]
 
 
@@ -72,12 +75,39 @@ def pilots(scale: str) -> dict[tuple[str, int], Overrides]:
     return {(arm, seed): run_of(asked, seed, scale) for seed in PILOT_SEEDS for arm, asked in arms.items()}
 
 
+def rate_pilots(scale: str) -> dict[tuple[str, float, str], Overrides]:
+    """Arms by task, rate and model that tell at which rate models are tuned.
+
+    Empty at a scale of no such claims.
+    """
+    size = SCALES[scale]
+    if size.mixture:
+        return {}
+    return {
+        (task, rate, arm): how(size, before) | {"optimizer.learning_rate": rate}
+        for task, how in (("topics", fine_tuning.tuned), ("instructions", instructions.instructed))
+        for rate in size.rates
+        for arm, before in (("dense", dense()), ("sparse", switch(size.experts)))
+    }
+
+
+def rate_runs(scale: str) -> list[Overrides]:
+    """The runs of these arms, and before them those that they begin with."""
+    return _with_first(rate_pilots(scale).values(), [RATES_SEED], scale)
+
+
 def runs(claim: Claim, scale: str) -> list[Overrides]:
     """The overrides of a claim's runs, seed by seed: what is cut short has whole seeds."""
-    arms = claim.arms(SCALES[scale]).values()
-    chosen = ((arm, seed) for seed in range(seeds(claim, scale)) for arm in arms)
+    return _with_first(claim.arms(SCALES[scale]).values(), range(seeds(claim, scale)), scale)
+
+
+def _with_first(arms: Iterable[Overrides], chosen: Iterable[int], scale: str) -> list[Overrides]:
     return unique(
-        [run for arm, seed in chosen for run in [*_before(arm, seed, scale), run_of(arm, seed, scale)]]
+        [
+            run
+            for seed, arm in itertools.product(chosen, arms)
+            for run in [*_before(arm, seed, scale), run_of(arm, seed, scale)]
+        ]
     )
 
 
@@ -89,8 +119,8 @@ def _before(arm: Overrides, seed: int, scale: str) -> list[Overrides]:
 
 
 def _other_seed(seed: int, scale: str) -> int:
-    """Of what a run begins with: so it goes on with other batches than that was trained with."""
-    return (seed + 1) % SCALES[scale].seeds
+    """Of what a run begins with: so it goes on with other batches than that was trained with. A claim's is a claim's."""
+    return seed + 1 if seed >= min(PILOT_SEEDS) else (seed + 1) % SCALES[scale].seeds
 
 
 def seeds(claim: Claim, scale: str) -> int:
@@ -129,5 +159,5 @@ def unique(found: list[Overrides]) -> list[Overrides]:
 
 
 __all__ = [
-    "CLAIMS", "SCALES", "Claim", "Scale", "base_config", "pilots", "products", "run_of", "runs", "seeds", "tried", "unique", "why_not",
+    "CLAIMS", "SCALES", "Claim", "Overrides", "Scale", "base_config", "pilots", "products", "rate_pilots", "rate_runs", "run_of", "runs", "seeds", "tried", "unique", "why_not",
 ]  # fmt: skip

@@ -30,6 +30,7 @@ class Scale:
     # of fine-tuning, with room for 95 % of the examples whole, as of instruction tuning with a solved one before them
     tune: Overrides = dataclasses.field(default_factory=dict)
     instruct: Overrides = dataclasses.field(default_factory=dict)  # of instruction tuning, what differs
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)  # of learning of both: pilots tell which is best
     all_sparse: bool = False  # each block has experts
     mixture: bool = False  # the text is one of languages (`data.parts`), for the claims about them alone
     seeds: int = 3  # of a claim that does not ask for more
@@ -66,7 +67,8 @@ SMALL_CAUSAL = dict(
     wide={"model.d_ff": 512},
     encoder={"model.stacks": "encoder_decoder", "data.objective": "span_corruption"},
     # 400 pieces make long texts. Adafactor's rate is a share of each parameter, and 300 steps of T5's 1e-3 would move little:
-    # 1e-2, a fifth of the highest in pre-training, is a guess, to be piloted on seeds from 200 on before the claims' runs.
+    # 1e-2, a fifth of the highest in pre-training, is a guess until `experiments.paper rates` has told.
+    rates=(3e-3, 1e-2, 3e-2),
     tune=TUNE
     | {
         "train.num_steps": 300,

@@ -4,6 +4,8 @@
   NAME...     makes the runs that these claims need and that are not done, then says what they came to; all: of every claim
   power       makes pilot runs (dense and sparse, of seeds that no claim uses), then says how losses vary over seeds, and how
               many seeds and hours decide each claim: DIR/report/power.md
+  rates       makes pilot runs of fine-tuning at a few rates (dense and sparse, of a seed that no claim uses), then says which has the
+              lowest loss: DIR/report/rates.md
   times [NAME...] [--repeats=N]   times a step of the arms of claims about time, one after the other in each of N rounds (15), in
               a process for each seed: to be run on a machine that does nothing else, before report. DIR/times_SCALE.json, or
               beside --kept
@@ -31,12 +33,13 @@ from experiments import claims, command_line, exits
 from experiments.claims import CLAIMS, SCALES
 from experiments.paper import times
 
-COMMANDS = ("power", "times", "report", "page")
+COMMANDS = ("power", "rates", "times", "report", "page")
 
 RUNS = ("scale", "workdir", "kept")
 TAKES = {
     "": RUNS,
     "power": RUNS,
+    "rates": RUNS,
     "times": (*RUNS, "repeats"),
     "report": RUNS,
     "page": ("results",),
@@ -65,9 +68,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(arguments: Arguments) -> int:
-    return {"": _try, "power": _power, "times": _times, "report": _report, "page": _page}[arguments.command](
-        arguments
-    )
+    known = {"": _try, "power": _power, "rates": _rates, "times": _times, "report": _report, "page": _page}
+    return known[arguments.command](arguments)
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -183,6 +185,22 @@ def _power(arguments: Arguments) -> int:
         from experiments.paper import power
 
         text, path = power.write(arguments.workdir, arguments.scale, arguments.kept)
+        print(f"{text}\n{path}")
+    return code
+
+
+def _rates(arguments: Arguments) -> int:
+    wanted = claims.rate_runs(arguments.scale)
+    if not wanted:
+        others = [name for name in SCALES if claims.rate_pilots(name)]
+        raise ValueError(
+            f"--scale={arguments.scale}: nothing is tuned there; accepted are {', '.join(others)}"
+        )
+    code, done = _make(arguments, wanted)
+    if done:
+        from experiments.paper import rates
+
+        text, path = rates.write(arguments.workdir, arguments.scale, arguments.kept)
         print(f"{text}\n{path}")
     return code
 

@@ -15,9 +15,9 @@ from test_paper import whole
 from experiments import claims, exits
 from experiments.claims import CLAIMS
 from experiments.paper import __main__ as paper
-from experiments.paper import finished, page, scorecard, times
+from experiments.paper import finished, page, rates, scorecard, times
 from experiments.sweep import study
-from switchmoe.analysis import sweeps, verdicts
+from switchmoe.analysis import answers, sweeps, verdicts
 from switchmoe.analysis.verdicts import HELD, NOT_HELD, NOT_RUN, UNDECIDED
 from switchmoe.runs import rundir
 from switchmoe.settings import to_dict
@@ -71,6 +71,8 @@ def fabricate(directory, settings, losses, dropped=0.002):
         for step, loss in zip(steps, losses, strict=True)
         for split in ("train", "validation")
     ]
+    if settings.task.names:
+        records.append({"step": settings.train.num_steps, "split": answers.SPLIT, "score": 30.0 - losses[-1]})
     (directory / "config.json").write_text(json.dumps(to_dict(settings)))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (directory / "report.html").write_text("")
@@ -331,6 +333,39 @@ def test_power_says_seeds_and_hours_from_pilots(tmp_path, capsys):
     seeds, hours = (cell.strip() for cell in row.split("|")[5:7])
     assert int(seeds) == 3 and float(hours) < 0.1
     assert paper.main(["paper", "power", "--scale=small", f"--workdir={out}"]) == exits.EXIT_BAD_INPUT
+
+
+@pytest.mark.usefixtures("here")
+def test_rates_says_which_has_the_lowest_loss_of_both_models(tmp_path, capsys):
+    """The dense model alone would take the highest of three rates; instructions want the lowest. Its seed is no claim's."""
+    out, used = tmp_path / "out", {seed for claim in CLAIMS.values() for seed in range(claim.seeds)}
+
+    def loss(settings):
+        rate, dense = settings.optimizer.learning_rate, not settings.sparse
+        if settings.train.seed != claims.RATES_SEED:
+            return 4.0
+        if "instruct" in settings.task.names:
+            return 5.0 + rate
+        return 3.0 - (rate if dense else 0) + abs(rate - 1e-2) * 10
+
+    found = fabricate_all(out, loss)
+    pilots = {run.settings.train.seed for run in found.runs} - used - set(claims.PILOT_SEEDS)
+    assert pilots == {claims.RATES_SEED, claims.RATES_SEED + 1}, "it begins with a run of another seed"
+    assert paper.main(["paper", "rates", f"--workdir={out}", *MICRO]) == 0
+    text = (out / "report" / "rates.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "| topics | 0.01 | 2.9900 | 27.0 | 3.0000 | 27.0 | 2.9950 |" in text
+    assert "topics 0.01; instructions 0.003." in text
+    worst = next(run for run in found.runs if run.settings.optimizer.learning_rate == 3e-2)
+    (out / worst.name / "metrics.jsonl").unlink()
+    with pytest.raises(
+        ValueError, match=r"learning_rate=0.03.* is not done; accepted is after all of them are"
+    ):
+        rates.write(out, "tiny")
+    rundir.update_run(out / worst.name, not_finite=3)
+    assert "| topics | 0.03 | diverged |  | 3.2000 | 26.8 | inf |" in rates.write(out, "tiny")[0]
+    assert paper.main(["paper", "rates", "--scale=languages", f"--workdir={out}"]) == exits.EXIT_BAD_INPUT
+    assert "nothing is tuned there; accepted are tiny, laptop, small, base" in capsys.readouterr().err
 
 
 @pytest.mark.long
