@@ -24,7 +24,8 @@ def write(workdir: Path, scale: str, kept: Path | None = None) -> tuple[str, Pat
         mean = sum(run.loss if run else math.inf for run in found) / len(found)
         rows.append([task, f"{rate:g}", *(cell for run in found for cell in _cells(run)), f"{mean:.4f}"])
         best[task] = min(best.get(task, (mean, rate)), (mean, rate))
-    chosen = "; ".join(f"{task} {rate:g}" for task, (_, rate) in best.items())
+    told = {task: f"{rate:g}" if math.isfinite(mean) else "none" for task, (mean, rate) in best.items()}
+    chosen = "; ".join(f"{task} {rate}" for task, rate in told.items())
     lines = [f"# Rates of fine-tuning at scale `{scale}`", "", *scorecard.markdown_rows(HEADS, rows), ""]
     lines += [
         f"Held-out loss in nats a token of the answer, and the mean of the tasks' scores, at the end; seed {claims.RATES_SEED}, "

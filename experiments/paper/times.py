@@ -115,13 +115,13 @@ def timed(run: sweeps.Run | None, arm: Overrides, seed: int, measured: dict[str,
         return without(run) if seconds else dataclasses.replace(run, step_seconds=math.nan)
     second, steps = float(np.median(seconds[seed])), run.settings.train.num_steps
     return dataclasses.replace(
-        run, step_seconds=second, step_T=np.array([steps]), seconds_T=np.array([steps * second])
+        run, step_seconds=second, step_T=np.array([0, steps]), seconds_T=np.array([0, steps * second])
     )
 
 
 def in_turn(run: sweeps.Run) -> bool:
-    """Whether its time is one that `measure` took: of all its steps together."""
-    return run.step_T.size == 1
+    """Whether its time is one that `measure` took: from step 0, of which a run's own record says nothing."""
+    return bool(run.step_T.size) and run.step_T[0] == 0
 
 
 def without(run: sweeps.Run) -> sweeps.Run:

@@ -320,19 +320,22 @@ class SpeedUp(NamedTuple):
     reached: int
     at_first: int  # of those that reach it, how many by their first evaluation: theirs are lower bounds
     step: Spread | None  # steps of the dense model / steps
-    time: Spread | None  # likewise of seconds of training; None also where no times were recorded
+    time: (
+        Spread | None
+    )  # likewise of seconds of training, of the runs that have times; None also where none has
 
 
 def target(dense: Sequence[Run]) -> tuple[float, float, float]:
-    """(loss, steps, seconds) of the dense model: means over its runs of the lowest held-out loss, and of when it came.
+    """(loss, steps, seconds) of the dense model: means over its runs of the lowest held-out loss, and of when it came; seconds
+    over those with times.
 
     It is the final loss wherever a curve falls to its end.
     """
     best = [int(np.argmin(run.loss_V)) for run in dense]
     steps = [float(run.step_V[at]) for run, at in zip(dense, best, strict=True)]
     losses = [float(run.loss_V[at]) for run, at in zip(dense, best, strict=True)]
-    seconds = [float(run.seconds_at(step)) for run, step in zip(dense, steps, strict=True)]
-    return float(np.mean(losses)), float(np.mean(steps)), float(np.mean(seconds))
+    seconds = spread([float(run.seconds_at(step)) for run, step in zip(dense, steps, strict=True)])
+    return float(np.mean(losses)), float(np.mean(steps)), seconds.mean if seconds else float("nan")
 
 
 def speed_ups(one: Group) -> list[SpeedUp]:

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 
 from switchmoe.products import few_rows
 
-FEWEST_ROWS = 512
+CHUNK, WIDEST = (
+    1024,
+    128,
+)  # places of which logits are there at once, and the width up to which that is faster
 
 
 def cross_entropy(
@@ -94,12 +97,14 @@ def hits(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
 def _rows_at_once(x_BLD: jax.Array) -> int:
     """Of how many places the logits are there at once; 0: of all.
 
-    On one CPU they stay in its cache, and are no large array that the system has zeroed at each step. More rows where the model is
-    wide, as the table's gradient is added to for each chunk. On several devices each sum would be over all of them.
+    On one CPU they stay in its cache, and are no large array that the system has zeroed at each step. Not where the model is wide:
+    the table's gradient is read and written for each chunk. On several devices each sum would be over all of them.
     """
-    rows = max(FEWEST_ROWS, 2 * x_BLD.shape[-1])
+    size = x_BLD[..., 0].size
     devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
-    return rows if jax.default_backend() == "cpu" and devices == 1 and x_BLD[..., 0].size > rows else 0
+    if jax.default_backend() != "cpu" or devices > 1 or x_BLD.shape[-1] > WIDEST or size <= CHUNK:
+        return 0
+    return -(-size // -(-size // CHUNK))  # of one size, so that the last one is not mostly zeros
 
 
 def _in_chunks(rows: int, *values: jax.Array) -> tuple[jax.Array, ...]:

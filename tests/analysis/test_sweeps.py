@@ -126,6 +126,8 @@ def test_the_target_is_the_mean_over_dense_seeds_of_their_lowest_loss(tmp_path):
     (one,) = sweeps.group(sweeps.read_sweep(tmp_path).runs)
     assert sweeps.target(one.dense) == (pytest.approx(4.1), 300, 150)
     assert sweeps.speed_ups(one) == []
+    untimed = dataclasses.replace(one.dense[0], step_T=np.array([]), seconds_T=np.array([]))
+    assert sweeps.target([untimed, one.dense[1]])[1:] == (300, 200), "seconds of the one that has times"
 
 
 def test_a_spread_of_one_has_no_extent_and_of_none_is_none():

@@ -35,9 +35,9 @@ MICRO = [
 
 
 def test_where_runs_were_timed_in_turn_the_others_have_no_times():
-    def run(name, *seconds):
+    def run(name, *seconds, first=1):
         nothing = dict.fromkeys((field.name for field in dataclasses.fields(sweeps.Run)), None)
-        steps = np.arange(len(seconds)) + 1.0
+        steps = np.arange(first, first + len(seconds))
         own = dict(name=name, step_T=steps, seconds_T=np.array(seconds), step_seconds=1.0)
         return sweeps.Run(**nothing | own)
 
@@ -47,8 +47,9 @@ def test_where_runs_were_timed_in_turn_the_others_have_no_times():
         )
         return {run.name: run.seconds_T.tolist() for run in swept}
 
-    timed, own, same = run("E=1", 9.0), run("E=2", 1.0, 2.0), run("E=1", 3.0, 6.0)
-    assert seconds(figure1={0: timed}, dropless={0: own, 1: same, 2: None}) == {"E=1": [9.0], "E=2": []}
+    timed, own, same = run("E=1", 0.0, 9.0, first=0), run("E=2", 1.0, 2.0), run("E=1", 3.0, 6.0)
+    assert seconds(figure1={0: timed}, dropless={0: own, 1: same, 2: None}) == {"E=1": [0.0, 9.0], "E=2": []}
+    assert seconds(figure1={0: timed}, dropless={0: run("E=2", 7.0)}) == {"E=1": [0.0, 9.0], "E=2": []}
     assert seconds(dropless={0: own, 1: same}) == {"E=1": [3.0, 6.0], "E=2": [1.0, 2.0]}
 
 
@@ -364,6 +365,11 @@ def test_rates_says_which_has_the_lowest_loss_of_both_models(tmp_path, capsys):
         rates.write(out, "tiny")
     rundir.update_run(out / worst.name, not_finite=3)
     assert "| topics | 0.03 | diverged |  | 3.2000 | 26.8 | inf |" in rates.write(out, "tiny")[0]
+    for run in found.runs:
+        if run.settings.train.seed == claims.RATES_SEED:
+            (out / run.name / "metrics.jsonl").unlink(missing_ok=True)
+            rundir.update_run(out / run.name, not_finite=3)
+    assert "topics none; instructions none." in rates.write(out, "tiny")[0]
     assert paper.main(["paper", "rates", "--scale=languages", f"--workdir={out}"]) == exits.EXIT_BAD_INPUT
     assert "nothing is tuned there; accepted are tiny, laptop, small, base" in capsys.readouterr().err
 

@@ -68,6 +68,13 @@ def test_logits_are_never_all_there_at_once():
     assert temporary(x_BLD[:2]) >= logits / 4
 
 
+def test_chunks_are_of_one_size():
+    """A few places more than a chunk holds are no second chunk of zeros; wide models have one."""
+    rows = [output_loss._rows_at_once(jnp.ones((1, size, 8))) for size in (1024, 1025, 2048, 2049, 3000)]
+    assert rows == [0, 513, 1024, 683, 1000]
+    assert output_loss._rows_at_once(jnp.ones((1, 2048, 129))) == 0
+
+
 def test_of_some_places_alone_it_is_what_it_is_of_all():
     """Values and gradients; a row may have fewer than the most, or none."""
     keys = jax.random.split(jax.random.key(0), 3)
