@@ -320,9 +320,8 @@ class SpeedUp(NamedTuple):
     reached: int
     at_first: int  # of those that reach it, how many by their first evaluation: theirs are lower bounds
     step: Spread | None  # steps of the dense model / steps
-    time: (
-        Spread | None
-    )  # likewise of seconds of training, of the runs that have times; None also where none has
+    # Likewise of seconds of training, of the runs that have times; None also where none has
+    time: Spread | None
 
 
 def target(dense: Sequence[Run]) -> tuple[float, float, float]:

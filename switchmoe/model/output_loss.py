@@ -11,10 +11,8 @@ import jax.numpy as jnp
 
 from switchmoe.products import few_rows
 
-CHUNK, WIDEST = (
-    1024,
-    128,
-)  # places of which logits are there at once, and the width up to which that is faster
+CHUNK = 1024  # places of which logits are there at once
+WIDEST = 128  # the width up to which that is faster
 
 
 def cross_entropy(
