@@ -101,7 +101,8 @@ def _free(target: Path) -> None:
 
 def _locked(work: Path, target: Path) -> Lock:
     while True:
-        work.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # not `exist_ok`, which raises if it is renamed just then
+            work.mkdir()
         lock = Lock(work, what="a conversion", option=f"--target={target}")
         try:
             lock.take()

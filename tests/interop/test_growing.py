@@ -1,5 +1,6 @@
 """What a conversion writes: of one process at a time, whole or not there."""
 
+import concurrent.futures
 import threading
 
 import pytest
@@ -96,11 +97,8 @@ def test_of_many_at_once_one_makes_it(tmp_path):
             except ValueError as error:
                 assert "it is there" in str(error) or "under way" in str(error)
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(one, range(8)))  # raises what one of them did
     assert len(outcomes) == 1
     assert names(tmp_path) == ["model"] and names(tmp_path / "model") == ["weights"]
     assert (tmp_path / "model/weights").read_text() == str(outcomes[0])
