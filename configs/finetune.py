@@ -19,7 +19,7 @@ def get_config(directory: str = "") -> ConfigDict:
 
 def tuned(config: ConfigDict) -> ConfigDict:
     """With what fine-tuning sets."""
-    config.model.update(dropout_rate=0.1)
+    config.model.update(dropout_rate=0.1, shared_dropout=True)
     config.moe.update(expert_dropout_rate=0.4)
     config.data.update(batch_size=64, streams=0)
     config.optimizer.update(schedule="constant", learning_rate=1e-3, clip_norm=0.0)

@@ -6,6 +6,7 @@ import difflib
 import fractions
 import inspect
 import io
+import json
 import re
 import shutil
 import textwrap
@@ -18,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import configs
-from switchmoe.settings import Settings, from_config
+from switchmoe.settings import Settings, from_config, to_dict
 
 GROUPS = {
     group.name: {field.name: field for field in dataclasses.fields(group.type)}
@@ -81,6 +82,20 @@ def parse(
         raise ValueError(f"--workdir={values.workdir}: accepted is {where}")
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
     return from_config(found), values.workdir or f"runs/{name}"
+
+
+def begun(workdir: str, names: Sequence[str]) -> list[str]:
+    """As flags what the run there has of these groups and fields, the default where it lacks one: it goes on as it began."""
+    try:
+        there = json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))
+        return [
+            f"--config.{group}.{name}={there[group].get(name, default)}"
+            for group, fields in to_dict(Settings()).items()
+            for name, default in fields.items()
+            if group in names or f"{group}.{name}" in names
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # no run, or one that can't be read, which is for the run to say
 
 
 def joined(arguments: Sequence[str]) -> list[str]:

@@ -12,7 +12,6 @@ DIR is a run's directory, DIR|STEP, or a converted checkpoint. The student is it
 The same command on the same directory goes on where it stopped. Exit codes: those of `experiments.run`.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +36,8 @@ def _distill(argv: list[str]) -> int:
     given += [f"--config.task.names={own['task']}"] if own["task"] else []
     own_flags = ("--teacher=", "--task=")
     _, workdir = command_line.parse(["distill", *given, *rest], CONFIG, __doc__, True, own_flags)
-    given += _begun(workdir)
+    # The teacher's fields, of which the student's are, may have changed since.
+    given += command_line.begun(workdir, ("train", "checkpoint", "model.shared_dropout"))
     settings, workdir = command_line.parse(["distill", *given, *rest], CONFIG, __doc__, True, own_flags)
     if own["task"]:
         process.keep_quiet()
@@ -49,19 +49,6 @@ def _distill(argv: list[str]) -> int:
     if code == 0 and "://" not in workdir:
         _tell(Path(workdir))
     return code
-
-
-def _begun(workdir: str) -> list[str]:
-    """As flags what the run there has of `train` and `checkpoint`: the teacher's, of which they are, may have changed since."""
-    try:
-        there = json.loads((Path(workdir) / "config.json").read_text(encoding="utf-8"))
-        return [
-            f"--config.{group}.{name}={value}"
-            for group in ("train", "checkpoint")
-            for name, value in there[group].items()
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # no run, or one that can't be read, which is for the run to say
 
 
 def _tell(workdir: Path) -> None:

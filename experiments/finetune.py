@@ -39,9 +39,10 @@ def _finetune(argv: list[str]) -> int:
     trains = own["steps"] == "" or int(own["steps"]) > 0
     given = [f"--config={CONFIG}:{own['init']}", f"--config.task.names={own['task']}"]
     given += [f"--config.train.num_steps={own['steps']}"] if own["steps"] and trains else []
-    settings, workdir = command_line.parse(
-        ["finetune", *given, *rest], CONFIG, __doc__, trains, ("--init=", "--task=", "--steps=")
-    )
+    own_flags = ("--init=", "--task=", "--steps=")
+    _, workdir = command_line.parse(["finetune", *given, *rest], CONFIG, __doc__, trains, own_flags)
+    given += command_line.begun(workdir, ("model.shared_dropout",))  # older runs have it not
+    settings, workdir = command_line.parse(["finetune", *given, *rest], CONFIG, __doc__, trains, own_flags)
     process.keep_quiet()
     process.check_devices()
     from switchmoe.runs import finetuning

@@ -161,11 +161,10 @@ class Attention(nn.Module):
         if position_BQ is not None:
             turned = {name: parts[name] for name in parts.keys() & {"query", "key"}}
             parts |= {name: rotate(x, position_BQ, model.rotary_theta) for name, x in turned.items()}
-        dropout = nn.Dropout(model.dropout_rate, deterministic=not self.train)
-        dropped = dropout if self.train and model.dropout_rate else None
         query_BQHK = parts["query"]
         if memory is None:
-            mixed_BQHK = attend(query_BQHK, parts["key"], parts["value"], seen, model.logit_scale, dropped)
+            value_BMJK, dropped = self._dropout(parts["value"])
+            mixed_BQHK = attend(query_BQHK, parts["key"], value_BMJK, seen, model.logit_scale, dropped)
             memory = parts["key"].swapaxes(1, 2), parts["value"].swapaxes(1, 2)
         else:
             if kv_BMD is not None:
@@ -179,6 +178,19 @@ class Attention(nn.Module):
         out_HKD = param(self, "out", init, ("heads", "kv", "embed"), shape, x_BQD.dtype)
         mixed_BQD = mixed_BQHK.reshape(*mixed_BQHK.shape[:2], -1)
         return matmul(mixed_BQD, out_HKD.reshape(-1, model.d_model)), memory
+
+    def _dropout(self, value_BMJK: jax.Array) -> tuple[jax.Array, nn.Dropout | None]:
+        """(values, what is to drop the weights). A mask that all queries share is one of the values: ``(w m) v = w (m v)``.
+
+        So nothing is drawn for each pair of tokens, and the weights may stay unmade. Heads that share their values
+        (`model.num_kv_heads`) share their mask.
+        """
+        model = self.model
+        if not self.train or not model.dropout_rate:
+            return value_BMJK, None
+        if not model.shared_dropout:
+            return value_BMJK, nn.Dropout(model.dropout_rate, deterministic=False)
+        return nn.Dropout(model.dropout_rate, broadcast_dims=(-1,), deterministic=False)(value_BMJK), None
 
     def _projected(
         self, x_BQD: jax.Array, kv_BMD: jax.Array | None, projected: jax.Array | None

@@ -55,6 +55,12 @@ def activate(activation: str, up: Callable[[str], jax.Array]) -> jax.Array:
     return jax.nn.gelu(up("wi_gate"), approximate=True) * up("wi")
 
 
+def dropout(model: ModelSettings, train: bool) -> nn.Dropout:
+    """Of activations [B, L, width], by `model.dropout_rate`; with `model.shared_dropout` by one mask [B, 1, width]."""
+    shared = (-2,) if model.shared_dropout else ()
+    return nn.Dropout(model.dropout_rate, broadcast_dims=shared, deterministic=not train)
+
+
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x**2) + eps) * scale``, computed in float32."""
 
@@ -82,5 +88,5 @@ class FeedForward(nn.Module):
             return matmul(x_BLD, param(self, name, init, ("embed", "mlp"), (d, f), x_BLD.dtype))
 
         h_BLF = activate(self.model.activation, up)
-        h_BLF = nn.Dropout(self.model.dropout_rate, deterministic=not self.train)(h_BLF)
+        h_BLF = dropout(self.model, self.train)(h_BLF)
         return matmul(h_BLF, param(self, "wo", init, ("mlp", "embed"), (f, d), x_BLD.dtype))

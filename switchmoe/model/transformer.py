@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from switchmoe.model import output_loss, seen
 from switchmoe.model.attention import Attention, KeysValues, Memory, RelativeBias, filled
-from switchmoe.model.layers import FeedForward, RMSNorm, param
+from switchmoe.model.layers import FeedForward, RMSNorm, dropout, param
 from switchmoe.model.moe import AttentionExperts, Experts, MoELayer
 from switchmoe.model.moe_rules import group_shape
 from switchmoe.products import argmax
@@ -45,8 +45,8 @@ class Block(nn.Module):
         """
         model, kept = self.settings.model, {}
 
-        def dropout(y_BLD: jax.Array) -> jax.Array:
-            return nn.Dropout(model.dropout_rate, deterministic=not self.train)(y_BLD)
+        def dropped(y_BLD: jax.Array) -> jax.Array:
+            return dropout(model, self.train)(y_BLD)
 
         def norm(name: str, x_BLD: jax.Array) -> jax.Array:
             return RMSNorm(model.norm_eps, name=name)(x_BLD)
@@ -59,20 +59,20 @@ class Block(nn.Module):
         before = (memory["self"], context["used"]) if memory else (None, None)
         parts = (normed_BLD, normed_BLD, context["self"], projected, context.get("rotary"), *before)
         y_BLD, kept["self"] = Attention(model, self.train, name="self")(*parts)
-        x_BLD += dropout(y_BLD)
+        x_BLD += dropped(y_BLD)
         if "cross" in context:
             before = (memory or {}).get("cross")
             attend = Attention(model, self.train, name="cross")
             parts = (norm("cross_norm", x_BLD), context["encoded"], context["cross"])
             y_BLD, kept["cross"] = attend(*parts, memory=before)
-            x_BLD += dropout(y_BLD)
+            x_BLD += dropped(y_BLD)
         normed_BLD = norm("ff_norm", x_BLD)
         if self.sparse:
             y_BLD = self._experts(normed_BLD, context, aux, "moe", Experts)
         else:
             y_BLD = FeedForward(model, self.train, name="ff")(normed_BLD)
         stacked = jax.tree.map(lambda *values: jnp.stack(values), *aux) if aux else {}
-        return x_BLD + dropout(y_BLD), stacked, kept
+        return x_BLD + dropped(y_BLD), stacked, kept
 
     def _experts(
         self, x_BLD: jax.Array, context: dict, aux: list[dict], name: str, experts: type[nn.Module]
@@ -186,9 +186,9 @@ class Stack(nn.Module):
         if real_BM is not None:
             context["encoded"] = None if encoded is None else encoded[0]
             context["cross"] = seen.real(real_BM, segment_BL, encoded_segment_BM)
-        dropout = nn.Dropout(model.dropout_rate, deterministic=not self.train)
-        x_BLD, found = self._blocks(dropout(x_BLD), context, memory)
-        x_BLD = dropout(RMSNorm(model.norm_eps, name="norm")(x_BLD))
+        dropped = dropout(model, self.train)
+        x_BLD, found = self._blocks(dropped(x_BLD), context, memory)
+        x_BLD = dropped(RMSNorm(model.norm_eps, name="norm")(x_BLD))
         if memory is None:
             return x_BLD, jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:]), found)
         used, (blocks, told) = memory.used + position_BL.shape[1], found

@@ -42,6 +42,7 @@ RULES: dict[str, Rule] = (
     )
     | {
         "model.dropout_rate": _LOSS,
+        "model.shared_dropout": _LOSS,
         "model.init_scale": Rule(NOT, "only the first parameters are made with it"),
         "model.scan": Rule(NOT, "the parameters lie in another tree"),
         "model.scan_unroll": _ROUNDING,

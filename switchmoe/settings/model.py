@@ -32,6 +32,9 @@ class ModelSettings:
     activation: str = "geglu"  # relu | geglu | swiglu
     dtype: str = "bfloat16"  # activations; parameters, router, softmax, losses are float32
     dropout_rate: float = 0.0  # of embeddings, attention and feed-forwards, in training
+    shared_dropout: bool = (
+        False  # one mask for all tokens of a row (T5X, Mesh TensorFlow); False: each has its own
+    )
     vocab_rows: int = 0  # of the embedding; 0: pieces and sentinels, rounded up to a multiple of 128
     tie_embeddings: bool = True  # share input and output embeddings
     scale_logits: bool = True  # logits of tied embeddings times d_model**-0.5 (T5)

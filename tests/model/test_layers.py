@@ -1,5 +1,9 @@
 """Norm, attention and positions."""
 
+import dataclasses
+import math
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +11,7 @@ import numpy as np
 import pytest
 
 from switchmoe.model.attention import Attention, relative_bucket
-from switchmoe.model.layers import FeedForward, RMSNorm, activate
+from switchmoe.model.layers import FeedForward, RMSNorm, activate, dropout
 from switchmoe.model.seen import Seen
 from switchmoe.settings import ModelSettings
 
@@ -65,3 +69,52 @@ def test_no_biases_anywhere():
     feed_forward = FeedForward(MODEL).init(jax.random.key(0), x)
     assert not any("bias" in name for tree in (attention, feed_forward) for name in tree["params"])
     assert (FeedForward(MODEL).apply(feed_forward, x) == 0).all()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_shared_mask_is_one_for_all_tokens_of_a_row(shared):
+    model = dataclasses.replace(MODEL, dropout_rate=0.25, shared_dropout=shared)
+    x_BLD = jnp.ones((6, 5, 400))
+    y_BLD = dropout(model, train=True).apply({}, x_BLD, rngs={"dropout": jax.random.key(0)})
+    assert jnp.unique(y_BLD).tolist() == [0.0, pytest.approx(1 / 0.75)]
+    assert float(y_BLD.mean()) == pytest.approx(1.0, abs=0.05)
+    assert bool((y_BLD == y_BLD[:, :1]).all()) == shared
+    assert bool((y_BLD[0] != y_BLD[1]).any())
+    assert dropout(model, train=False).apply({}, x_BLD) is x_BLD
+
+
+def drawn(program):
+    """Sizes of what a program draws at random."""
+    return [
+        math.prod(map(int, re.findall(r"\d+", shape))) for shape in re.findall(r"shape=\(([^)]*)\)", program)
+    ]
+
+
+@pytest.mark.parametrize("kv_heads", [0, 1])
+def test_attention_with_a_shared_mask_drops_keys_for_all_queries(kv_heads):
+    """Its mean is attention without dropout. Nothing is drawn for a pair of tokens."""
+    model = dataclasses.replace(MODEL, dropout_rate=0.5, shared_dropout=True, num_kv_heads=kv_heads)
+    B, L = 3, 7
+    seen = Seen(jnp.zeros((1, 1, 1, L)))
+    x_BLD = jax.random.normal(jax.random.key(1), (B, L, 16))
+    variables = Attention(model).init(jax.random.key(0), x_BLD, x_BLD, seen)
+    rngs = {"dropout": jax.random.key(2)}
+    apply = lambda x: Attention(model, train=True).apply(variables, x, x, seen, rngs=rngs)[0]  # noqa: E731
+    sizes = drawn(str(jax.make_jaxpr(apply)(x_BLD)))
+    assert sizes and max(sizes) <= B * L * model.num_heads
+    total = sum(
+        Attention(model, train=True).apply(
+            variables, x_BLD, x_BLD, seen, rngs={"dropout": jax.random.key(n)}
+        )[0]
+        for n in range(400)
+    )
+    whole, _ = Attention(model).apply(variables, x_BLD, x_BLD, seen)
+    assert float(jnp.abs(total / 400 - whole).mean()) < 0.1 * float(jnp.abs(whole).mean())
+    constant = jnp.ones(
+        (B, L, 16)
+    )  # all weights equal: with a mask for all queries each of them reads the same
+    y_BLD = apply(constant)
+    np.testing.assert_allclose(y_BLD, jnp.broadcast_to(y_BLD[:, :1], y_BLD.shape), rtol=1e-5, atol=1e-6)
+    own = dataclasses.replace(model, shared_dropout=False)
+    y_BLD, _ = Attention(own, train=True).apply(variables, constant, constant, seen, rngs=rngs)
+    assert float(jnp.abs(y_BLD - y_BLD[:, :1]).max()) > 0.1

@@ -97,6 +97,24 @@ def test_a_task_is_learnt_judged_and_reported(pretrained, colours, tmp_path, cap
     assert "in 120 steps; too long and cut: 0.0% of the inputs" in capsys.readouterr().out
 
 
+def test_a_run_from_before_shared_masks_goes_on_without_them(pretrained, colours, tmp_path, capsys):
+    workdir, own = tmp_path / "run", "--config.model.shared_dropout="
+    short = lambda steps, *more: arguments(pretrained, colours, workdir, f"--steps={steps}", *more)  # noqa: E731
+    assert command.main(short(2, f"{own}False")) == 0
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["model"].pop("shared_dropout") is False
+    (workdir / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert command.main(short(3, f"{own}True")) == 2
+    assert "model.shared_dropout (False there, True asked" in capsys.readouterr().err
+    for steps in (3, 4):  # the first of them writes down what was lacking
+        assert command.main(short(steps)) == 0
+        config = json.loads((workdir / "config.json").read_text())
+        assert config["model"]["shared_dropout"] is False
+    assert command.main(arguments(pretrained, colours, tmp_path / "new", "--steps=1")) == 0
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["model"]["shared_dropout"] is True
+
+
 def test_without_steps_the_model_is_measured_as_it_is(pretrained, colours, tmp_path, capsys):
     told = []
     for place, more in (
