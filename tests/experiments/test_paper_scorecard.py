@@ -338,7 +338,7 @@ def test_power_says_seeds_and_hours_from_pilots(tmp_path, capsys):
 
 @pytest.mark.usefixtures("here")
 def test_rates_says_which_has_the_lowest_loss_of_both_models(tmp_path, capsys):
-    """The dense model alone would take the highest of three rates; instructions want the lowest. Its seed is no claim's."""
+    """The dense model alone would take a higher rate; instructions want the lowest. Its seed is no claim's."""
     out, used = tmp_path / "out", {seed for claim in CLAIMS.values() for seed in range(claim.seeds)}
 
     def loss(settings):
