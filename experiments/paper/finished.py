@@ -1,7 +1,8 @@
 """A scale's finished runs: those of a sweep's directory, and those kept in a small file that outlives it.
 
 The file has a JSON object a line, a line a run: scale, settings, what it overrides of them, and what verdicts and pictures are
-made of. A run that is kept need not be made again, and its directory may go.
+made of. A run that is kept need not be made again, and its directory may go. What was kept first counts: where a run is made again,
+as another begins with its checkpoint, no verdict is drawn a second time.
 """
 
 import contextlib
@@ -70,7 +71,7 @@ def read(workdir: Path, scale: str, kept: Path | None = None) -> Finished:
         for name, overrides in definition["runs"].items():
             outcome = _outcome(workdir / name)
             if outcome is not None:
-                runs[key(overrides)] = outcome
+                runs.setdefault(key(overrides), outcome)
     _check_text(workdir, kept, runs)
     return Finished(base, runs)
 

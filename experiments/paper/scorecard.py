@@ -151,8 +151,10 @@ def summary(results: Results, judged: dict[str, Verdict]) -> list[tuple[str, str
         parts = (
             f"{split} {counts.get(split, '?')} documents, fingerprint {sha[:12]}"
             for split, sha in hashes.items()
+            if split in counts or not counts  # not of tasks, which are another text
         )
-        return f"{Path(results.source).name}: {', '.join(parts)}" if hashes else ""
+        told = ", ".join(parts)
+        return f"{Path(results.source).name}: {told}" if told else ""
 
     return [
         ("Claims", ", ".join(f"{outcomes.count(kind)} {kind}" for kind in kinds)),

@@ -211,6 +211,9 @@ def test_runs_that_are_kept_in_a_file_outlive_their_directories(tmp_path, capsys
     first, second = ((directory / "report" / "scorecard.md").read_text() for directory in (out, elsewhere))
     assert first.replace(str(out), str(elsewhere)) == second
     assert kept.read_bytes() == before
+    fabricate_all(tmp_path / "again", lambda settings: 9 - settings.moe.z_loss_weight)
+    assert paper.main(["paper", "report", f"--kept={kept}", f"--workdir={tmp_path / 'again'}"]) == 0
+    assert kept.read_bytes() == before, "what was kept first counts"
     (tmp_path / "results" / "notes.md").write_text("How the scale was chosen.")
     assert paper.main(["paper", "page", f"--results={tmp_path / 'results'}"]) == 0
     page = (tmp_path / "results" / "scorecard.md").read_text()
@@ -357,7 +360,8 @@ def test_rates_says_which_has_the_lowest_loss_of_both_models(tmp_path, capsys):
     assert text in capsys.readouterr().out
     assert "| topics | 0.01 | 2.9900 | 27.0 | 3.0000 | 27.0 | 2.9950 |" in text
     assert "topics 0.01; instructions 0.003." in text
-    worst = next(run for run in found.runs if run.settings.optimizer.learning_rate == 3e-2)
+    of_pilots = [run for run in found.runs if run.settings.train.seed == claims.RATES_SEED]
+    worst = next(run for run in of_pilots if run.settings.optimizer.learning_rate == 3e-2)
     (out / worst.name / "metrics.jsonl").unlink()
     with pytest.raises(
         ValueError, match=r"learning_rate=0.03.* is not done; accepted is after all of them are"
@@ -365,10 +369,9 @@ def test_rates_says_which_has_the_lowest_loss_of_both_models(tmp_path, capsys):
         rates.write(out, "tiny")
     rundir.update_run(out / worst.name, not_finite=3)
     assert "| topics | 0.03 | diverged |  | 3.2000 | 26.8 | inf |" in rates.write(out, "tiny")[0]
-    for run in found.runs:
-        if run.settings.train.seed == claims.RATES_SEED:
-            (out / run.name / "metrics.jsonl").unlink(missing_ok=True)
-            rundir.update_run(out / run.name, not_finite=3)
+    for run in of_pilots:
+        (out / run.name / "metrics.jsonl").unlink(missing_ok=True)
+        rundir.update_run(out / run.name, not_finite=3)
     assert "topics none; instructions none." in rates.write(out, "tiny")[0]
     assert paper.main(["paper", "rates", "--scale=languages", f"--workdir={out}"]) == exits.EXIT_BAD_INPUT
     assert "nothing is tuned there; accepted are tiny, laptop, small, base" in capsys.readouterr().err
