@@ -84,7 +84,7 @@ def rate_pilots(scale: str) -> dict[tuple[str, float, str], Overrides]:
     if size.mixture:
         return {}
     return {
-        (task, rate, arm): how(size, before) | {"optimizer.learning_rate": rate}
+        (task, rate, arm): how(size, before) | {"optimizer.learning_rate": rate} | size.pilots.get(task, {})
         for task, how in (("topics", fine_tuning.tuned), ("instructions", instructions.instructed))
         for rate in size.rates
         for arm, before in (("dense", dense()), ("sparse", switch(size.experts)))

@@ -31,6 +31,7 @@ class Scale:
     tune: Overrides = dataclasses.field(default_factory=dict)
     instruct: Overrides = dataclasses.field(default_factory=dict)  # of instruction tuning, what differs
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)  # of learning of both: pilots tell which is best
+    pilots: dict[str, Overrides] = dataclasses.field(default_factory=dict)  # what differs in them, by task
     all_sparse: bool = False  # each block has experts
     mixture: bool = False  # the text is one of languages (`data.parts`), for the claims about them alone
     seeds: int = 3  # of a claim that does not ask for more
@@ -70,9 +71,12 @@ SMALL_CAUSAL = dict(
     # 400 pieces make long texts. Adafactor's rate is a share of each parameter, and 300 steps of T5's 1e-3 would move little: the
     # pilots (`experiments.paper rates`, seed 200) have losses of 0.295, 0.190, 0.165 and 0.172 on topics, the mean of both models.
     rates=(3e-3, 1e-2, 3e-2, 1e-1),
+    # An evaluation takes 40 s, as long as 40 steps (each of 11 classes is ranked): the claims' runs have one, at the end.
+    pilots={"topics": {"train.eval_every": 100}},
     tune=TUNE
     | {
         "train.num_steps": 300,
+        "train.eval_every": 300,
         "optimizer.learning_rate": 3e-2,
         "data.input_length": 448,
         "data.target_length": 24,
