@@ -97,6 +97,7 @@ def test_a_task_is_learnt_judged_and_reported(pretrained, colours, tmp_path, cap
     assert "in 120 steps; too long and cut: 0.0% of the inputs" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_from_before_shared_masks_goes_on_without_them(pretrained, colours, tmp_path, capsys):
     workdir, own = tmp_path / "run", "--config.model.shared_dropout="
     short = lambda steps, *more: arguments(pretrained, colours, workdir, f"--steps={steps}", *more)  # noqa: E731
