@@ -30,7 +30,7 @@ CASES += [("data_expert", False, "einsum"), ("data_expert_model", False, "ragged
 FIRST = ("data", False, "auto"), ("data_expert", False, "auto"), ("data_expert_model", True, "auto")
 MARKED = [case if case in FIRST else pytest.param(*case, marks=pytest.mark.long) for case in CASES]
 KINDS = ["encoder_decoder", "decoder_only"]
-CONVERTED = "converted"  # so many slots a sequence, which padding takes too, and dense blocks first
+CONVERTED = "converted"  # so many slots a sequence, which padding takes too, dense blocks first, tuned with a mask a row
 
 
 def case(layout="data", fsdp=False, dispatch="auto", kind="encoder_decoder", **mesh):
@@ -42,7 +42,7 @@ def case(layout="data", fsdp=False, dispatch="auto", kind="encoder_decoder", **m
         data |= dict(objective="causal_lm")
     moe = dict(num_experts=8, every=1, num_shared=1, jitter=0.1, dispatch=dispatch)
     if kind == CONVERTED:
-        model |= dict(num_layers=2)
+        model |= dict(num_layers=2, shared_dropout=True)
         moe |= dict(dense_first=1, capacity=2, group_size=0, route_padding=True, unit_gates=True)
     mesh = dict(layout=layout, fsdp=fsdp) | mesh
     return settings(model, moe, mesh=mesh, data=data)
