@@ -7,6 +7,7 @@ summaries), instruct (a mixture of instructions of them), public benchmarks, or 
   --steps=N   of training; 0: measures the model as it is, and writes no run
   --config.task.shots=K   solved examples before each question that is measured; --task=NAME@K: in training, too
   --config.task.packed=N   several examples in a row of training, which is N times as long
+  --config.task.filled=True   as many as fit in a row as long as one example may be
   --config.train.patience=N   done after N evaluations whose score is no better than the best
   --config.train.trainable=all|non_moe|moe_only|attention|ffn|router   or a regular expression: what is trained
 

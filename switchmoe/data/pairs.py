@@ -1,7 +1,7 @@
 """Batches of pairs, inputs and targets, of a mixture of tasks: an endless, resumable iterator for training, fixed batches to evaluate.
 
 An encoder-decoder's batch has `inputs` and `targets`, each row ended by EOS and padded with 0. A decoder alone has both in one row,
-`targets`, with `segments` and `positions`, and `loss`, 1 where a token counts: those of the targets. With `task.packed` above 1 a row of
+`targets`, with `segments` and `positions`, and `loss`, 1 where a token counts: those of the targets. With `task.filled` or `task.packed` above 1 a row of
 training holds several examples, which do not see each other; an encoder-decoder's has `input_segments`, `segments` and `positions`, too.
 
 Letters: B rows a batch, R rows, S stacks, T tasks.
@@ -25,19 +25,20 @@ from switchmoe.settings import DataSettings, TaskSettings
 HASHED = 10_000  # examples of a task, by which it is known again
 
 
-def lengths(data: DataSettings, stacks: Sequence[str], packed: int = 1) -> dict[str, int]:
-    """Tokens of a row in each stack: `data.input_length`, `data.target_length`, or in a decoder alone both; so many times these."""
+def lengths(data: DataSettings, stacks: Sequence[str], fill: int = 0) -> dict[str, int]:
+    """Tokens of a row in each stack: `data.input_length`, `data.target_length`, or in a decoder alone both; `TaskSettings.fill` times."""
+    times = fill or 1
     if "encoder" in stacks:
-        return {"encoder": packed * data.input_length, "decoder": packed * data.target_length}
-    return {"decoder": packed * (data.input_length + data.target_length)}
+        return {"encoder": times * data.input_length, "decoder": times * data.target_length}
+    return {"decoder": times * (data.input_length + data.target_length)}
 
 
-def array_lengths(data: DataSettings, stacks: Sequence[str], packed: int = 1) -> dict[str, int]:
-    of = lengths(data, stacks, packed)
+def array_lengths(data: DataSettings, stacks: Sequence[str], fill: int = 0) -> dict[str, int]:
+    of = lengths(data, stacks, fill)
     if "encoder" not in stacks:
         return dict.fromkeys(("targets", "segments", "positions", "loss"), of["decoder"])
     found = {"inputs": of["encoder"], "targets": of["decoder"]}
-    if packed > 1:
+    if fill:
         found |= {"input_segments": of["encoder"], "segments": of["decoder"], "positions": of["decoder"]}
     return found
 
@@ -95,11 +96,11 @@ class Encoder(NamedTuple):
 
     def batch(self, examples: Sequence[Example | None]) -> Batch:
         """A row for each example; None: padding."""
-        return self.rows([[] if example is None else [self.tokens(example)] for example in examples], 1)
+        return self.rows([[] if example is None else [self.tokens(example)] for example in examples], 0)
 
-    def rows(self, rows: Sequence[Sequence[Pair]], packed: int) -> Batch:
-        """A row for each sequence of pairs, `lengths` with ``packed``, in which they follow one another."""
-        names = array_lengths(self.data, self.stacks, packed)
+    def rows(self, rows: Sequence[Sequence[Pair]], fill: int) -> Batch:
+        """A row for each sequence of pairs, `lengths` with ``fill``, in which they follow one another."""
+        names = array_lengths(self.data, self.stacks, fill)
         found = {name: np.zeros((len(rows), length), np.int32) for name, length in names.items()}
         for row, pairs in enumerate(rows):
             used = dict.fromkeys(found, 0)
@@ -115,9 +116,9 @@ class Encoder(NamedTuple):
         inputs, targets = map(len, pair)
         return (inputs + 1 if "encoder" in self.stacks else inputs + targets + 1, targets + 1)
 
-    def room(self, packed: int) -> tuple[int, int]:
+    def room(self, fill: int) -> tuple[int, int]:
         """For `sizes` in a row."""
-        first, *rest = lengths(self.data, self.stacks, packed).values()
+        first, *rest = lengths(self.data, self.stacks, fill).values()
         return first, *(rest or [self.data.most_predicted(first)])
 
     def _arrays(self, pair: Pair, number: int) -> dict[str, Any]:
@@ -165,7 +166,7 @@ class _MixtureIterator(grain.DatasetIterator):
     ):  # fmt: skip
         super().__init__()
         self._examples = [task.examples("train") for task in tasks]
-        self._share_T, self._packed = shares(tasks, settings), settings.packed
+        self._share_T, self._fill = shares(tasks, settings), settings.fill
         self._encoder, self._seed = encoder, seed
         self._mine, self._rows = mine, rows
         self._batch, self._taken_T = 0, [0] * len(tasks)
@@ -173,18 +174,18 @@ class _MixtureIterator(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         size = self._rows.size
-        rows = self._full() if self._packed > 1 else [[self._take(self._next())] for _ in range(size)]
+        rows = self._full() if self._fill else [[self._take(self._next())] for _ in range(size)]
         place = np.random.default_rng((self._seed, self._batch)).permutation(size)
         self._batch += 1
         mine = [rows[place[row]] for row in self._rows[self._mine].ravel()]
-        if self._packed == 1:
-            return self._encoder.batch([example for (example,) in mine])
-        return self._encoder.rows(mine, self._packed)
+        if self._fill:
+            return self._encoder.rows(mine, self._fill)
+        return self._encoder.batch([example for (example,) in mine])
 
     def _full(self) -> list[list[Pair]]:
         """Pairs in the mixture's order, each in the first row that has room for it, up to the first that finds none."""
         rows: list[list[Pair]] = [[] for _ in range(self._rows.size)]
-        left_RS = np.tile(self._encoder.room(self._packed), (len(rows), 1))
+        left_RS = np.tile(self._encoder.room(self._fill), (len(rows), 1))
         while True:
             task = self._next()
             pair = self._encoder.tokens(self._example(task, self._taken_T[task]))

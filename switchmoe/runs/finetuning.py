@@ -36,7 +36,7 @@ CUT_WARNED = 0.05  # share of the examples that are too long
 
 
 def lengths(settings: Settings) -> dict[str, int]:
-    return pairs.lengths(settings.data, settings.stacks, settings.task.packed)
+    return pairs.lengths(settings.data, settings.stacks, settings.task.fill)
 
 
 def computed(settings: Settings) -> dict[str, int]:
@@ -109,7 +109,7 @@ class Pairs:
         self.trained, self.measured = find_tasks(settings)
         self.vocabulary = _vocabulary(context, vocabulary_file)
         self.encoder = pairs.Encoder(settings.data, settings.stacks, self.vocabulary)
-        self.lengths = pairs.array_lengths(settings.data, settings.stacks, settings.task.packed)
+        self.lengths = pairs.array_lengths(settings.data, settings.stacks, settings.task.fill)
         bare = {one.name: one for one in (task.bare or task for task in (*self.trained, *self.measured))}
         self._fingerprints = {
             f"{name}/{split}": pairs.fingerprint(task, split)
@@ -161,9 +161,13 @@ class Pairs:
         settings = self._settings
         return pairs.train_batches(self.trained, settings.task, self.encoder, settings.train.seed, streams)
 
+    @functools.cached_property
+    def filling(self) -> tuple[float, float]:
+        return pairs.filling(self.trained, self._settings.task, self.encoder, self._settings.train.seed)
+
     def tell(self) -> tuple[dict[str, Any], list[str]]:
         settings, lines, figures = self._settings, [], {}
-        a_row, padding = pairs.filling(self.trained, settings.task, self.encoder, settings.train.seed)
+        a_row, padding = self.filling
         rows = a_row * settings.train.num_steps * settings.data.batch_size
         for task, share in zip(self.trained, pairs.shares(self.trained, settings.task), strict=True):
             cut = self._cut(pairs.spread(task.examples("train"), 1000)).mean(axis=0).tolist()
@@ -226,10 +230,8 @@ def measured(settings: Settings, workdir: Path, note: Callable[[str], None]) -> 
         )
     mesh = sharding.make_mesh(settings.mesh)
     sharding.check(settings, pairs.lengths(settings.data, settings.stacks), mesh.shape)
-    data = Pairs(
-        Context(settings, workdir, mesh, False, note),
-        start.vocabulary_of(start.locate(settings.init.checkpoint)),
-    )
+    context = Context(settings, workdir, mesh, False, note)
+    data = Pairs(context, start.vocabulary_of(start.locate(settings.init.checkpoint)))
     for line in data.tell_cut():
         note(line)
     answers = Answers(data, settings, mesh)
@@ -315,7 +317,7 @@ class Answers:
         scores = []
         for task in self._data.measured:
             examples = self._data.held_out[task.name]
-            right = [example.right for example in examples]
+            right, cut_N2 = [example.right for example in examples], self._data.cut_held_out[task.name]
             texts = self._written(params, examples)
             values = {name: METRICS[name](texts, right) for name in task.metrics}
             ranked = self._ranked(params, task, examples) if task.options else {}
@@ -325,9 +327,7 @@ class Answers:
             self.answers[task.name] = [
                 {"task": task.name, "inputs": example.prompt, "targets": example.targets, "prediction": text}
                 | {name: likeliest[number] for name, likeliest in ranked.items()}
-                | (
-                    {"cut": True} if self._data.cut_held_out[task.name][number, 0] else {}
-                )  # not all of it was read
+                | ({"cut": True} if cut_N2[number, 0] else {})  # not all of it was read
                 for number, (example, text) in enumerate(zip(examples, texts, strict=True))
             ]
         of_trained = scores[: len(self._data.trained)]
@@ -335,7 +335,8 @@ class Answers:
         return dict(self.found)
 
     def _written(self, params: Any, examples: Sequence[Example]) -> list[str]:
-        size, texts = self._settings.data.batch_size, []
+        size = round(self._data.filling[0] * self._settings.data.batch_size)  # as many as a step reads
+        texts: list[str] = []
         for first in range(0, len(examples), size):
             prompts = [self._data.encoder.prompt(example) for example in examples[first : first + size]]
             rows = np.zeros((size, self._settings.data.input_length), np.int32)

@@ -108,6 +108,12 @@ class TaskSettings:
     rates: str = ""  # with mixture=rates: a number for each task, with commas between them
     eval_examples: int = 256  # of each task at most, for the metrics; 0: all
     packed: int = 1  # in training a row is so many times data.input_length and data.target_length, filled with examples; 1: it is one
+    filled: bool = False  # with packed=1 too a row of training is filled with examples
+
+    @property
+    def fill(self) -> int:
+        """0: a row of training is one example; else it is so many times as long, and filled."""
+        return self.packed if self.filled or self.packed > 1 else 0
 
     def __post_init__(self) -> None:
         one_of("task", self, "mixture", ("proportional", "equal", "rates"))

@@ -14,7 +14,7 @@ from switchmoe.data.tasks import Example, Task
 from switchmoe.model.transformer import Transformer, example_tokens
 from switchmoe.settings import DataSettings, TaskSettings, from_config
 
-PACKED = TaskSettings(packed=3)
+PACKED, FILLED = TaskSettings(packed=3), TaskSettings(filled=True)
 
 
 def encoder(stacks=BOTH, batch_size=4):
@@ -29,8 +29,8 @@ def task(name="a", count=30):
     return Task(name, lambda split: found, ("accuracy",))
 
 
-def rows_of(made, texts, packed=2):
-    return made.rows([[made.tokens(Example(*text)) for text in row] for row in texts], packed)
+def rows_of(made, texts, fill=2):
+    return made.rows([[made.tokens(Example(*text)) for text in row] for row in texts], fill)
 
 
 def test_rows_by_hand():
@@ -64,10 +64,11 @@ def unpacked(batch):
     return found
 
 
-def test_each_epoch_has_every_example_once_and_there_is_less_padding():
+@pytest.mark.parametrize("settings, most", [(PACKED, 3), (FILLED, 1)])
+def test_each_epoch_has_every_example_once_and_there_is_less_padding(settings, most):
     made, one = encoder(), task()
     found = []
-    batches = pairs.train_batches([one], PACKED, made, 0)
+    batches = pairs.train_batches([one], settings, made, 0)
     while len(found) < 60:
         found += unpacked(next(batches))
     wanted = Counter(
@@ -78,9 +79,9 @@ def test_each_epoch_has_every_example_once_and_there_is_less_padding():
     once = Counter({pair: epochs * count for pair, count in wanted.items()})
     assert not once - Counter(found) and not (Counter(found) - once) - wanted
     assert sum((Counter(found) - once).values()) == more and not set(found) - set(wanted)
-    a_row, padding = pairs.filling([one], PACKED, made, 0)
+    a_row, padding = pairs.filling([one], settings, made, 0)
     alone, padding_alone = pairs.filling([one], TaskSettings(), made, 0)
-    assert alone == 1 and a_row > 3 and padding < padding_alone
+    assert alone == 1 and a_row > most and padding < padding_alone
     batch = next(pairs.train_batches([one], TaskSettings(), made, 0))
     assert set(batch) == {"inputs", "targets"} and 0 < padding_alone < 1
 
@@ -134,7 +135,7 @@ def test_a_model_reads_each_pair_as_if_it_were_alone(stacks, positions):
 
     made = encoder(stacks)
     texts = [("abc", "de"), ("fg", "h"), ("bcde", "bcd"), ("g", "f")]
-    rows = rows_of(made, [texts[:3], texts[3:]], packed=3)
+    rows = rows_of(made, [texts[:3], texts[3:]], fill=3)
     together = nll(rows)
     np.testing.assert_allclose(together, nll(rows, everywhere=True), rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(

@@ -118,16 +118,17 @@ def test_a_run_from_before_shared_masks_goes_on_without_them(pretrained, colours
 
 def test_without_steps_the_model_is_measured_as_it_is(pretrained, colours, tmp_path, capsys):
     told = []
-    for place, more in (
-        ("a", ["--steps=0"]),
-        ("b", ["--steps=0", "--config.task.held_out=topic", "--config.task.eval_examples=16"]),
-    ):
+    fewer = ["--config.task.held_out=topic", "--config.task.eval_examples=16", "--config.task.filled=True"]
+    for place, more in (("a", ["--steps=0"]), ("b", ["--steps=0", *fewer])):
         assert command.main(arguments(pretrained, colours, tmp_path / place, *more)) == 0
         told.append(capsys.readouterr().out)
     assert f"{colours}/ranked" in told[0] and "topic" not in told[0]
     assert "topic/ranked" in told[1]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["predictions.jsonl"]
-    assert len((tmp_path / "b" / "predictions.jsonl").read_text().splitlines()) == 32
+    answers = [list(map(json.loads, (tmp_path / place / "predictions.jsonl").open())) for place in "ab"]
+    assert len(answers[1]) == 32
+    of = {answer["inputs"]: answer["prediction"] for answer in answers[0]}  # however many are asked at once
+    assert all(of[answer["inputs"]] == answer["prediction"] for answer in answers[1][:16])
 
 
 @pytest.mark.parametrize("subset", ["non_moe", pytest.param("router", marks=pytest.mark.slow)])
