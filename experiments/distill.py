@@ -42,9 +42,9 @@ def _distill(argv: list[str]) -> int:
     if own["task"]:
         process.keep_quiet()
         process.check_devices()
-        from switchmoe.runs import finetuning
+        from switchmoe.runs import task_data
 
-        settings = finetuning.fitted(settings, command_line.free_lengths(rest))
+        settings = task_data.fitted(settings, command_line.free_lengths(rest))
     code = run.carry_out(COMMAND, argv, settings, workdir)
     if code == 0 and "://" not in workdir:
         _tell(Path(workdir))

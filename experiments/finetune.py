@@ -46,9 +46,9 @@ def _finetune(argv: list[str]) -> int:
     settings, workdir = command_line.parse(["finetune", *given, *rest], CONFIG, __doc__, trains, own_flags)
     process.keep_quiet()
     process.check_devices()
-    from switchmoe.runs import finetuning
+    from switchmoe.runs import finetuning, task_data
 
-    settings = finetuning.fitted(settings, command_line.free_lengths(rest))
+    settings = task_data.fitted(settings, command_line.free_lengths(rest))
     if trains:
         return run.carry_out(COMMAND, argv, settings, workdir)
     for line in finetuning.measured(settings, Path(workdir), lambda text: print(text, file=sys.stderr)):

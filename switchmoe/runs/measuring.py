@@ -19,7 +19,7 @@ from switchmoe.inference import generation
 from switchmoe.inference.decoding import Choosing
 from switchmoe.model.transformer import Transformer, sparse_layer_names
 from switchmoe.parallel import sharding
-from switchmoe.runs import finetuning, start, trained
+from switchmoe.runs import finetuning, start, task_data, trained
 from switchmoe.runs.judges import HeldOut
 from switchmoe.runs.parts import Context
 from switchmoe.settings import Settings, from_config, to_dict
@@ -36,7 +36,7 @@ class Yardstick:
     settings: Settings  # how they are read
     counted: Sequence[batches.Batch]
     held_out: Sequence[batches.Batch]  # of the text if one was asked for, else of the task
-    task: tuple[Settings, finetuning.Pairs] | None
+    task: tuple[Settings, task_data.Pairs] | None
     mesh: Any
 
     @property
@@ -97,17 +97,17 @@ def yardstick(
 
 def _task(
     model: trained.Source, settings: Settings, task: str, overrides: Mapping[str, Any], mesh: Any, workdir: Path, note: Note
-) -> tuple[Settings, finetuning.Pairs]:  # fmt: skip
+) -> tuple[Settings, task_data.Pairs]:  # fmt: skip
     groups, plain = to_dict(settings), to_dict(Settings())
     groups["distill"] = plain["distill"]  # a student is measured without its teacher
     groups["task"] = plain["task"] | {"names": task}
     groups["task"] |= {n.partition(".")[2]: v for n, v in overrides.items() if n.startswith("task.")}
     groups["init"]["checkpoint"] = str(model.step)
     free = [name for name in ("input_length", "target_length") if f"data.{name}" not in overrides]
-    own = finetuning.fitted(from_config(groups), free)
+    own = task_data.fitted(from_config(groups), free)
     sharding.check(own, finetuning.lengths(own), mesh.shape)
     file = start.vocabulary_of(model.step)
-    return own, finetuning.Pairs(Context(own, workdir, mesh, False, note), file)
+    return own, task_data.Pairs(Context(own, workdir, mesh, False, note), file)
 
 
 def use(model: trained.Source, ruler: Yardstick, by_sentence: bool) -> dict[str, np.ndarray]:

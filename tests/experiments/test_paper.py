@@ -11,7 +11,7 @@ from experiments.paper import finished
 from experiments.sweep import command, study
 from switchmoe.data import pairs, tasks, vocabulary
 from switchmoe.parallel import sharding
-from switchmoe.runs import finetuning, kinds
+from switchmoe.runs import kinds, task_data
 from switchmoe.settings import DataSettings, TaskSettings
 from switchmoe.training import optimizers
 
@@ -100,7 +100,7 @@ def test_what_fine_tuned_models_read_and_write_is_whole(scale, texts, packaged):
     tuned = (run.settings for run in found.runs if run.settings.task.names)
     for settings in {(one.task, one.data): one for one in tuned}.values():
         encoder = pairs.Encoder(settings.data, settings.stacks, pieces)
-        for task in finetuning.find_tasks(settings)[1]:
+        for task in task_data.find_tasks(settings)[1]:
             examples = pairs.spread(task.examples("validation"), 100)
             shares = np.mean([encoder.is_cut(example) for example in examples], axis=0)
             cut[task.name, settings.data.input_length] = float(shares.max())

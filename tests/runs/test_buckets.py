@@ -23,7 +23,7 @@ from test_run import TINY, losses
 from experiments import exits
 from experiments import run as command
 from switchmoe.data import vocabulary
-from switchmoe.runs import buckets, checkpoints, finetuning
+from switchmoe.runs import buckets, checkpoints, task_data
 from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import Settings
 
@@ -335,7 +335,7 @@ def test_a_vocabulary_in_a_bucket_is_read(gs_place):
     model = vocabulary.train([f"some words and {n}" for n in range(200)], 290)
     path = epath.Path(gs_place) / "vocabulary.model"
     path.write_bytes(model)
-    assert finetuning.load_vocabulary(Settings(), str(path)).model_bytes == model
+    assert task_data.load_vocabulary(Settings(), str(path)).model_bytes == model
 
 
 # Several processes.

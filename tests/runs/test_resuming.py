@@ -13,7 +13,7 @@ from experiments import exits
 from experiments import run as command
 from experiments.sweep import __main__ as sweep
 from experiments.sweep import study
-from switchmoe.runs import finetuning, lock, loop, resuming, rundir, start, telling, text
+from switchmoe.runs import lock, loop, resuming, rundir, start, task_data, telling, text
 from switchmoe.runs.parts import Context
 from switchmoe.runs.reporting import read_metrics
 from switchmoe.settings import Settings, from_config, to_dict
@@ -271,7 +271,7 @@ def test_another_vocabulary_at_a_resume_is_refused_and_the_same_elsewhere_is_not
         assert start.own_vocabulary(context(vocab)) == own
     for kind in (
         lambda found: text._vocabulary(found, [], ""),
-        lambda found: finetuning._vocabulary(found, ""),
+        lambda found: task_data._vocabulary(found, ""),
     ):
         with pytest.raises(
             ValueError, match=f"data.vocab={other}: another vocabulary than the run in {workdir}"
@@ -287,7 +287,7 @@ def test_a_copy_of_the_vocabulary_that_is_not_what_the_run_began_with_is_refused
     rundir.update_run(workdir, vocabulary_sha256="0" * 64)
     for kind in (
         lambda: text._vocabulary(context, [], ""),
-        lambda: finetuning._vocabulary(context, ""),
+        lambda: task_data._vocabulary(context, ""),
     ):
         with pytest.raises(ValueError, match="is another vocabulary than the run .*of SHA-256 0000"):
             kind()
