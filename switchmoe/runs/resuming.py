@@ -122,7 +122,7 @@ RULES: dict[str, Rule] = (
     | dict.fromkeys(("init.checkpoint", "init.params", "init.optimizer", "init.upcycle"), Rule(NOT, "the run began with other parameters"))
     | dict.fromkeys(("task.held_out", "task.eval_examples", "task.shots"), _HELD_OUT)
     | dict.fromkeys(
-        (f"task.{name}" for name in ("names", "inputs", "targets", "options", "metrics", "mixture", "ceiling", "temperature", "rates", "packed")),
+        (f"task.{name}" for name in ("names", "inputs", "targets", "options", "metrics", "mixture", "ceiling", "temperature", "rates", "packed", "filled")),
         Rule(NOT, "other examples, or in another order"),
     )
     | dict.fromkeys(("distill.teacher", "distill.init"), Rule(NOT, "the run began with another teacher"))
