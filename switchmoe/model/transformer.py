@@ -292,7 +292,7 @@ class Transformer(nn.Module):
         self, batch: dict[str, jax.Array], label_smoothing: float = 0.0
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], dict]:
         """`output_loss.output_cross_entropy` of a batch's teacher-forced targets, with ``loss`` of those that are to be
-        predicted, and ``aux`` as of a call.
+        predicted, and ``aux`` as of a call. With ``encoded``, what `encode` gave, the inputs are not read again.
         """
         x_BLD, aux = self._read_batch(batch)
         table_VD, targets_BL = self._output_table().astype(x_BLD.dtype), batch["targets"]
@@ -314,7 +314,7 @@ class Transformer(nn.Module):
 
     def _read_batch(self, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict]:
         packed = batch.get("segments"), batch.get("positions"), batch.get("input_segments")
-        return self._teacher_forced(batch.get("inputs"), batch["targets"], *packed)
+        return self._teacher_forced(batch.get("inputs"), batch["targets"], *packed, batch.get("encoded"))
 
     def encode(self, inputs_BL: jax.Array, segment_BL: jax.Array | None = None) -> tuple[jax.Array, dict]:
         return self.encoder(self._embed(inputs_BL), inputs_BL != PAD_ID, inputs_BL, None, segment_BL)
@@ -350,6 +350,7 @@ class Transformer(nn.Module):
         segment_BL: jax.Array | None,
         position_BL: jax.Array | None,
         input_segment_BL: jax.Array | None,
+        encoded_BMD: jax.Array | None = None,
     ) -> tuple[jax.Array, dict]:
         first = self.settings.data.bos_id
         shifted_BL = jnp.pad(targets_BL[:, :-1], ((0, 0), (1, 0)), constant_values=first)
@@ -359,11 +360,13 @@ class Transformer(nn.Module):
         if inputs_BL is None:
             x_BLD, aux = self.decoder(embedded_BLD, mask_BL, shifted_BL, None, segment_BL, position_BL)
             return self._scaled(x_BLD), {"decoder": aux}
-        encoded_BMD, encoder_aux = self.encode(inputs_BL, input_segment_BL)
+        aux = {}
+        if encoded_BMD is None:
+            encoded_BMD, aux["encoder"] = self.encode(inputs_BL, input_segment_BL)
         encoded = encoded_BMD, inputs_BL != PAD_ID
         places = segment_BL, position_BL, None, input_segment_BL
-        x_BLD, aux = self.decoder(embedded_BLD, mask_BL, shifted_BL, encoded, *places)
-        return self._scaled(x_BLD), {"encoder": encoder_aux, "decoder": aux}
+        x_BLD, aux["decoder"] = self.decoder(embedded_BLD, mask_BL, shifted_BL, encoded, *places)
+        return self._scaled(x_BLD), aux
 
     def _scaled(self, x_BLD: jax.Array) -> jax.Array:
         model = self.settings.model

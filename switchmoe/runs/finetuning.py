@@ -141,11 +141,13 @@ class Answers:
         self.found: dict[str, float] = {}
 
     def compile(self, params: Any) -> None:
-        """Compiled at the first call, as there are two programs, of few shapes."""
+        """Compiled at the first call, as there are few programs, of few shapes."""
         whole = NamedSharding(self._mesh, PartitionSpec())
         settings = self._settings
         decode = functools.partial(generation.greedy, tokens=settings.data.target_length, settings=settings)
         self._decode = jax.jit(decode, out_shardings=whole)
+        encode = functools.partial(Transformer(settings).apply, method="encode")
+        self._encode = jax.jit(lambda *given: encode(*given)[0], out_shardings=whole)
         self._nll = jax.jit(functools.partial(row_nll, settings=settings), out_shardings=whole)
 
     def figures(self, params: Any) -> dict[str, Any]:
@@ -186,16 +188,19 @@ class Answers:
 
     def _ranked(self, params: Any, task: Task, examples: Sequence[Example]) -> dict[str, list[str]]:
         """The likeliest option of each example: of its tokens together, and of a token of it in the mean."""
-        nll_ON, tokens_O1 = [], []
-        for option in task.options:
-            asked = [example._replace(targets=option) for example in examples]
-            parts = [
-                jax.device_get(self._nll(params, placing.whole(batch, self._mesh)))[:rows]
-                for batch, rows in pairs.eval_batches(asked, self._data.encoder)
-            ]
-            nll_ON.append(np.concatenate(parts))
-            tokens_O1.append([len(self._data.encoder.tokens(Example("", option))[1]) + 1])  # and EOS
-        ranked = {"ranked": np.stack(nll_ON), "ranked_mean": np.stack(nll_ON) / np.array(tokens_O1)}
+        encoder = self._data.encoder
+        asked_O = [[example._replace(targets=option) for example in examples] for option in task.options]
+        parts_OB = []
+        for batch_O in zip(*(pairs.eval_batches(asked, encoder) for asked in asked_O), strict=True):
+            placed_O = [placing.whole(batch, self._mesh) for batch, _ in batch_O]
+            read = {}
+            if "encoder" in encoder.stacks:  # the same inputs, whatever the option
+                read["encoded"] = self._encode({"params": params}, placed_O[0]["inputs"])
+            rows = batch_O[0][1]
+            parts_OB.append([jax.device_get(self._nll(params, one | read))[:rows] for one in placed_O])
+        nll_ON = np.concatenate(parts_OB, axis=1)
+        tokens_O1 = [[len(encoder.tokens(Example("", option))[1]) + 1] for option in task.options]  # and EOS
+        ranked = {"ranked": nll_ON, "ranked_mean": nll_ON / np.array(tokens_O1)}
         return {
             name: [task.options[best] for best in np.argmin(nll_ON, axis=0)]
             for name, nll_ON in ranked.items()

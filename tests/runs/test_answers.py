@@ -9,6 +9,7 @@ import pytest
 from switchmoe.data import pairs
 from switchmoe.data.tasks import Example, Task
 from switchmoe.inference import generation
+from switchmoe.model.transformer import Transformer
 from switchmoe.parallel import sharding
 from switchmoe.runs.finetuning import Answers, row_nll
 from switchmoe.settings import default_config, from_config
@@ -50,6 +51,7 @@ def answers(written, trained, held_out=()):
 
     texts = iter([written[task.name] for task in measured])
     found._nll, found._written = nll, lambda params, examples: next(texts)
+    found._encode = lambda *given: None
     return found
 
 
@@ -97,3 +99,6 @@ def test_capacity_is_of_likelihoods_and_answers_have_none():
     np.testing.assert_array_equal(*texts)
     low, high = (np.asarray(nll(params, batch, settings)) for settings in (few, many))
     assert np.abs(low - high).max() > 0.01
+    encoded, _ = Transformer(few).apply({"params": params}, rows_BP, method="encode")
+    np.testing.assert_allclose(nll(params, batch | {"encoded": encoded}, few), low, rtol=1e-6)
+    assert np.abs(nll(params, batch | {"encoded": -encoded}, few) - low).max() > 0.01, "it is read again"
