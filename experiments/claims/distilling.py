@@ -33,9 +33,14 @@ def _step_checks(scale: Scale) -> list[Check]:
     ]
 
 
+def _teachers(scale: Scale) -> list[int]:
+    """Their numbers of experts; of two there is too little to keep."""
+    return [experts for experts in scale.counts if experts > 2]
+
+
 def _sizes(scale: Scale) -> dict:
     arms = {"T5": dense()}
-    for experts in scale.counts:
+    for experts in _teachers(scale):
         teacher = switch(experts)
         arms |= {f"E={experts}": teacher, f"student of E={experts}": student(teacher)}
     return arms
@@ -45,8 +50,7 @@ def _size_checks(scale: Scale) -> list[Check]:
     paper = {16: "37 %", 32: "32 %", 64: "30 %", 128: "27 %", 256: "28 %"}
     return [
         gain_kept(f"student of E={e}", "T5", f"E={e}", (0.15, math.inf), paper=paper.get(e, ""))
-        for e in scale.counts
-        if e > 2  # of two experts there is too little to keep
+        for e in _teachers(scale)
     ]
 
 
