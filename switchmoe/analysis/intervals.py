@@ -43,8 +43,8 @@ def t_interval(values: Sequence[float]) -> Interval:
 def ratio_interval(tops: Sequence[float], bottoms: Sequence[float]) -> Interval:
     """The ratio of two means of pairs, with the interval of Fieller (1954).
 
-    Its ends r solve (mean top - r mean bottom)^2 = t^2 var(top - r bottom) / n. Unknown where a value is no number, or the mean
-    of ``bottoms`` is not above 0 for sure.
+    Its ends r solve (mean top - r mean bottom)^2 = t^2 var(top - r bottom) / n. Unknown (NaN) where a value is no number, and without
+    bounds (mean infinite, -inf to inf) where the mean of ``bottoms`` is not above 0 for sure.
     """
     pairs, count = np.array([tops, bottoms], float), len(tops)
     unknown = Interval(math.nan, -math.inf, math.inf, count)
@@ -54,7 +54,7 @@ def ratio_interval(tops: Sequence[float], bottoms: Sequence[float]) -> Interval:
     noise = np.cov(pairs) * stats.t.ppf((1 + LEVEL) / 2, count - 1) ** 2 / count
     square, middle, rest = bottom**2 - noise[1, 1], top * bottom - noise[0, 1], top**2 - noise[0, 0]
     if square <= 0 or bottom <= 0:
-        return unknown
+        return unknown._replace(mean=math.inf)
     half = math.sqrt(max(middle**2 - square * rest, 0.0))
     return Interval(top / bottom, (middle - half) / square, (middle + half) / square, count)
 
@@ -87,6 +87,8 @@ def written(found: Interval, unit: str) -> str:
         return _without_number(found)
     if math.isnan(found.mean):
         return "not known: a seed's run diverged"
+    if unit == "share" and math.isinf(found.mean):
+        return "not known: the gain to keep is not above 0 for sure"
     values = [float(np.exp(x)) if unit == "ratio" else x for x in found[:3]]
     mean, low, high = (form.format(value) for value in values)
     between = "one seed" if found.seeds == 1 else f"{low} to {high}"
